@@ -1,0 +1,316 @@
+"""The site as an environment: torch for the agents, Gymnasium for everybody else.
+
+`SiteDays` is the one simulator; the Gymnasium classes speak numpy on top of it and the single
+environment is its B = 1 case. One episode is one day, 00:00-24:00 local, 96 steps.
+
+Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from co2lightning.errors import UserError
+from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
+from co2lightning.physics import Flows, State, begin_day, build_model, step
+from co2lightning.rules import run_days, uncontrolled
+from co2lightning.site import STEP_H, Site, T, load_site
+
+N_ACTIONS = 2
+
+
+class Step(NamedTuple):
+    """What one step of B environments gave."""
+
+    obs: Tensor  # [B, O] after the step; of the finished episode where one ended
+    reward: Tensor  # [B]
+    terminated: Tensor  # [B] 1.0 where the future is worth nothing
+    truncated: Tensor  # [B] 1.0 where only the clock stopped it
+    valid: Tensor  # [B] 0.0 where the step was a reset, not a transition
+
+
+class Environment(Protocol):
+    """What a rollout needs of an environment: B copies in lockstep, tensors on one device."""
+
+    num_envs: int
+    observation_dim: int
+    action_dim: int
+    horizon: int
+    rule_features: tuple[int, ...]
+
+    def to(self, device: torch.device) -> None: ...
+    def reset(self, seed: int) -> Tensor: ...
+    def step(self, action: Tensor) -> Step: ...
+    def metrics(self) -> dict[str, float]: ...
+
+
+class SiteDays:
+    """B days of a site at once, each with its own date, battery start and sessions.
+
+    Args:
+        site: The site.
+        num_envs: B, days simulated at once.
+        device: Where the tables and the state live.
+    """
+
+    observation_dim = len(FEATURES)
+    action_dim = N_ACTIONS
+    horizon = T
+    rule_features = RULE_FEATURES
+
+    def __init__(self, site: Site, num_envs: int, device: torch.device | str = "cpu") -> None:
+        self.site = site
+        self.num_envs = num_envs
+        self._uncontrolled_kg: Tensor | None = None
+        self._build(torch.device(device))
+
+    def _build(self, device: torch.device) -> None:
+        self.model = build_model(self.site, device)
+        self.observer = build_observer(self.site, device)
+        self._training_days = torch.as_tensor(self.site.training_days)
+
+    def to(self, device: torch.device) -> None:
+        """Move the site's tables; a running day is dropped."""
+        if device != self.model.device:
+            self._build(device)
+            self._uncontrolled_kg = None
+
+    @property
+    def uncontrolled_kg(self) -> Tensor:
+        """CO2 [D] in kg of every day of the site without any control."""
+        if self._uncontrolled_kg is None:
+            days = torch.arange(len(self.site.days))
+            trace = run_days(self.model, uncontrolled, days, evaluation_soc(self.site))
+            self._uncontrolled_kg = trace.total("co2_kg")
+        return self._uncontrolled_kg
+
+    def reset(self, seed: int) -> Tensor:
+        """Begin B training days drawn with `seed`; no day twice before each was drawn once."""
+        # Drawn on the CPU, so that a seed means the same days on every device.
+        generator = torch.Generator().manual_seed(seed)
+        n_days = len(self._training_days)
+        rounds = -(-self.num_envs // n_days)
+        drawn = torch.cat([torch.randperm(n_days, generator=generator) for _ in range(rounds)])
+        days = self._training_days[drawn[: self.num_envs]]
+        battery = self.site.battery
+        span = battery.start_soc_max - battery.start_soc_min
+        soc = battery.start_soc_min + span * torch.rand(self.num_envs, generator=generator)
+        return self.begin(days, soc)
+
+    def begin(self, days: Tensor, soc_start: Tensor) -> Tensor:
+        """Begin given days [B] with given battery starts [B]; returns observations [B, O]."""
+        device = self.model.device
+        self.state: State | None = begin_day(
+            self.model, days.to(device), soc_start.to(device, torch.float32)
+        )
+        self._day = self.state.day
+        self._totals = torch.zeros(5, len(days), device=device)
+        return self._observe()
+
+    def _observe(self) -> Tensor:
+        assert self.state is not None
+        return observe(self.observer, self.model, self.state)
+
+    def step(self, action: Tensor) -> Step:
+        """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
+        if self.state is None:
+            raise RuntimeError("the day is over: call reset() or begin() first")
+        pv_kwh = self.state.pv_kw * STEP_H
+        self.state, flows = step(self.model, self.state, action)
+        self.flows: Flows = flows
+        self._totals = self._totals + torch.stack(
+            [
+                flows.co2_kg,
+                flows.grid_import_kw * STEP_H,
+                flows.curtailed_kwh,
+                flows.unmet_kwh,
+                pv_kwh,
+            ]
+        )
+        ones = torch.ones_like(flows.reward)
+        # The battery's settlement at midnight makes the day's end a real end.
+        if self.state is None:
+            obs = flows.reward.new_zeros(len(ones), self.observation_dim)
+            return Step(obs, flows.reward, ones, torch.zeros_like(ones), ones)
+        zeros = torch.zeros_like(ones)
+        return Step(self._observe(), flows.reward, zeros, zeros, ones)
+
+    def totals(self) -> dict[str, Tensor]:
+        """Return what the days [B] added up to so far."""
+        co2_kg, grid_import_kwh, curtailed_kwh, unmet_kwh, pv_kwh = self._totals.unbind(0)
+        return {
+            "co2_kg": co2_kg,
+            "grid_import_kwh": grid_import_kwh,
+            "curtailed_kwh": curtailed_kwh,
+            "unmet_kwh": unmet_kwh,
+            "pv_kwh": pv_kwh,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means over the finished days, for the logs."""
+        co2_kg, grid_import_kwh, curtailed_kwh, unmet_kwh, pv_kwh = self._totals.mean(1).tolist()
+        uncontrolled_kg = self.uncontrolled_kg[self._day].mean().item()
+        return {
+            "site/co2_kg": co2_kg,
+            "site/uncontrolled_kg": uncontrolled_kg,
+            "site/co2_vs_uncontrolled": co2_kg / max(uncontrolled_kg, 1e-9),
+            "site/grid_import_kwh": grid_import_kwh,
+            "site/curtailment_kwh": curtailed_kwh,
+            "site/self_consumption": 1.0 - curtailed_kwh / max(pv_kwh, 1e-9),
+            "site/unmet_kwh": unmet_kwh,
+        }
+
+
+def evaluation_soc(site: Site) -> Tensor:
+    """Return the battery's start [D] of every day in evaluation, fixed by the site's seed."""
+    battery = site.battery
+    draws = np.random.default_rng(site.seed).uniform(
+        battery.start_soc_min, battery.start_soc_max, len(site.days)
+    )
+    return torch.tensor(draws, dtype=torch.float32)
+
+
+class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """B days of a charging site at once, for Gymnasium.
+
+        One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
+        charging power between what must and what could be charged now, and the battery's power as a
+        share of its rating, charging positive. A shield charges first what a vehicle's departure
+        demands, so no policy leaves energy unserved that charging on arrival would have served. The
+        reward is the kg CO2 avoided (see `co2lightning.physics.step`).
+
+        `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step.
+
+        Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
+        sockets' total power in kW; energy scale: two hours of it in kWh):
+
+    OBSERVATION_TABLE
+
+        Args:
+            num_envs: B, days at once.
+            site: Name of a shipped site, or a site folder.
+            render_mode: Only None; the report draws the days.
+
+        Raises:
+            UserError: The site cannot be read; the message names file, row and column.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
+
+    def __init__(
+        self, num_envs: int = 1, site: str | Path = "iquitos", render_mode: str | None = None
+    ) -> None:
+        self.days = SiteDays(load_site(site), num_envs)
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.single_observation_space = gym.spaces.Box(
+            np.array([f.low for f in FEATURES], dtype=np.float32),
+            np.array([f.high for f in FEATURES], dtype=np.float32),
+        )
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (N_ACTIONS,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self,
+        *,
+        seed: int | list[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin B training days, or the day named by `options={"day": "2025-03-01"}`."""
+        first_seed = seed[0] if isinstance(seed, list) else seed
+        super().reset(seed=first_seed)
+        if options and "day" in options:
+            index = day_index(self.days.site, str(options["day"]))
+            days = torch.full((self.num_envs,), index)
+            obs = self.days.begin(days, evaluation_soc(self.days.site)[days])
+        else:
+            obs = self.days.reset(int(self.np_random.integers(2**31)))
+        self._over = False
+        return obs.numpy(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Run 15 minutes; after the day's last step the next call begins new days."""
+        never = np.zeros(self.num_envs, dtype=bool)
+        if self._over:
+            obs, info = self.reset()
+            return obs, np.zeros(self.num_envs), never, never, info
+        with torch.no_grad():
+            action = torch.from_numpy(np.asarray(actions, dtype=np.float32))
+            result = self.days.step(action)
+        self._over = self.days.state is None
+        flows = self.days.flows
+        info = {
+            "co2_kg": flows.co2_kg.numpy(),
+            "grid_import_kwh": flows.grid_import_kw.numpy() * STEP_H,
+            "curtailed_kwh": flows.curtailed_kwh.numpy(),
+            "unmet_kwh": flows.unmet_kwh.numpy(),
+        }
+        reward = result.reward.double().numpy()
+        return result.obs.numpy(), reward, result.terminated.numpy() > 0.5, never, info
+
+
+class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
+    """One day of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
+
+    Args:
+        site: Name of a shipped site, or a site folder.
+        render_mode: Only None; the report draws the days.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, site: str | Path = "iquitos", render_mode: str | None = None) -> None:
+        self._vector = ChargingSiteVectorEnv(1, site)
+        self.render_mode = render_mode
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a training day, or the day named by `options={"day": "2025-03-01"}`."""
+        super().reset(seed=seed)
+        obs, info = self._vector.reset(seed=seed, options=options)
+        return obs[0], info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Run 15 minutes."""
+        obs, reward, terminated, _, info = self._vector.step(np.asarray(action)[None])
+        one = {name: float(values[0]) for name, values in info.items()}
+        return obs[0], float(reward[0]), bool(terminated[0]), False, one
+
+
+def day_index(site: Site, day: str) -> int:
+    """Return the index of an ISO date among the site's days."""
+    if day not in site.days:
+        raise UserError(
+            f"day: {day} is not a day of site {site.name}; its days run from "
+            f"{site.days[0]} to {site.days[-1]}, written YYYY-MM-DD"
+        )
+    return site.days.index(day)
+
+
+def _observation_table() -> str:
+    header = f"    {'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
+    rows = [
+        f"    {i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
+        for i, f in enumerate(FEATURES)
+    ]
+    return "\n".join([header, *rows])
+
+
+if ChargingSiteVectorEnv.__doc__:
+    ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
+        "OBSERVATION_TABLE", _observation_table()
+    )
