@@ -1,0 +1,884 @@
+"""Read and check a site folder: equipment, series, charging sessions.
+
+A folder holds `site.yaml`, `series.csv.gz` and `sessions.csv.gz` (or plain `.csv`); see
+docs/site-format.md. Folders come from strangers: nothing in them is run, sizes are bounded, and
+whatever is wrong becomes one line that names file, row, column or key and what would be right.
+
+Shapes: D days, T = 96 steps of 15 min a day, S sockets, N sessions. Steps and days are local; a
+time in a file is the beginning of its step. Inside, times are whole seconds since 1970 UTC.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import heapq
+import io
+import math
+import re
+import zlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from co2lightning.errors import UserError
+
+T = 96
+STEP_H = 0.25
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_STEP_S = 900
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SHIPPED = Path(__file__).parent / "sites"
+_SERIES_COLUMNS = ("time", "pv_kw", "load_kw", "carbon_kg_per_kwh")
+_SESSION_COLUMNS = ("session_id", "socket_type", "arrival", "departure", "energy_kwh", "max_kw")
+_MAX_YAML_BYTES = 256 * 1024
+_MAX_CSV_BYTES = 256 * 1024**2
+_MAX_ROWS = 2_000_000
+_MAX_STAY_DAYS = 7
+_MIN_WINDOW_STEPS = 2
+_WINDOW_SHARE = 0.98  # the largest share of what its window allows that a session may ask for
+_IMPLAUSIBLE_SHARE = 10.0  # beyond this the unit is wrong, not the stay short
+
+
+@dataclass(frozen=True)
+class Battery:
+    """The battery; power is on the AC side, state of charge (SoC) between 0 and 1."""
+
+    capacity_kwh: float
+    power_kw: float
+    charge_efficiency: float
+    discharge_efficiency: float
+    soc_min: float
+    soc_max: float
+    start_soc_min: float
+    start_soc_max: float
+
+
+@dataclass(frozen=True)
+class SocketType:
+    """Sockets of one kind; power is at the meter."""
+
+    name: str
+    count: int
+    max_kw: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sessions:
+    """The sessions that found a socket, ordered by day and arrival; every array is [N].
+
+    Attributes:
+        day: Index into `Site.days`.
+        socket: Socket index, 0 to S-1.
+        arrival_step: First step in which the vehicle can charge.
+        departure_step: First step in which it is gone, at most 96.
+        energy_kwh: Energy asked for, at the meter.
+        max_kw: The lower of the vehicle's and the socket's power, at the meter.
+    """
+
+    day: Ints
+    socket: Ints
+    arrival_step: Ints
+    departure_step: Ints
+    energy_kwh: Floats
+    max_kw: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A checked site: equipment, complete local days of 96 steps, admitted sessions.
+
+    Attributes:
+        sha256: Hex digest over the three files.
+        sockets: Socket types; sockets are numbered type by type in this order.
+        days: Local dates (ISO), length D.
+        held_out: Whether a day is kept for testing, [D].
+        pv_kw: AC power the PV could give, [D, T].
+        load_kw: Building load without charging, [D, T].
+        carbon_kg_per_kwh: CO2 of a kWh from the grid, [D, T].
+        turned_away: Vehicles that found no free socket of their type, [D].
+        notes: One-line remarks on what was cut, clipped or left out.
+    """
+
+    name: str
+    directory: Path
+    sha256: str
+    latitude: float
+    longitude: float
+    altitude_m: float
+    timezone: str
+    pv_kwp: float
+    grid_kw: float
+    charger_efficiency: float
+    seed: int
+    battery: Battery
+    sockets: tuple[SocketType, ...]
+    days: tuple[str, ...]
+    held_out: NDArray[np.bool_]
+    pv_kw: Floats
+    load_kw: Floats
+    carbon_kg_per_kwh: Floats
+    sessions: Sessions
+    turned_away: Ints
+    notes: tuple[str, ...]
+
+    @property
+    def training_days(self) -> Ints:
+        """Indices of the days to train on."""
+        return np.flatnonzero(~self.held_out)
+
+    @property
+    def held_out_days(self) -> Ints:
+        """Indices of the days kept for testing."""
+        return np.flatnonzero(self.held_out)
+
+    @property
+    def n_sockets(self) -> int:
+        """Number of sockets S over all types."""
+        return sum(s.count for s in self.sockets)
+
+
+def shipped_sites() -> list[str]:
+    """List the names of the sites that come with the package."""
+    return sorted(p.parent.name for p in _SHIPPED.glob("*/site.yaml"))
+
+
+def load_site(site: str | Path) -> Site:
+    """Read and check a site.
+
+    Args:
+        site: A site folder, or the name of a shipped site such as `iquitos`. A bare name that is
+            both means the shipped site; write `./iquitos` for the folder.
+
+    Returns:
+        The site, with the sessions already admitted to sockets.
+
+    Raises:
+        UserError: The folder or a file is missing, or something in it is wrong.
+    """
+    notes: list[str] = []
+    directory = _locate(site, notes)
+    yaml_bytes = _read_bytes(directory / "site.yaml", _MAX_YAML_BYTES)
+    series_name, series_bytes = _read_csv_bytes(directory, "series")
+    sessions_name, sessions_bytes = _read_csv_bytes(directory, "sessions")
+    digest = hashlib.sha256()
+    for data in (yaml_bytes, series_bytes, sessions_bytes):
+        digest.update(data)
+
+    config = _read_config(yaml_bytes)
+    zone = ZoneInfo(config["timezone"])
+    series = _Table(series_name, series_bytes, _SERIES_COLUMNS)
+    times_s, values = _read_series(series, config, zone)
+    calendar = _Calendar(times_s, zone)
+    kept = calendar.complete_days()
+    if not len(kept):
+        raise UserError(
+            f"{series_name}: holds no complete day; at least one day from 00:00 to 24:00 in "
+            f"{config['timezone']} is needed, 96 rows of 15 min"
+        )
+    days = tuple(calendar.dates[i].isoformat() for i in kept)
+    if left_out := len(calendar.dates) - len(kept):
+        first = next(d for i, d in enumerate(calendar.dates) if i not in set(kept.tolist()))
+        notes.append(
+            f"{series_name}: {left_out} of {len(calendar.dates)} days left out because they do "
+            f"not have 96 steps (the first: {first})"
+        )
+    first_rows = (calendar.starts_s[kept] - times_s[0]) // _STEP_S
+    rows = first_rows[:, None] + np.arange(T)
+    table = _Table(sessions_name, sessions_bytes, _SESSION_COLUMNS)
+    sessions, turned_away = _read_sessions(table, config["sockets"], zone, calendar, kept, notes)
+    return Site(
+        **{key: value for key, value in config.items() if key != "held_out"},
+        directory=directory,
+        sha256=digest.hexdigest(),
+        days=days,
+        held_out=_held_out(config["held_out"], days, series_name),
+        pv_kw=values["pv_kw"][rows],
+        load_kw=values["load_kw"][rows],
+        carbon_kg_per_kwh=values["carbon_kg_per_kwh"][rows],
+        sessions=sessions,
+        turned_away=turned_away,
+        notes=tuple(notes),
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _show(value: object) -> str:
+    """Write a value for a message: one line, short, whatever it is."""
+    try:
+        text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    except (ValueError, RecursionError):  # an integer too long to be written out
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _locate(site: str | Path, notes: list[str]) -> Path:
+    text = str(site)
+    shipped = shipped_sites()
+    if isinstance(site, str) and site in shipped:
+        if Path(site).is_dir():
+            notes.append(f"site {site}: read the shipped site; write ./{site} for the folder here")
+        return _SHIPPED / site
+    directory = Path(site)
+    try:
+        found = bool(text.strip()) and directory.is_dir()
+    except (OSError, ValueError):  # too long, or a NUL byte
+        found = False
+    if not found:
+        raise UserError(
+            f"site {_show(text)}: no such folder and no shipped site; give a folder with "
+            f"site.yaml, series.csv.gz and sessions.csv.gz, or one of {', '.join(shipped)}"
+        )
+    return directory.resolve()
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes."""
+    try:
+        if not path.is_file():
+            what = "is not a regular file" if path.exists() else "is missing"
+            raise UserError(
+                f"{path.name}: {what} in {_show(str(path.parent))}; a site folder holds "
+                "site.yaml, series.csv.gz and sessions.csv.gz"
+            )
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path.name}: cannot be read: {error.strerror}") from error
+    if len(data) > limit:
+        raise UserError(f"{path.name}: is larger than {limit // 1024} KiB, the most that is read")
+    return data
+
+
+def _read_csv_bytes(directory: Path, stem: str) -> tuple[str, bytes]:
+    """Find `stem.csv.gz` or `stem.csv` and return its name and its bytes as they lie there."""
+    packed, plain = directory / f"{stem}.csv.gz", directory / f"{stem}.csv"
+    if packed.exists() and plain.exists():
+        raise UserError(f"{packed.name}: {plain.name} is there too; keep only one of them")
+    path = plain if plain.exists() else packed
+    return path.name, _read_bytes(path, _MAX_CSV_BYTES)
+
+
+def _unpack(name: str, data: bytes) -> str:
+    if name.endswith(".gz"):
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(_MAX_CSV_BYTES + 1)
+        except EOFError as error:
+            raise UserError(
+                f"{name}: is cut off in the middle; copy or compress it again"
+            ) from error
+        except (OSError, zlib.error) as error:
+            raise UserError(
+                f"{name}: is not a sound gzip file; compress it again, or give plain {name[:-3]}"
+            ) from error
+        if len(data) > _MAX_CSV_BYTES:
+            raise UserError(
+                f"{name}: unpacks to more than {_MAX_CSV_BYTES // 1024**2} MiB, the most that is "
+                "read"
+            )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}: row {row} is not UTF-8 text; save the file as UTF-8") from error
+
+
+class _Table:
+    """A CSV file as columns of text; knows how to name a cell in a message."""
+
+    def __init__(self, name: str, data: bytes, columns: tuple[str, ...]) -> None:
+        self.name = name
+        reader = csv.reader(io.StringIO(_unpack(name, data), newline=""), strict=True)
+        rows: list[list[str]] = []
+        width = 0
+        try:
+            for row in reader:
+                if not rows:
+                    self._check_header(row, columns)
+                    width = len(row)
+                elif len(row) != width:
+                    if not row:
+                        raise UserError(f"{name}: row {len(rows) + 1} is empty; remove it")
+                    raise UserError(
+                        f"{name}: row {len(rows) + 1} has {len(row)} values; the header has {width}"
+                    )
+                elif len(rows) > _MAX_ROWS:
+                    raise UserError(
+                        f"{name}: has more than {_MAX_ROWS} rows, the most that is read"
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise UserError(
+                f"{name}: row {len(rows) + 1} is not valid CSV ({error}); values are separated "
+                "by commas"
+            ) from error
+        if len(rows) < 2:
+            raise UserError(f"{name}: has no rows; line 1 is the header {','.join(columns)}")
+        self.columns = {c[0].strip(): list(c[1:]) for c in zip(*rows, strict=True)}
+        self.n_rows = len(rows) - 1
+
+    def _check_header(self, header: list[str], columns: tuple[str, ...]) -> None:
+        names = [h.strip() for h in header]
+        expected = f"the header is {','.join(columns)}"
+        if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+            raise UserError(f"{self.name}: row 1 is not separated by commas; {expected}")
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{self.name}: column {column} is missing; {expected}")
+        for i, column in enumerate(names):
+            if column not in columns:
+                raise UserError(f"{self.name}: column {_show(column)} is unknown; {expected}")
+            if column in names[:i]:
+                raise UserError(f"{self.name}: column {column} is there twice; {expected}")
+
+    def error(self, index: int, column: str, problem: str) -> UserError:
+        """Make the error for the cell of a data row; `index` 0 is line 2 of the file."""
+        return UserError(
+            f"{self.name}: row {index + 2}, column {column}: "
+            f"{_show(self.columns[column][index])} {problem}"
+        )
+
+    def check(self, bad: NDArray[np.bool_], column: str, problem: str) -> None:
+        """Raise for the first row where `bad` holds."""
+        if bad.any():
+            raise self.error(int(np.argmax(bad)), column, problem)
+
+    def numbers(self, column: str) -> Floats:
+        """Read a column of finite numbers."""
+        cells = self.columns[column]
+        try:
+            values = np.array([float(c) for c in cells])
+        except ValueError:
+            bad = next(i for i, c in enumerate(cells) if not _is_number(c))
+            hint = "write the decimal point as a point" if "," in cells[bad] else "write 12.5"
+            raise self.error(bad, column, f"is not a number; {hint}") from None
+        self.check(~np.isfinite(values), column, "is not a finite number; every cell needs one")
+        if any("_" in c for c in cells):
+            bad = next(i for i, c in enumerate(cells) if "_" in c)
+            raise self.error(bad, column, "is not a number; write it without _")
+        return values
+
+    def times(self, column: str, zone: ZoneInfo) -> Ints:
+        """Read a column of local times with UTC offset, as seconds since 1970 UTC."""
+        cells = self.columns[column]
+        seconds: dict[str, int] = {}
+        for cell in dict.fromkeys(cells):
+            problem = None
+            try:
+                when = datetime.fromisoformat(cell)
+            except ValueError:
+                problem = "is not a time; write 2025-01-31T06:15-05:00"
+            else:
+                if not 1990 <= when.year <= 2100:
+                    problem = "is not between the years 1990 and 2100"
+                elif when.tzinfo is None:
+                    right = when.replace(tzinfo=zone).isoformat(timespec="minutes")
+                    problem = f"has no UTC offset; write {right}"
+                elif when.utcoffset() != (local := when.astimezone(zone)).utcoffset():
+                    right = local.isoformat(timespec="minutes")
+                    problem = f"is not local time of {zone.key} (timezone in site.yaml); the same "
+                    problem += f"instant there is {right}"
+                else:
+                    seconds[cell] = (when - _EPOCH) // timedelta(seconds=1)
+            if problem:
+                raise self.error(cells.index(cell), column, problem)
+        return np.array([seconds[c] for c in cells], dtype=np.int64)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+# --- site.yaml -----------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also refuses aliases, duplicate keys and deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise UserError(
+                f"site.yaml: line {mark.line + 1}: aliases (*name) are not read; write the value"
+            )
+        if self.depth > 5:
+            mark = self.peek_event().start_mark
+            raise UserError(f"site.yaml: line {mark.line + 1}: is nested too deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise UserError(
+                        f"site.yaml: line {key_node.start_mark.line + 1}: the key "
+                        f"{_show(key_node.value)} is there twice; keep one"
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(data: bytes) -> object:
+    try:
+        loader = _Loader(data.decode("utf-8-sig"))
+        return loader.get_single_data()
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError("site.yaml: is not UTF-8 text; save the file as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(
+            f"site.yaml: {line}is not plain YAML ({_show(error.problem or 'syntax')}); write "
+            "`key: value` lines as in docs/site-format.md"
+        ) from error
+    except Exception as error:  # PyYAML fails in many ways on odd tags, dates and numbers
+        problem = _show(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(
+            f"site.yaml: is not plain YAML ({problem}); write `key: value` lines as in "
+            "docs/site-format.md"
+        ) from error
+
+
+def _number(
+    low: float, high: float, above: bool = False, hint: str = ""
+) -> Callable[[str, object], float]:
+    """Make a check for a number from `low` (or above it, with `above`) to `high`."""
+    right = f"a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
+
+    def check(key: str, value: object) -> float:
+        try:
+            # 1e3 without a point is text in YAML 1.1, though anyone reads a number.
+            number = float("nan" if isinstance(value, bool) else value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (low < number <= high if above else low <= number <= high):
+            raise _config_error(key, value, right + hint)
+        return number
+
+    return check
+
+
+def _integer(low: int, high: int) -> Callable[[str, object], int]:
+    def check(key: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _config_error(key, value, f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def _name(key: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"\w[\w .-]{0,63}", value):
+        raise _config_error(
+            key, value, "text of at most 64 letters, digits, spaces, . _ - (quote it if need be)"
+        )
+    return value
+
+
+def _zone(key: str, value: object) -> str:
+    right = "a time zone name such as America/Lima"
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", value):
+        raise _config_error(key, value, right)
+    try:
+        return ZoneInfo(value).key
+    except (KeyError, ValueError, OSError) as error:
+        raise _config_error(key, value, right) from error
+
+
+def _config_error(key: str, value: object, right: str) -> UserError:
+    return UserError(f"site.yaml: {key}: {_show(value)} is not {right}")
+
+
+_BATTERY = {
+    "capacity_kwh": _number(0, 1e6, above=True, hint=" kWh"),
+    "power_kw": _number(0, 1e6, above=True, hint=" kW"),
+    "charge_efficiency": _number(0.5, 1, hint=" (a share, not per cent)"),
+    "discharge_efficiency": _number(0.5, 1, hint=" (a share, not per cent)"),
+    "soc_min": _number(0, 1, hint=" (a share, not per cent)"),
+    "soc_max": _number(0, 1, hint=" (a share, not per cent)"),
+    "start_soc_min": _number(0, 1, hint=" (a share, not per cent)"),
+    "start_soc_max": _number(0, 1, hint=" (a share, not per cent)"),
+}
+_SOCKET = {
+    "name": _name,
+    "count": _integer(1, 100_000),
+    "max_kw": _number(0, 1000, above=True, hint=" kW"),
+}
+
+
+def _battery(key: str, value: object) -> Battery:
+    battery = Battery(**_mapping(key, value, _BATTERY))
+    for low, high in (
+        ("soc_min", "soc_max"),
+        ("soc_min", "start_soc_min"),
+        ("start_soc_min", "start_soc_max"),
+        ("start_soc_max", "soc_max"),
+    ):
+        a, b = getattr(battery, low), getattr(battery, high)
+        if a > b or ((low, high) == ("soc_min", "soc_max") and a == b):
+            raise UserError(
+                f"site.yaml: {key}.{high}: {b:g} is below {key}.{low} {a:g}; right is soc_min < "
+                "soc_max and soc_min <= start_soc_min <= start_soc_max <= soc_max"
+            )
+    return battery
+
+
+def _sockets(key: str, value: object) -> tuple[SocketType, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= 1000:
+        raise _config_error(key, value, "a list such as [{name: moto, count: 112, max_kw: 2.0}]")
+    sockets = tuple(
+        SocketType(**_mapping(f"{key}[{i}]", item, _SOCKET)) for i, item in enumerate(value)
+    )
+    for i, socket in enumerate(sockets):
+        if socket.name in [s.name for s in sockets[:i]]:
+            raise UserError(
+                f"site.yaml: {key}[{i}].name: {socket.name} is there twice; names differ"
+            )
+    if (total := sum(s.count for s in sockets)) > 100_000:
+        raise UserError(f"site.yaml: {key}: {total} sockets in all; at most 100000 are read")
+    return sockets
+
+
+def _held_out_rule(key: str, value: object) -> tuple[int, int] | tuple[str, ...]:
+    """Check the rule; a pair (every, first) or dates. Days are looked up by `_held_out`."""
+    if isinstance(value, dict):
+        bounds = {"every": _integer(2, 10_000), "first": _integer(1, 10_000)}
+        rule = _mapping(key, value, bounds)
+        return rule["every"], rule["first"]
+    if not isinstance(value, list) or not value:
+        raise _config_error(
+            key, value, "{every: 6, first: 6} or a list of dates such as [2025-01-06]"
+        )
+    dates: list[str] = []
+    for i, item in enumerate(value):
+        try:
+            if isinstance(item, datetime) or not isinstance(item, date | str):
+                raise ValueError
+            dates.append(date.fromisoformat(str(item)).isoformat())
+        except ValueError:
+            raise _config_error(f"{key}[{i}]", item, "a date such as 2025-01-06") from None
+    return tuple(dates)
+
+
+_SITE: dict[str, Callable[[str, object], Any]] = {
+    "name": _name,
+    "latitude": _number(-90, 90, hint=" degrees"),
+    "longitude": _number(-180, 180, hint=" degrees"),
+    "altitude_m": _number(-500, 9000, hint=" m"),
+    "timezone": _zone,
+    "pv_kwp": _number(0, 1e6, hint=" kWp"),
+    "grid_kw": _number(0, 1e6, above=True, hint=" kW"),
+    "charger_efficiency": _number(0.5, 1, hint=" (a share, not per cent)"),
+    "seed": _integer(0, 2**32 - 1),
+    "battery": _battery,
+    "sockets": _sockets,
+    "held_out": _held_out_rule,
+}
+
+_Check = TypeVar("_Check", bound=Callable[[str, object], Any])
+
+
+def _mapping(path: str, value: object, checks: dict[str, _Check]) -> dict[str, Any]:
+    """Check a mapping key by key; `path` is "" for the whole file."""
+    where = f"{path}: " if path else ""
+    keys = f"the keys are {', '.join(checks)}"
+    if not isinstance(value, dict):
+        raise UserError(f"site.yaml: {where}{_show(value)} is not a mapping; {keys}")
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in checks:
+            raise UserError(f"site.yaml: {prefix}{_show(key)} is unknown; {keys}")
+    for key in checks:
+        if key not in value:
+            raise UserError(f"site.yaml: {prefix}{key} is missing; {keys}")
+    return {key: check(prefix + key, value[key]) for key, check in checks.items()}
+
+
+def _read_config(data: bytes) -> dict[str, Any]:
+    return _mapping("", _parse_yaml(data), _SITE)
+
+
+def _held_out(
+    rule: tuple[int, int] | tuple[str, ...], days: tuple[str, ...], series: str
+) -> NDArray[np.bool_]:
+    """Mark the held-out days; with a rule, days are counted from 1 among those that are used."""
+    chosen = np.zeros(len(days), dtype=np.bool_)
+    index = {day: i for i, day in enumerate(days)}
+    if isinstance(rule[0], int):
+        every, first = int(rule[0]), int(rule[1])
+        chosen[first - 1 :: every] = True
+    else:
+        for i, day in enumerate(rule):
+            if day not in index:
+                raise UserError(
+                    f"site.yaml: held_out[{i}]: {day} is not a complete day of {series}, which "
+                    f"has {days[0]} to {days[-1]}"
+                )
+            chosen[index[str(day)]] = True
+    if not chosen.any() or chosen.all():
+        raise UserError(
+            f"site.yaml: held_out: selects {chosen.sum()} of the {len(days)} days; at least one "
+            "day to test on and one to train on are needed"
+        )
+    return chosen
+
+
+# --- series --------------------------------------------------------------------------------------
+
+
+def _read_series(
+    table: _Table, config: dict[str, Any], zone: ZoneInfo
+) -> tuple[Ints, dict[str, Floats]]:
+    """Read and check the series; returns times [rows] in seconds and each column [rows]."""
+    times_s = table.times("time", zone)
+    table.check(times_s % _STEP_S != 0, "time", "is not on the 15-min grid (:00, :15, :30, :45)")
+    steps = np.diff(times_s, prepend=times_s[0] - _STEP_S)
+    wrong = np.flatnonzero(steps != _STEP_S)
+    if len(wrong):
+        i = int(wrong[0])
+        before = table.columns["time"][i - 1]
+        if steps[i] > 0:
+            missing = int(steps[i]) // _STEP_S - 1
+            problem = f"comes after a gap: {missing} rows are missing after {before}"
+        elif steps[i] == 0:
+            problem = "is there twice; keep one row for each 15 min"
+        else:
+            problem = f"is earlier than the row before ({before}); sort the rows by time"
+        raise table.error(i, "time", problem)
+
+    values = {column: table.numbers(column) for column in _SERIES_COLUMNS[1:]}
+    pv, load, carbon = values.values()
+    table.check(pv < 0, "pv_kw", "is negative; PV power is 0 kW or more")
+    most_pv = 1.5 * config["pv_kwp"]
+    table.check(
+        pv > most_pv,
+        "pv_kw",
+        f"is more than 1.5 x pv_kwp = {most_pv:g} kW; PV power is in kW, not W",
+    )
+    table.check(load < 0, "load_kw", "is negative; the building load is 0 kW or more")
+    supply = config["grid_kw"] + config["pv_kwp"] + config["battery"].power_kw
+    table.check(
+        load > supply,
+        "load_kw",
+        f"is more than grid_kw, pv_kwp and the battery give together, {supply:g} kW; the load is "
+        "in kW, not W",
+    )
+    table.check(carbon < 0, "carbon_kg_per_kwh", "is negative; carbon intensity is 0 to 2 kg/kWh")
+    table.check(
+        carbon > 2,
+        "carbon_kg_per_kwh",
+        "is more than 2 kg/kWh; is it g/kWh? then divide it by 1000",
+    )
+    return times_s, values
+
+
+class _Calendar:
+    """The local days that the series touches, with the instants at which they begin and end."""
+
+    def __init__(self, times_s: Ints, zone: ZoneInfo) -> None:
+        self.begin_s, self.end_s = int(times_s[0]), int(times_s[-1]) + _STEP_S
+        first = datetime.fromtimestamp(self.begin_s, zone).date()
+        last = datetime.fromtimestamp(self.end_s - 1, zone).date()
+        self.dates = [first + timedelta(days=i) for i in range((last - first).days + 1)]
+        bounds = [
+            int(datetime(d.year, d.month, d.day, tzinfo=zone).timestamp())
+            for d in [*self.dates, last + timedelta(days=1)]
+        ]
+        self.starts_s: Ints = np.array(bounds[:-1], dtype=np.int64)
+        self.ends_s: Ints = np.array(bounds[1:], dtype=np.int64)
+
+    def complete_days(self) -> Ints:
+        """Return the indices of the days with 96 steps that the series covers in full."""
+        covered = (self.starts_s >= self.begin_s) & (self.ends_s <= self.end_s)
+        return np.flatnonzero(covered & (self.ends_s - self.starts_s == T * _STEP_S))
+
+
+# --- sessions ------------------------------------------------------------------------------------
+
+
+def _read_sessions(
+    table: _Table,
+    sockets: tuple[SocketType, ...],
+    zone: ZoneInfo,
+    calendar: _Calendar,
+    kept: Ints,
+    notes: list[str],
+) -> tuple[Sessions, Ints]:
+    """Read and check the sessions, cut them at midnight and admit them to sockets.
+
+    Returns:
+        The admitted sessions, and the number of vehicles turned away on each kept day.
+    """
+    kind = _check_ids_and_types(table, sockets)
+    arrival_s, departure_s = table.times("arrival", zone), table.times("departure", zone)
+    table.check(
+        departure_s <= arrival_s, "departure", "is not after the arrival; the vehicle must stay"
+    )
+    table.check(
+        departure_s - arrival_s > _MAX_STAY_DAYS * 86_400,
+        "departure",
+        f"is more than {_MAX_STAY_DAYS} days after the arrival; one row is one stay",
+    )
+    energy_kwh, own_kw = table.numbers("energy_kwh"), table.numbers("max_kw")
+    table.check(energy_kwh <= 0, "energy_kwh", "is not above 0 kWh; leave out who needs nothing")
+    table.check(own_kw <= 0, "max_kw", "is not above 0 kW")
+    table.check(own_kw > 1000, "max_kw", "is more than 1000 kW; charging power is in kW, not W")
+    max_kw = np.minimum(own_kw, np.array([s.max_kw for s in sockets])[kind])
+    stay_steps = -(-departure_s // _STEP_S) - arrival_s // _STEP_S
+    stay_kwh = max_kw * STEP_H * np.maximum(stay_steps, _MIN_WINDOW_STEPS)
+    absurd = energy_kwh > _IMPLAUSIBLE_SHARE * stay_kwh
+    if absurd.any():
+        i = int(np.argmax(absurd))
+        problem = f"cannot be charged in this stay, which allows {stay_kwh[i]:.1f} kWh at "
+        raise table.error(i, "energy_kwh", problem + f"{max_kw[i]:g} kW; energy is in kWh, not Wh")
+
+    # Cut at midnight: one piece for each calendar day that a stay touches, energy split by time.
+    bounds = np.append(calendar.starts_s, calendar.ends_s[-1])
+    first = np.searchsorted(bounds, arrival_s, "right") - 1
+    last = np.searchsorted(bounds, departure_s, "left") - 1
+    pieces = last - first + 1
+    row = np.repeat(np.arange(table.n_rows), pieces)
+    day = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    position = np.full(len(calendar.dates) + 2, -1)  # -1: before or after the series, or left out
+    position[kept] = np.arange(len(kept))
+    inside = position[day] >= 0
+    _note_cuts(table, pieces, row, inside, notes)
+    row, day = row[inside], day[inside]
+    start_s, end_s = calendar.starts_s[day], calendar.ends_s[day]
+    piece_from_s = np.maximum(arrival_s[row], start_s)
+    piece_to_s = np.minimum(departure_s[row], end_s)
+    piece_kwh = energy_kwh[row] * (piece_to_s - piece_from_s) / (departure_s - arrival_s)[row]
+    arrival_step = (piece_from_s - start_s) // _STEP_S
+    departure_step = -(-(piece_to_s - start_s) // _STEP_S)
+    departure_step = np.minimum(np.maximum(departure_step, arrival_step + _MIN_WINDOW_STEPS), T)
+    most_kwh = _WINDOW_SHARE * max_kw[row] * STEP_H * (departure_step - arrival_step)
+    clipped = piece_kwh > most_kwh
+    if clipped.any():
+        notes.append(
+            f"{table.name}: {len(np.unique(row[clipped]))} of {table.n_rows} sessions ask for more "
+            f"than 98 % of what their stay allows and were clipped to that (the first: row "
+            f"{int(row[clipped].min()) + 2})"
+        )
+
+    order = np.lexsort((row, piece_from_s, position[day]))
+    row, day = row[order], position[day][order]
+    arrival_step, departure_step = arrival_step[order], departure_step[order]
+    socket = _admit(day, kind[row], arrival_step, departure_step, sockets)
+    admitted = socket >= 0
+    sessions = Sessions(
+        day=day[admitted],
+        socket=socket[admitted],
+        arrival_step=arrival_step[admitted],
+        departure_step=departure_step[admitted],
+        energy_kwh=np.minimum(piece_kwh, most_kwh)[order][admitted],
+        max_kw=max_kw[row][admitted],
+    )
+    return sessions, np.bincount(day[~admitted], minlength=len(kept))
+
+
+def _check_ids_and_types(table: _Table, sockets: tuple[SocketType, ...]) -> Ints:
+    """Check session ids and return the socket type index of each row."""
+    ids, types = table.columns["session_id"], table.columns["socket_type"]
+    seen: dict[str, int] = {}
+    for i, session_id in enumerate(ids):
+        if not session_id.strip():
+            raise table.error(i, "session_id", "is empty; every session has its own id")
+        if seen.setdefault(session_id, i) != i:
+            raise table.error(
+                i, "session_id", f"is already in row {seen[session_id] + 2}; ids differ"
+            )
+    known = {s.name: k for k, s in enumerate(sockets)}
+    for i, name in enumerate(types):
+        if name not in known:
+            right = ", ".join(known)
+            raise table.error(
+                i,
+                "socket_type",
+                f"is not a socket type of site.yaml; right is one of {_show(right)}",
+            )
+    return np.array([known[name] for name in types], dtype=np.int64)
+
+
+def _note_cuts(
+    table: _Table, pieces: Ints, row: Ints, inside: NDArray[np.bool_], notes: list[str]
+) -> None:
+    """Note sessions that cross midnight, and those partly or wholly outside the days in use."""
+    if (crossing := int((pieces > 1).sum())) > 0:
+        notes.append(
+            f"{table.name}: {crossing} of {table.n_rows} sessions cross midnight and were cut "
+            "there, their energy split by time"
+        )
+    used = np.zeros(table.n_rows, dtype=np.bool_)
+    used[row[inside]] = True
+    if not used.any():
+        raise UserError(
+            f"{table.name}: none of the {table.n_rows} sessions lies on a complete day of the "
+            f"series; row 2 arrives {_show(table.columns['arrival'][0])}"
+        )
+    outside = np.zeros(table.n_rows, dtype=np.bool_)
+    outside[row[~inside]] = True
+    if outside.any():
+        notes.append(
+            f"{table.name}: {int(outside.sum())} of {table.n_rows} sessions lie wholly or partly "
+            "outside the series or on a day left out; that part was dropped (the first: row "
+            f"{int(np.argmax(outside)) + 2})"
+        )
+
+
+def _admit(
+    day: Ints,
+    kind: Ints,
+    arrival_step: Ints,
+    departure_step: Ints,
+    sockets: tuple[SocketType, ...],
+) -> Ints:
+    """Give each vehicle, in order, the lowest free socket of its type on its day, or -1."""
+    offsets = np.cumsum([0] + [s.count for s in sockets]).tolist()
+    given = np.full(len(day), -1, dtype=np.int64)
+    today = -1
+    free: list[list[int]] = []  # per type: returned sockets, a heap
+    busy: list[list[tuple[int, int]]] = []  # per type: (departure step, socket), a heap
+    fresh: list[int] = []  # per type: the lowest socket not used today
+    columns = zip(
+        day.tolist(), kind.tolist(), arrival_step.tolist(), departure_step.tolist(), strict=True
+    )
+    for i, (d, k, arrival, departure) in enumerate(columns):
+        if d != today:
+            today = d
+            free, busy, fresh = [[] for _ in sockets], [[] for _ in sockets], offsets[:-1]
+        while busy[k] and busy[k][0][0] <= arrival:
+            heapq.heappush(free[k], heapq.heappop(busy[k])[1])
+        if free[k]:
+            socket = heapq.heappop(free[k])
+        elif fresh[k] < offsets[k + 1]:
+            socket, fresh[k] = fresh[k], fresh[k] + 1
+        else:
+            continue
+        given[i] = socket
+        heapq.heappush(busy[k], (departure, socket))
+    return given
