@@ -178,8 +178,9 @@ def load_site(site: str | Path) -> Site:
 
     config = _read_config(yaml_bytes)
     zone = ZoneInfo(config["timezone"])
+    clock = _Clock(zone)
     series = _Table(series_name, series_bytes, _SERIES_COLUMNS)
-    times_s, values = _read_series(series, config, zone)
+    times_s, values = _read_series(series, config, clock)
     calendar = _Calendar(times_s, zone)
     kept = calendar.complete_days()
     if not len(kept):
@@ -197,7 +198,7 @@ def load_site(site: str | Path) -> Site:
     first_rows = (calendar.starts_s[kept] - times_s[0]) // _STEP_S
     rows = first_rows[:, None] + np.arange(T)
     table = _Table(sessions_name, sessions_bytes, _SESSION_COLUMNS)
-    sessions, turned_away = _read_sessions(table, config["sockets"], zone, calendar, kept, notes)
+    sessions, turned_away = _read_sessions(table, config["sockets"], clock, calendar, kept, notes)
     return Site(
         **{key: value for key, value in config.items() if key != "held_out"},
         directory=directory,
@@ -302,34 +303,31 @@ class _Table:
 
     def __init__(self, name: str, data: bytes, columns: tuple[str, ...]) -> None:
         self.name = name
-        reader = csv.reader(io.StringIO(_unpack(name, data), newline=""), strict=True)
-        rows: list[list[str]] = []
-        width = 0
+        text = _unpack(name, data).rstrip("\r\n")
+        cells: list[str] = []  # row after row: a list for each row would be slow to collect
+        width, n_rows = 0, -1
         try:
-            for row in reader:
-                if not rows:
+            for n_rows, row in enumerate(csv.reader(io.StringIO(text, newline=""), strict=True)):
+                if not n_rows:
                     self._check_header(row, columns)
                     width = len(row)
                 elif len(row) != width:
+                    problem = f"has {len(row)} values; the header has {width}"
                     if not row:
-                        raise UserError(f"{name}: row {len(rows) + 1} is empty; remove it")
-                    raise UserError(
-                        f"{name}: row {len(rows) + 1} has {len(row)} values; the header has {width}"
-                    )
-                elif len(rows) > _MAX_ROWS:
-                    raise UserError(
-                        f"{name}: has more than {_MAX_ROWS} rows, the most that is read"
-                    )
-                rows.append(row)
+                        problem = "is empty; remove it"
+                    raise UserError(f"{name}: row {n_rows + 1} {problem}")
+                elif n_rows > _MAX_ROWS:
+                    raise UserError(f"{name}: has over {_MAX_ROWS} rows, the most that is read")
+                cells += row
         except csv.Error as error:
             raise UserError(
-                f"{name}: row {len(rows) + 1} is not valid CSV ({error}); values are separated "
+                f"{name}: row {n_rows + 2} is not valid CSV ({error}); values are separated "
                 "by commas"
             ) from error
-        if len(rows) < 2:
+        if n_rows < 1:
             raise UserError(f"{name}: has no rows; line 1 is the header {','.join(columns)}")
-        self.columns = {c[0].strip(): list(c[1:]) for c in zip(*rows, strict=True)}
-        self.n_rows = len(rows) - 1
+        self.columns = {cells[i].strip(): cells[width + i :: width] for i in range(width)}
+        self.n_rows = n_rows
 
     def _check_header(self, header: list[str], columns: tuple[str, ...]) -> None:
         names = [h.strip() for h in header]
@@ -372,31 +370,43 @@ class _Table:
             raise self.error(bad, column, "is not a number; write it without _")
         return values
 
-    def times(self, column: str, zone: ZoneInfo) -> Ints:
+    def times(self, column: str, clock: _Clock) -> Ints:
         """Read a column of local times with UTC offset, as seconds since 1970 UTC."""
         cells = self.columns[column]
-        seconds: dict[str, int] = {}
         for cell in dict.fromkeys(cells):
-            problem = None
-            try:
-                when = datetime.fromisoformat(cell)
-            except ValueError:
-                problem = "is not a time; write 2025-01-31T06:15-05:00"
-            else:
-                if not 1990 <= when.year <= 2100:
-                    problem = "is not between the years 1990 and 2100"
-                elif when.tzinfo is None:
-                    right = when.replace(tzinfo=zone).isoformat(timespec="minutes")
-                    problem = f"has no UTC offset; write {right}"
-                elif when.utcoffset() != (local := when.astimezone(zone)).utcoffset():
-                    right = local.isoformat(timespec="minutes")
-                    problem = f"is not local time of {zone.key} (timezone in site.yaml); the same "
-                    problem += f"instant there is {right}"
-                else:
-                    seconds[cell] = (when - _EPOCH) // timedelta(seconds=1)
-            if problem:
+            if problem := clock.read(cell):
                 raise self.error(cells.index(cell), column, problem)
-        return np.array([seconds[c] for c in cells], dtype=np.int64)
+        return np.array([clock.seconds[c] for c in cells], dtype=np.int64)
+
+
+class _Clock:
+    """Reads times of one zone; each text once, since most recur from column to column."""
+
+    def __init__(self, zone: ZoneInfo) -> None:
+        self.zone = zone
+        self.seconds: dict[str, int] = {}
+
+    def read(self, text: str) -> str | None:
+        """Put the instant of `text` in `seconds`, or return what is wrong with it."""
+        if text in self.seconds:
+            return None
+        try:
+            when = datetime.fromisoformat(text)
+        except ValueError:
+            return "is not a time; write 2025-01-31T06:15-05:00"
+        if not 1990 <= when.year <= 2100:
+            return "is not between the years 1990 and 2100"
+        if when.tzinfo is None:
+            right = when.replace(tzinfo=self.zone).isoformat(timespec="minutes")
+            return f"has no UTC offset; write {right}"
+        local = when.astimezone(self.zone)
+        if when.utcoffset() != local.utcoffset():
+            return (
+                f"is not local time of {self.zone.key} (timezone in site.yaml); the same instant "
+                f"there is {local.isoformat(timespec='minutes')}"
+            )
+        self.seconds[text] = (when - _EPOCH) // timedelta(seconds=1)
+        return None
 
 
 def _is_number(cell: str) -> bool:
@@ -652,10 +662,10 @@ def _held_out(
 
 
 def _read_series(
-    table: _Table, config: dict[str, Any], zone: ZoneInfo
+    table: _Table, config: dict[str, Any], clock: _Clock
 ) -> tuple[Ints, dict[str, Floats]]:
     """Read and check the series; returns times [rows] in seconds and each column [rows]."""
-    times_s = table.times("time", zone)
+    times_s = table.times("time", clock)
     table.check(times_s % _STEP_S != 0, "time", "is not on the 15-min grid (:00, :15, :30, :45)")
     steps = np.diff(times_s, prepend=times_s[0] - _STEP_S)
     wrong = np.flatnonzero(steps != _STEP_S)
@@ -724,7 +734,7 @@ class _Calendar:
 def _read_sessions(
     table: _Table,
     sockets: tuple[SocketType, ...],
-    zone: ZoneInfo,
+    clock: _Clock,
     calendar: _Calendar,
     kept: Ints,
     notes: list[str],
@@ -735,7 +745,7 @@ def _read_sessions(
         The admitted sessions, and the number of vehicles turned away on each kept day.
     """
     kind = _check_ids_and_types(table, sockets)
-    arrival_s, departure_s = table.times("arrival", zone), table.times("departure", zone)
+    arrival_s, departure_s = table.times("arrival", clock), table.times("departure", clock)
     table.check(
         departure_s <= arrival_s, "departure", "is not after the arrival; the vehicle must stay"
     )

@@ -150,7 +150,8 @@ def solar(kc: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     times = pd.date_range(start, periods=n_days * T, freq="15min").tz_convert(TIMEZONE)
     place = Location(LATITUDE, LONGITUDE, TIMEZONE, ALTITUDE_M)
     sun = place.get_solarposition(times)
-    ghi_clear = place.get_clearsky(times, model="ineichen", solar_position=sun)["ghi"]
+    clear_sky = place.get_clearsky(times, model="ineichen", solar_position=sun)
+    ghi_clear = pd.Series(clear_sky["ghi"], times)
     dni_extra = get_extra_radiation(times)
     thermal = TEMPERATURE_MODEL_PARAMETERS["sapm"]["close_mount_glass_glass"]
     ac_limit_kw = 1 / 1.2
