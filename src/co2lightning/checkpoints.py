@@ -1,0 +1,1202 @@
+"""A run directory: every episode a verified file, the history and the lock around them.
+
+    checkpoints/PPO/episode_0001.pt ...   one per episode, each verifies itself (storage.py)
+    checkpoints/PPO/replay/               what each episode added to a replay buffer (SAC)
+    checkpoints/PPO/history.json          every session and every episode
+    checkpoints/PPO/metadata.json         where the run stands
+    checkpoints/PPO/damaged/              files that failed their check
+    checkpoints/.PPO.lock                 outside, for archiving moves the directory
+    checkpoints/archive/PPO-<UTC time>/   older runs and branches, whole run directories
+
+The episode files decide. The two JSON files can be rebuilt from them and are, whenever they are
+missing, corrupt or behind. Reading history needs no torch.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+from co2lightning import storage
+from co2lightning.errors import UserError
+from co2lightning.storage import Damaged, Locked
+
+__all__ = ["EPISODE_PATTERN", "Damaged", "Locked", "TrainingCheckpoint"]
+
+EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
+STATUSES = ("running", "completed", "interrupted", "failed", "killed")
+BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
+COMPUTED = {  # what metadata.json has beyond the run's info
+    *("last_episode", "total_episodes_trained", "last_training", "final_metrics"),
+    *("best_episode", "device", "session_timestamp", "status"),
+}
+WRITE_INTERVAL = 1.0  # seconds between two writes of the JSON files during a session
+
+Row = dict[str, Any]
+Metrics = dict[str, float | None]
+
+
+@dataclass(eq=False)
+class _Session:
+    """One entry of `trainings`."""
+
+    timestamp: str
+    start: int
+    device: str
+    duration: float = 0.0
+    status: str = "running"
+
+
+@dataclass
+class _Episode:
+    """One row of `checkpoints` and, unless history was lost after pruning, one of `metrics`."""
+
+    session: _Session
+    metrics: Metrics | None
+    file: Row
+    text: tuple[str, str] | None = None  # both rows encoded: a long run encodes each once
+
+    @property
+    def pruned(self) -> bool:
+        return bool(self.file.get("pruned"))
+
+
+@dataclass
+class _Ledger:
+    """What history.json says; `episodes` ascends."""
+
+    agent: str
+    sessions: list[_Session] = field(default_factory=list[_Session])
+    episodes: dict[int, _Episode] = field(default_factory=dict[int, _Episode])
+    replay_pruned_to: int = 0
+
+    @property
+    def last(self) -> int:
+        return next(reversed(self.episodes), 0)
+
+    def best(self) -> int | None:
+        """Return the episode with the lowest share of its own days' uncontrolled CO2."""
+        scored = [(_score(e.metrics), number) for number, e in self.episodes.items() if e.metrics]
+        return min(scored)[1] if scored else None
+
+    def kept(self) -> dict[int, _Episode]:
+        return {number: e for number, e in self.episodes.items() if not e.pruned}
+
+    def _trainings(self) -> list[tuple[Row, list[_Episode]]]:
+        members: dict[int, list[_Episode]] = {id(session): [] for session in self.sessions}
+        ends = {id(session): session.start - 1 for session in self.sessions}
+        for number, episode in self.episodes.items():
+            members[id(episode.session)].append(episode)
+            ends[id(episode.session)] = number
+        return [
+            (
+                {
+                    "session_timestamp": s.timestamp,
+                    "start_episode": s.start,
+                    "end_episode": ends[id(s)],
+                    "episodes_count": len(members[id(s)]),
+                    "device": s.device,
+                    "duration_seconds": s.duration,
+                    "status": s.status,
+                },
+                members[id(s)],
+            )
+            for s in self.sessions
+        ]
+
+    def _head(self) -> Row:
+        head: Row = {"schema_version": 1, "agent": self.agent, "total_episodes": len(self.episodes)}
+        if self.replay_pruned_to:
+            head["replay_pruned_to"] = self.replay_pruned_to
+        return head
+
+    def view(self) -> Row:
+        """Return the content of history.json."""
+        return self._head() | {
+            "trainings": [
+                row | {"metrics": [e.metrics for e in members if e.metrics is not None]}
+                for row, members in self._trainings()
+            ],
+            "checkpoints": [episode.file for episode in self.episodes.values()],
+        }
+
+    def text(self) -> str:
+        """Return the same as JSON, one row a line, encoding only rows not encoded before."""
+        for episode in self.episodes.values():
+            if episode.text is None:
+                metrics = json.dumps(episode.metrics, allow_nan=False) if episode.metrics else ""
+                episode.text = metrics, json.dumps(episode.file, allow_nan=False)
+        encoded = {id(e): e.text for e in self.episodes.values() if e.text}
+        trainings = ",\n  ".join(
+            json.dumps(row)[:-1]
+            + ', "metrics": [\n   '
+            + ",\n   ".join(filter(None, (encoded[id(e)][0] for e in members)))
+            + "]}"
+            for row, members in self._trainings()
+        )
+        files = ",\n  ".join(text[1] for text in encoded.values())
+        head = json.dumps(self._head())[:-1]
+        return f'{head},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
+
+
+def _score(metrics: Metrics | None) -> tuple[int, float]:
+    """Rank an episode, lower is better; the reward decides only where the share is unknown."""
+    share, reward = ((metrics or {}).get(key) for key in (BEST_METRIC, "reward"))
+    if share is not None:
+        return 0, share
+    return (1, -reward) if reward is not None else (2, 0.0)
+
+
+def _parse_history(data: Row) -> _Ledger:
+    """Turn the content of history.json into a ledger.
+
+    Raises:
+        ValueError: Any field is not what the schema says, or sums disagree.
+    """
+    if data.get("schema_version") != 1:
+        raise ValueError("unknown schema_version")
+    ledger = _Ledger(_text(data, "agent"), replay_pruned_to=_count(data, "replay_pruned_to", 0))
+    metrics: dict[int, tuple[_Session, Metrics]] = {}
+    counts: list[tuple[_Session, int, int]] = []
+    for row in _rows(data, "trainings"):
+        session = _parse_session(row, _text(row, "status"))
+        ledger.sessions.append(session)
+        counts.append((session, _count(row, "end_episode"), _count(row, "episodes_count")))
+        for entry in _rows(row, "metrics"):
+            metrics[_count(entry, "episode")] = session, _parse_metrics(entry)
+    for row in _rows(data, "checkpoints"):
+        match = EPISODE_PATTERN.fullmatch(_text(row, "file"))
+        if not match or int(match[1]) <= ledger.last:
+            raise ValueError(f"unexpected file name {row['file']!r:.60}")
+        number = int(match[1])
+        if not (row.get("pruned") is True and row.get("sha256") is None):
+            _parse_hash(row)
+        if row.get("replay") is not None:
+            _parse_hash(row["replay"])
+        session, values = metrics.pop(number, (_session_of(ledger, number), None))
+        ledger.episodes[number] = _Episode(session, values, row)
+    trainings = [(r["end_episode"], r["episodes_count"]) for r, _ in ledger._trainings()]  # pyright: ignore[reportPrivateUsage]
+    if metrics or trainings != [(end, count) for _, end, count in counts]:
+        raise ValueError("sessions and checkpoints disagree")
+    if _count(data, "total_episodes") != len(ledger.episodes):
+        raise ValueError("total_episodes differs from the number of checkpoints")
+    return ledger
+
+
+def _parse_session(row: Row, status: str) -> _Session:
+    duration = row.get("duration_seconds")
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or duration < 0:
+        raise ValueError("duration_seconds is not a time")
+    if status not in STATUSES:
+        raise ValueError("unknown status")
+    session = _Session(_text(row, "session_timestamp"), _count(row, "start_episode"), "")
+    session.device, session.duration, session.status = _text(row, "device"), duration, status
+    return session
+
+
+def _parse_metrics(row: Row) -> Metrics:
+    for name, value in row.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and abs(value) < 1e300):
+            raise ValueError(f"metric {name!r:.60} is not a number")
+    return row
+
+
+def _parse_hash(row: object) -> None:
+    if not isinstance(row, dict):
+        raise ValueError("not a file entry")
+    entry = cast(Row, row)
+    _count(entry, "bytes")
+    if not re.fullmatch(r"[0-9a-f]{64}", _text(entry, "sha256"), re.ASCII):
+        raise ValueError("sha256 is not 64 hex digits")
+
+
+def _text(row: Row, key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{key} is not a text")
+    return value
+
+
+def _count(row: Row, key: str, default: int | None = None) -> int:
+    value = row.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{key} is not a count")
+    return value
+
+
+def _rows(row: Row, key: str) -> list[Row]:
+    value = row.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is not a list")
+    rows = cast(list[object], value)
+    if not all(isinstance(entry, dict) for entry in rows):
+        raise ValueError(f"{key} holds something else than objects")
+    return cast(list[Row], rows)
+
+
+def _session_of(ledger: _Ledger, number: int) -> _Session:
+    """Return the session an episode without record fell into, by the sessions' first episodes."""
+    for session in reversed(ledger.sessions):
+        if session.start <= number:
+            return session
+    unknown = _Session("", 1, "unknown", status="killed")
+    ledger.sessions.insert(0, unknown)
+    return unknown
+
+
+def _hash(data: bytes) -> Row:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _plain(value: Row) -> Row:
+    """Return a copy of plain data: no classes, no NaN (null instead)."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+class TrainingCheckpoint:
+    """A run directory: saves episodes, finds damage, keeps history and metadata.
+
+    Anyone may read at any time. Whatever writes holds the run's lock, taken by `lock` or, where
+    the caller has not, by the method itself (`begin_session` keeps it until `end_session`).
+
+    Args:
+        directory: The run directory, such as `checkpoints/PPO`; need not exist.
+        logs: The run's TensorBoard directory; the lock covers it and `archive` moves it too.
+        keep_last: Keep the newest so many episode files and the best one, delete older ones and
+            mark them in the history; None keeps all. With few kept, damage to all of these costs
+            the episodes back to the best one.
+
+    Raises:
+        UserError: `keep_last` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        logs: str | Path | None = None,
+        keep_last: int | None = None,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise UserError(f"--checkpoints.keep_last {keep_last}: must be at least 1")
+        self._directory = Path(directory)
+        self._logs = None if logs is None else Path(logs)
+        self._keep_last = keep_last
+        self._locks: list[storage.FileLock] = []
+        self._depth = 0
+        self._session_lock = contextlib.ExitStack()
+        self._ledger: _Ledger | None = None  # the writer's copy, during a session only
+        self._run: Row = {}
+        self._best: tuple[tuple[int, float], int] | None = None
+        self._kept: dict[int, None] = {}  # episodes with a file, ascending
+        self._pruned_to = 0
+        self._previous_status: str | None = None
+        self._started = self._written = 0.0
+
+    @property
+    def name(self) -> str:
+        """The run's name, that of its directory."""
+        return self._directory.name or self._directory.resolve().name
+
+    @property
+    def directory(self) -> Path:
+        """The run directory as given."""
+        return self._directory
+
+    @property
+    def logs(self) -> Path | None:
+        """The run's TensorBoard directory."""
+        return self._logs
+
+    def path(self, episode: int) -> Path:
+        """Return where the file of `episode` stands or would stand."""
+        return self._directory / f"episode_{episode:04d}.pt"
+
+    def replay_path(self, episode: int) -> Path:
+        """Return where the replay piece of `episode` stands or would stand."""
+        return self._directory / "replay" / f"episode_{episode:04d}.pt"
+
+    # --- the lock ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold the run, checkpoints and logs, as its only writer; may be nested.
+
+        Raises:
+            Locked: Another process holds it; nothing was changed.
+        """
+        if self._depth == 0:
+            places = [place for place in (self._directory, self._logs) if place is not None]
+            locks = [storage.FileLock(path) for path in dict.fromkeys(map(_lock_path, places))]
+            try:
+                for lock in locks:
+                    lock.acquire(str(self._directory))
+            except BaseException:
+                for lock in locks:
+                    lock.release()
+                raise
+            self._locks = locks
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                for lock in self._locks:
+                    lock.release()
+
+    def is_running(self) -> bool:
+        """Say whether a process holds the lock, without disturbing it."""
+        return storage.FileLock(_lock_path(self._directory)).taken()
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def episodes(self) -> list[int]:
+        """Return the episodes with a file, ascending, good or not."""
+        return _listing(self._directory)
+
+    def pruned(self) -> list[int]:
+        """Return the episodes whose files `keep_last` deleted, ascending."""
+        return [number for number, e in self._current().episodes.items() if e.pruned]
+
+    def load_history(self) -> Row:
+        """Return the content of history.json, brought up to date from the episode files.
+
+        Where the file is missing or corrupt all of it comes from the episode files. The status
+        of a session is then taken from the next one's files, that of the last session from
+        metadata.json or else from the lock: "running" while held, "killed" otherwise. Pruned
+        episodes keep their count, not their metrics, and count to the session before them.
+        """
+        return self._current().view()
+
+    def load_metadata(self) -> Row:
+        """Return the content of metadata.json, brought up to date from the episode files."""
+        ledger = self._current()
+        run = self._run if self._ledger else self._stored_run(ledger)
+        return self._metadata(ledger, run)
+
+    @staticmethod
+    def read(path: str | Path) -> Row:
+        """Verify and load any one checkpoint file on the CPU; no code in it runs.
+
+        Raises:
+            UserError: Not a local file.
+            Damaged: The file fails its check.
+        """
+        return _load(Path(_local(path)))[0]
+
+    def load_latest_checkpoint(self) -> Row | None:
+        """Return the newest good checkpoint, None if there is no episode file.
+
+        Raises:
+            UserError: All episode files are damaged.
+        """
+        content = self._newest()[1]
+        if content is None and (bad := self.episodes()):
+            count = _plural(len(bad), "checkpoint")
+            raise UserError(f"{self._directory}: {count}, none of them good; see `verify`")
+        return content
+
+    def get_next_episode(self) -> int:
+        """Return the episode after the newest good one, 1 for a new run."""
+        return 1 + (self._ledger.last if self._ledger else self._newest()[0])
+
+    def load_replay(self, episodes: Iterable[int], allow_partial: bool = False) -> list[Row]:
+        """Return the replay pieces of `episodes`, verified, oldest first.
+
+        Args:
+            episodes: Episodes whose additions to the buffer are wanted.
+            allow_partial: Leave out missing and damaged pieces.
+
+        Raises:
+            UserError: A piece is missing or damaged and `allow_partial` is off.
+        """
+        known = self._current().episodes
+        pieces: list[Row] = []
+        for number in sorted(episodes):
+            path = self.replay_path(number)
+            try:
+                content, record, data = storage.load_sealed(path)
+                self._check(path, record, data, number, "replay", known.get(number), None)
+                pieces.append(content)
+            except (Damaged, FileNotFoundError) as error:
+                if allow_partial:
+                    continue
+                reason = str(error) if isinstance(error, Damaged) else f"{path} is missing"
+                raise UserError(
+                    f"{reason}: the replay buffer cannot be restored exactly; "
+                    "--allow_partial_replay goes on without it"
+                ) from None
+        return pieces
+
+    def verify(self) -> list[str]:
+        """Check every file and say what is wrong.
+
+        Returns:
+            One line for each problem; empty if all is well. During a run, history.json may be
+            behind the files.
+        """
+        running = self.is_running()
+        problems: list[str] = []
+        stored: _Ledger | None = None
+        if not self._directory.is_dir():
+            return [f"{self._directory}: no such run"]
+        try:
+            stored = self._stored_history()
+        except FileNotFoundError:
+            problems.append("history.json is missing")
+        except ValueError as error:
+            problems.append(f"history.json is damaged ({error})")
+        files = self.episodes()
+        known = stored.episodes if stored else {}
+        good: set[int] = set()
+        records: dict[int, Row] = {}
+        for number in files:
+            path = self.path(number)
+            try:
+                data, record = storage.read_sealed(path)
+                row = known.get(number)
+                self._check(path, record, data, number, "episode", row, stored and stored.agent)
+                storage.check_content(path, data)
+            except FileNotFoundError:
+                continue  # pruned while we looked
+            except Damaged as error:
+                problems.append(f"{path.name} is damaged ({error.reason})")
+                continue
+            good.add(number)
+            records[number] = record
+            if stored and number not in known and not running:
+                problems.append(f"{path.name} is not in history.json; the next start adds it")
+        ledger = self._current()
+        for number in range(1, ledger.last + 1):
+            entry = ledger.episodes.get(number)
+            if entry is None and number not in files:
+                problems.append(f"{self.path(number).name} is missing")
+        if stored and not running:
+            lost = sorted(n for n in stored.kept() if n > ledger.last and n not in files)
+            problems += [f"{self.path(n).name} is in history.json but missing" for n in lost]
+            if any(session.status == "running" for session in stored.sessions):
+                problems.append("a session is marked running but no process holds the run")
+        problems += self._verify_replay(ledger, running)
+        problems += self._verify_metadata(ledger, running)
+        if not running:
+            for directory in (self._directory, self._directory / "replay"):
+                problems += [
+                    f"{name} is a stray temporary file" for name in storage.stray(directory)
+                ]
+        return problems
+
+    def _verify_replay(self, ledger: _Ledger, running: bool) -> list[str]:
+        problems: list[str] = []
+        pieces = set(_listing(self._directory / "replay"))
+        for number, entry in ledger.episodes.items():
+            if entry.file.get("replay") is None or number <= ledger.replay_pruned_to:
+                continue
+            path = self.replay_path(number)
+            try:
+                data, record = storage.read_sealed(path)
+                self._check(path, record, data, number, "replay", entry, None)
+            except FileNotFoundError:
+                problems.append(f"replay/{path.name} is missing")
+            except Damaged as error:
+                problems.append(f"replay/{path.name} is damaged ({error.reason})")
+        orphans = sorted(pieces - set(ledger.episodes))
+        if orphans and not running:
+            problems += [f"replay/{self.path(n).name} belongs to no episode" for n in orphans]
+        return problems
+
+    def _verify_metadata(self, ledger: _Ledger, running: bool) -> list[str]:
+        try:
+            metadata = storage.read_json(self._directory / "metadata.json")
+        except FileNotFoundError:
+            return ["metadata.json is missing"]
+        except ValueError as error:
+            return [f"metadata.json is damaged ({error})"]
+        if metadata.get("last_episode") != ledger.last and not running:
+            return ["metadata.json is behind the episode files; the next start corrects it"]
+        return []
+
+    # --- a session --------------------------------------------------------------------------
+
+    def recover(self) -> list[str]:
+        """Put the run directory in order before a session.
+
+        Sweeps temporary files, moves damaged newest files to `damaged/`, rebuilds history.json
+        and metadata.json where they are corrupt or behind, closes sessions found dead. Of the
+        episode files only the newest good one is read, unless history must be rebuilt; `verify`
+        reads all.
+
+        Returns:
+            One line for each thing the user must know; empty if nothing was wrong.
+        """
+        if not self._directory.exists() and not self._staged():
+            return []
+        with self.lock():
+            self._sweep()
+            newest_seen = next(reversed(self.episodes()), 0)
+            damaged: list[Damaged] = []
+            newest, _ = self._newest(damaged)
+            messages = self._json_problems()
+            moved = [self._quarantine(error) for error in damaged]
+            older: list[Damaged] = []
+            ledger = self._current(older)
+            moved = [self._quarantine(error) for error in older] + moved
+            for number in _listing(self._directory / "replay"):
+                if number > newest:  # of an episode whose own file was never written
+                    self.replay_path(number).unlink()
+            if moved:
+                end = (
+                    f"continuing after episode {newest}"
+                    if newest
+                    else "no good checkpoint is left, starting at episode 1"
+                )
+                lost = _plural(newest_seen - newest, "episode") + " lost, "
+                moved[-1] += f", {lost if newest_seen > newest else ''}{end}"
+            gaps = [n for n in range(1, newest) if n not in ledger.episodes]
+            if gaps:
+                names = ", ".join(self.path(n).name for n in gaps[:5])
+                more = f" and {len(gaps) - 5} more" if len(gaps) > 5 else ""
+                moved.append(f"{names}{more} missing, continuing after episode {newest}")
+            _close_dead(ledger)
+            if self._directory.exists():
+                self._write(ledger, self._stored_run(ledger), durable=True)
+            return moved + messages
+
+    def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
+        """Open a session and write it down as running.
+
+        Args:
+            start_episode: The first episode to come; `get_next_episode` says which.
+            device: Where it trains, such as "cuda".
+            info: Plain data for metadata.json and every checkpoint: "agent", "seed", "config",
+                "versions" and whatever else describes the run.
+
+        Raises:
+            Locked: Another process writes this run.
+            ValueError: `start_episode` is not the next one.
+        """
+        self._session_lock.enter_context(self.lock())
+        try:
+            ledger = self._current()
+            if start_episode != ledger.last + 1:
+                raise ValueError(f"start_episode {start_episode}, but {ledger.last + 1} is next")
+            _close_dead(ledger)
+            self._run = _plain(info)
+            ledger.agent = str(self._run.get("agent", ledger.agent))
+            self._previous_status = next(
+                (e.session.status for e in reversed(ledger.episodes.values())), None
+            )
+            ledger.sessions.append(_Session(storage.now(), start_episode, device))
+            best = ledger.best()
+            self._best = (_score(ledger.episodes[best].metrics), best) if best else None
+            self._kept = dict.fromkeys(ledger.kept())
+            self._pruned_to = max((n for n, e in ledger.episodes.items() if e.pruned), default=0)
+            self._started = time.monotonic()
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._write(ledger, self._run, durable=True)
+        except BaseException:
+            self._session_lock.close()
+            raise
+        self._ledger = ledger
+
+    def save_checkpoint(
+        self,
+        checkpoint: Row,
+        *,
+        episode: int,
+        metrics: dict[str, float],
+        replay: Row | None = None,
+        replay_capacity_episodes: int | None = None,
+    ) -> Path:
+        """Save one episode; when this returns, the disk has it.
+
+        Without `begin_session` a session is opened here.
+
+        Args:
+            checkpoint: Tensors and plain data, such as Lightning's checkpoint; not changed.
+                "episode", "timestamp", "metrics", "session" and "run" are added.
+            episode: Its number, the one after the last.
+            metrics: Its figures; what is not finite is stored as null.
+            replay: What the episode added to the replay buffer, saved as its own file.
+            replay_capacity_episodes: So many newest pieces fill the buffer; with `keep_last`
+                older ones are deleted.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: Disk full, no permission; the last good state stands.
+            ValueError: Not the next episode, or content that a safe load would refuse.
+        """
+        if self._ledger is None:
+            self.begin_session(start_episode=episode, device="cpu", info={"agent": self.name})
+        ledger = self._ledger
+        assert ledger is not None
+        if episode != ledger.last + 1:
+            raise ValueError(f"episode {episode}, but {ledger.last + 1} is next")
+        session = ledger.sessions[-1]
+        session.duration = round(time.monotonic() - self._started, 3)
+        values: Metrics = {"episode": episode}
+        values |= {key: _finite(value) for key, value in metrics.items() if key != "episode"}
+        rank = _score(values), episode
+        best = min(self._best, rank) if self._best else rank
+        doomed = self._doomed(episode, best[1])
+        if replay_capacity_episodes is not None and self._keep_last is not None:
+            replay_to = max(ledger.replay_pruned_to, episode - replay_capacity_episodes)
+        else:
+            replay_to = ledger.replay_pruned_to
+        record: Row = {
+            "kind": "episode",
+            "agent": ledger.agent,
+            "episode": episode,
+            "timestamp": storage.now(),
+            "metrics": values,
+            "session": {
+                "session_timestamp": session.timestamp,
+                "start_episode": session.start,
+                "device": session.device,
+                "duration_seconds": session.duration,
+                "previous_status": self._previous_status,
+            },
+            "keep_last": self._keep_last,
+            "pruned_to": max([self._pruned_to, *doomed]),
+            "replay_pruned_to": replay_to,
+        }
+        if replay is not None:
+            piece = {"kind": "replay", "agent": ledger.agent, "episode": episode}
+            data = storage.seal_checkpoint(replay, piece)
+            path = self.replay_path(episode)
+            path.parent.mkdir(exist_ok=True)
+            storage.write_atomic(path, data)
+            record["replay"] = _hash(data)
+        figures = {key: value for key, value in values.items() if key != "episode"}
+        added = {key: record[key] for key in ("episode", "timestamp", "session")}
+        content = {**checkpoint, **added, "metrics": figures, "run": self._run}
+        data = storage.seal_checkpoint(content, record)
+        path = self.path(episode)
+        storage.write_atomic(path, data)
+        ledger.episodes[episode] = _Episode(session, values, _file_row(path, record, _hash(data)))
+        self._best = best
+        self._kept[episode] = None
+        self._prune(ledger, doomed, replay_to)
+        if time.monotonic() - self._written >= WRITE_INTERVAL:
+            self._write(ledger, self._run, durable=False)
+        return path
+
+    def end_session(self, status: str) -> None:
+        """Close the session and write history.json and metadata.json.
+
+        Args:
+            status: "completed", "interrupted" (a signal) or "failed" (an error).
+        """
+        if self._ledger is None:
+            return
+        if status not in STATUSES[1:4]:
+            raise ValueError(f"status {status!r}")
+        ledger, self._ledger = self._ledger, None
+        ledger.sessions[-1].status = status
+        ledger.sessions[-1].duration = round(time.monotonic() - self._started, 3)
+        try:
+            self._write(ledger, self._run, durable=True)
+        finally:
+            self._session_lock.close()
+
+    # --- archive and branches ---------------------------------------------------------------
+
+    def archive(self) -> Path | None:
+        """Move the run and its logs to `archive/<name>-<UTC time>`; overwrite nothing.
+
+        Returns:
+            The archived run directory; None if there was no run.
+        """
+        with self.lock():
+            target = self._archive_target()
+            moved = None
+            for source in (self._directory, self._logs):
+                if source is None or not source.is_dir() or not any(source.iterdir()):
+                    continue
+                place = source.parent / "archive" / target.name
+                place.parent.mkdir(exist_ok=True)
+                os.rename(source, place)
+                storage.sync_directory(place.parent)
+                storage.sync_directory(source.parent)
+                if source == self._directory:
+                    moved = place
+            return moved
+
+    def branch(self, episode: int) -> Path | None:
+        """Go back to `episode`: archive the run as it is, then drop the later episodes here.
+
+        The archived copy is a whole run directory that can be read, verified and continued; it
+        shares the files up to `episode` (hard links where the disk has them). A cut in between
+        leaves a valid prefix here and all of the old branch there.
+
+        Returns:
+            The archived run directory; None if there are no later episodes.
+
+        Raises:
+            UserError: There is no good file of `episode`.
+        """
+        with self.lock():
+            content, record, data = _load(self.path(episode))
+            self._check(self.path(episode), record, data, episode, "episode", None, None)
+            ledger = self._current()
+            _close_dead(ledger)
+            later = [number for number in self.episodes() if number > episode]
+            if not later:
+                return None
+            target = self._archive_target()
+            pieces = _listing(self._directory / "replay")
+            files = {self.path(n).name: self.path(n) for n in self.episodes()}
+            files |= {f"replay/{self.path(n).name}": self.replay_path(n) for n in pieces}
+            _stage(target, files, ledger, self._stored_run(ledger))
+            for number in sorted({*later, *(n for n in pieces if n > episode)}, reverse=True):
+                self.path(number).unlink(missing_ok=True)
+                self.replay_path(number).unlink(missing_ok=True)
+            _trim(ledger, episode)
+            self._write(ledger, content.get("run", {}), durable=True)
+            return target
+
+    def adopt(self, source: Path) -> None:
+        """Start this run from a file of another directory: take its episodes up to that one.
+
+        Episodes that the other directory does not have are counted and marked as pruned. The
+        files are linked, or copied where links are impossible.
+
+        Raises:
+            UserError: This run has episodes already, or `source` is no local file.
+            Damaged: `source` fails its check.
+        """
+        with self.lock():
+            if self._directory.is_dir() and any(self._directory.iterdir()):
+                raise UserError(f"{self._directory} is not empty; archive it first")
+            source = Path(_local(source))
+            content, record, data = _load(source)
+            last = _parse_record(source, record, "episode")
+            other = TrainingCheckpoint(source.parent)
+            if other.path(last).name == source.name:
+                ledger = other._current()
+                _trim(ledger, last)
+            else:
+                ledger = _Ledger(record["agent"])
+            if last not in ledger.episodes:
+                _add(ledger, other.path(last), record, _hash(data))
+            _close_dead(ledger)
+            _fill_pruned(ledger, last)
+            files = {self.path(last).name: source}
+            for number in ledger.kept():
+                files.setdefault(self.path(number).name, other.path(number))
+            for number in _listing(source.parent / "replay"):
+                if number <= last:
+                    files[f"replay/{self.path(number).name}"] = other.replay_path(number)
+            if self._directory.is_dir():
+                self._directory.rmdir()
+            _stage(self._directory, files, ledger, content.get("run"))
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _stored_history(self) -> _Ledger:
+        return _parse_history(storage.read_json(self._directory / "history.json"))
+
+    def _current(self, damaged: list[Damaged] | None = None) -> _Ledger:
+        """Return history.json brought up to date from the files, or all of it from them.
+
+        Only files that history does not know are read; bad ones are left out and appended to
+        `damaged`.
+        """
+        if self._ledger is not None:
+            return self._ledger
+        known: set[int] = set()
+        try:
+            ledger = self._stored_history()
+            known = {id(session) for session in ledger.sessions}
+        except (FileNotFoundError, ValueError):
+            ledger = _Ledger(self._stored_metadata().get("agent", self.name))
+        agent = ledger.agent if ledger.episodes else None
+        files = self.episodes()  # listed after history was read: it may only be behind them
+        records: dict[int, Row] = {}
+        for number in files:
+            if number in ledger.episodes and not ledger.episodes[number].pruned:
+                continue
+            path = self.path(number)
+            try:
+                data, records[number] = storage.read_sealed(path)
+                self._check(path, records[number], data, number, "episode", None, agent)
+                _add(ledger, path, records[number], _hash(data))
+            except (Damaged, FileNotFoundError) as error:
+                records.pop(number, None)
+                if isinstance(error, Damaged) and damaged is not None:
+                    damaged.append(error)
+        present = set(files)
+        gone = [n for n in ledger.kept() if n not in present]
+        newest = max((n for n in ledger.kept() if n in present), default=0)
+        _trim(ledger, newest)
+        lost = {n: ledger.episodes.pop(n) for n in gone if n in ledger.episodes}
+        if len(ledger.episodes) < newest:
+            record = records.get(newest) or self._record(newest)
+            limit = newest - 1 if record.get("keep_last") else record.get("pruned_to", 0)
+            ledger.replay_pruned_to = record.get("replay_pruned_to", 0)
+            for number, entry in lost.items():
+                if number <= limit:
+                    row = {**entry.file, "pruned": True}
+                    ledger.episodes[number] = _Episode(entry.session, entry.metrics, row)
+            _fill_pruned(ledger, limit)
+        ledger.episodes = dict(sorted(ledger.episodes.items()))
+        ledger.sessions.sort(key=lambda session: session.start)
+        self._guess_status(ledger, known, records)
+        return ledger
+
+    def _guess_status(self, ledger: _Ledger, known: set[int], records: dict[int, Row]) -> None:
+        """Set the status of sessions that only episode files tell of."""
+        before = {id(s): p for p, s in itertools.pairwise(ledger.sessions) if id(p) not in known}
+        for number, record in records.items():
+            previous = before.get(id(ledger.episodes[number].session))
+            status = record["session"].get("previous_status")
+            if previous and previous.status == "running":
+                previous.status = status if status in STATUSES[1:] else "killed"
+        if ledger.sessions and id(session := ledger.sessions[-1]) not in known:
+            metadata = self._stored_metadata()
+            if metadata.get("session_timestamp") == session.timestamp:
+                session.status = metadata.get("status", "killed")
+            if session.status == "running" and not self.is_running():
+                session.status = "killed"
+
+    def _record(self, number: int) -> Row:
+        try:
+            return storage.read_sealed(self.path(number))[1]
+        except (Damaged, FileNotFoundError):
+            return {}
+
+    def _check(
+        self,
+        path: Path,
+        record: Row,
+        data: bytes,
+        number: int,
+        kind: str,
+        row: _Episode | None,
+        agent: str | None,
+    ) -> None:
+        """Check that a sealed file is the one that stands here.
+
+        Raises:
+            Damaged: It belongs to another episode or agent, or history has another hash of it.
+        """
+        if _parse_record(path, record, kind) != number:
+            raise Damaged(path, f"it is episode {record['episode']}")
+        if agent is not None and record["agent"] != agent:
+            raise Damaged(path, f"it belongs to a run of {record['agent']!r:.40}, not {agent}")
+        entry = row.file if row and kind == "episode" else row and row.file.get("replay")
+        expected = entry and entry.get("sha256")
+        if expected is not None and _hash(data)["sha256"] != expected:
+            raise Damaged(path, "not the file that history.json lists")
+
+    def _newest(self, damaged: list[Damaged] | None = None) -> tuple[int, Row | None]:
+        """Load the newest good episode, walking back; bad ones are appended to `damaged`."""
+        try:
+            stored = self._stored_history()
+        except (FileNotFoundError, ValueError):
+            stored = _Ledger("")
+        agent = stored.agent if stored.episodes else None
+        for number in reversed(self.episodes()):
+            path = self.path(number)
+            try:
+                content, record, data = storage.load_sealed(path)
+                row = stored.episodes.get(number)
+                self._check(path, record, data, number, "episode", row, agent)
+            except FileNotFoundError:
+                continue
+            except Damaged as error:
+                if damaged is not None:
+                    damaged.append(error)
+                continue
+            return number, content
+        return 0, None
+
+    def _stored_metadata(self) -> Row:
+        try:
+            return storage.read_json(self._directory / "metadata.json")
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _stored_run(self, ledger: _Ledger) -> Row:
+        """Return the run's info from metadata.json or else from the newest good file."""
+        metadata = self._stored_metadata()
+        if metadata:
+            run = {key: value for key, value in metadata.items() if key not in COMPUTED}
+            run["config"] = run.pop("configuration", None)
+            return run
+        content = self._newest()[1]
+        run = content.get("run") if content else None
+        return _plain(cast(Row, run)) if isinstance(run, dict) else {"agent": ledger.agent}
+
+    def _metadata(self, ledger: _Ledger, run: Row) -> Row:
+        final = next(reversed(ledger.episodes.values())).metrics if ledger.episodes else None
+        best = self._best[1] if self._ledger and self._best else ledger.best()
+        session = ledger.sessions[-1] if ledger.sessions else None
+        rest = {key: value for key, value in run.items() if key != "config"}
+        return {
+            **rest,
+            "agent": ledger.agent,
+            "last_episode": ledger.last,
+            "total_episodes_trained": len(ledger.episodes),
+            "last_training": session and _end(session),
+            "final_metrics": {k: v for k, v in (final or {}).items() if k != "episode"},
+            "best_episode": best and ledger.episodes[best].metrics,
+            "device": session and session.device,
+            "seed": run.get("seed"),
+            "configuration": run.get("config"),
+            "versions": run.get("versions"),
+            "session_timestamp": session and session.timestamp,
+            "status": session and session.status,
+        }
+
+    def _write(self, ledger: _Ledger, run: Row, *, durable: bool) -> None:
+        """Write history.json and metadata.json."""
+        metadata = json.dumps(self._metadata(ledger, run), allow_nan=False, indent=1)
+        history = storage.seal_json(ledger.text())
+        storage.write_atomic(self._directory / "history.json", history, durable=durable)
+        sealed = storage.seal_json(metadata)
+        storage.write_atomic(self._directory / "metadata.json", sealed, durable=durable)
+        self._written = time.monotonic()
+
+    def _doomed(self, episode: int, best: int) -> list[int]:
+        """Return the episodes whose files `keep_last` deletes once `episode` is saved."""
+        doomed: list[int] = []
+        if self._keep_last is not None:
+            for number in self._kept:
+                if number > episode - self._keep_last:
+                    break
+                if number != best:
+                    doomed.append(number)
+        return doomed
+
+    def _prune(self, ledger: _Ledger, doomed: list[int], replay_to: int) -> None:
+        for number in doomed:
+            self.path(number).unlink(missing_ok=True)
+            del self._kept[number]
+            entry = ledger.episodes[number]
+            entry.file["pruned"] = True
+            entry.text = None
+        for number in range(ledger.replay_pruned_to + 1, replay_to + 1):
+            self.replay_path(number).unlink(missing_ok=True)
+        ledger.replay_pruned_to = replay_to
+        self._pruned_to = max([self._pruned_to, *doomed])
+
+    def _json_problems(self) -> list[str]:
+        messages: list[str] = []
+        for file in ("history.json", "metadata.json"):
+            try:
+                data = storage.read_json(self._directory / file)
+                if file == "history.json":
+                    _parse_history(data)
+            except FileNotFoundError:
+                if self.episodes():
+                    messages.append(f"{file} is missing; rebuilt from the checkpoints")
+            except ValueError as error:
+                messages.append(f"{file} is damaged ({error}); rebuilt from the checkpoints")
+        return messages
+
+    def _quarantine(self, error: Damaged) -> str:
+        """Move a damaged file, and its replay piece, out of the way."""
+        place = self._directory / "damaged"
+        place.mkdir(exist_ok=True)
+        piece = self._directory / "replay" / error.path.name
+        for source, name in ((error.path, error.path.stem), (piece, f"replay_{piece.stem}")):
+            if os.path.lexists(source):
+                os.rename(source, _free(place, name, ".pt"))
+        storage.sync_directory(place)
+        storage.sync_directory(self._directory)
+        return f"{error.path.name} is damaged ({error.reason}); moved to {place}/"
+
+    def _archive_target(self) -> Path:
+        name = f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        places = [p.parent / "archive" for p in (self._directory, self._logs) if p is not None]
+        number, free = 1, name
+        while any(os.path.lexists(place / free) for place in places):
+            number += 1
+            free = f"{name}-{number}"
+        return self._directory.parent / "archive" / free
+
+    def _staged(self) -> list[Path]:
+        """Return what a cut `adopt` or `branch` left half built."""
+        parent = self._directory.parent
+        own = re.compile(rf"\.{re.escape(self.name)}-\d{{8}}T\d{{6}}Z(-\d+)?\.tmp")
+        archive = parent / "archive"
+        found = [archive / n for n in os.listdir(archive)] if archive.is_dir() else []
+        found = [path for path in found if own.fullmatch(path.name)]
+        stage = parent / f".{self.name}.tmp"
+        return [*found, stage] if stage.is_dir() else found
+
+    def _sweep(self) -> None:
+        for directory in (self._directory, self._directory / "replay"):
+            storage.sweep(directory)
+        for stage in self._staged():
+            shutil.rmtree(stage)
+
+
+def _lock_path(place: Path) -> Path:
+    place = Path(os.path.abspath(place))
+    return place.parent / f".{place.name}.lock"
+
+
+def _local(path: str | Path) -> str:
+    text = str(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # Path turns :// into :/
+        raise UserError(f"{text}: a checkpoint is a local file, not a URL")
+    return text
+
+
+def _listing(directory: Path) -> list[int]:
+    """Return the numbers of the episode files in `directory`, ascending."""
+    if not directory.is_dir():
+        return []
+    names = os.listdir(directory)
+    numbers = (int(m[1]) for m in map(EPISODE_PATTERN.fullmatch, names) if m)
+    present = set(names)
+    return sorted({n for n in numbers if n and f"episode_{n:04d}.pt" in present})
+
+
+def _free(place: Path, stem: str, suffix: str) -> Path:
+    number, path = 1, place / f"{stem}{suffix}"
+    while os.path.lexists(path):
+        number += 1
+        path = place / f"{stem}-{number}{suffix}"
+    return path
+
+
+def _load(path: Path) -> tuple[Row, Row, bytes]:
+    """Load any checkpoint file.
+
+    Raises:
+        UserError: There is none, or not to be read.
+        Damaged: It fails its check.
+    """
+    try:
+        return storage.load_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _parse_record(path: Path, record: Row, kind: str) -> int:
+    """Check the record of a file and return its episode.
+
+    Raises:
+        Damaged: It is malformed or of another kind.
+    """
+    try:
+        if record.get("kind") != kind:
+            raise ValueError(f"no {kind} file")
+        number = _count(record, "episode")
+        if not 0 < number <= 999_999:
+            raise ValueError("no such episode number")
+        _text(record, "agent")
+        if kind == "episode":
+            session = record.get("session")
+            if not isinstance(session, dict):
+                raise ValueError("no session")
+            _parse_session(cast(Row, session), "running")
+            if not isinstance(record.get("metrics"), dict):
+                raise ValueError("no metrics")
+            _parse_metrics(record["metrics"])
+            for key in ("pruned_to", "replay_pruned_to"):
+                _count(record, key)
+            if record.get("replay") is not None:
+                _parse_hash(record["replay"])
+    except ValueError as error:
+        raise Damaged(path, f"its record is wrong: {error}") from None
+    return number
+
+
+def _file_row(path: Path, record: Row, hashed: Row) -> Row:
+    row = {"file": path.name, **hashed}
+    if record.get("replay") is not None:
+        row["replay"] = record["replay"]
+    return row
+
+
+def _add(ledger: _Ledger, path: Path, record: Row, hashed: Row) -> None:
+    """Add to the ledger what the record of a good episode file says."""
+    found = _parse_session(record["session"], "running")
+    session = found
+    for known in ledger.sessions:
+        if (known.timestamp, known.start) == (found.timestamp, found.start):
+            session = known
+    if session is found:
+        ledger.sessions.append(session)
+    session.duration = max(session.duration, found.duration)
+    entry = _Episode(session, record["metrics"], _file_row(path, record, hashed))
+    ledger.episodes[record["episode"]] = entry
+
+
+def _fill_pruned(ledger: _Ledger, last: int) -> None:
+    """Add the episodes up to `last` that left no trace but were trained, as pruned."""
+    for number in range(1, last + 1):
+        if number not in ledger.episodes:
+            row = {"file": f"episode_{number:04d}.pt", "sha256": None, "bytes": None}
+            session = _session_of(ledger, number)
+            ledger.episodes[number] = _Episode(session, None, row | {"pruned": True})
+    ledger.episodes = dict(sorted(ledger.episodes.items()))
+
+
+def _trim(ledger: _Ledger, last: int) -> None:
+    """Forget what came after episode `last`."""
+    ledger.episodes = {n: e for n, e in ledger.episodes.items() if n <= last}
+    used = {id(entry.session) for entry in ledger.episodes.values()}
+    ledger.sessions = [s for s in ledger.sessions if s.start <= last + 1 or id(s) in used]
+    ledger.replay_pruned_to = min(ledger.replay_pruned_to, last)
+
+
+def _close_dead(ledger: _Ledger) -> None:
+    for session in ledger.sessions:
+        if session.status == "running":
+            session.status = "killed"
+
+
+def _end(session: _Session) -> str:
+    """Return when a session last did something."""
+    try:
+        start = datetime.fromisoformat(session.timestamp)
+        return (start + timedelta(seconds=session.duration)).isoformat(timespec="seconds")
+    except (ValueError, OverflowError):
+        return session.timestamp
+
+
+def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: object) -> None:
+    """Build a run directory beside `target`, then put it in place in one step."""
+    stage = target.parent / f".{target.name}.tmp"
+    if stage.is_dir():
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    for name, source in files.items():
+        place = stage / name
+        place.parent.mkdir(exist_ok=True)
+        try:
+            os.link(source, place)
+        except OSError:  # another disk, or one without links
+            storage.write_atomic(place, source.read_bytes())
+    for directory in {place.parent for place in map(stage.joinpath, files)}:
+        storage.sync_directory(directory)
+    info = cast(Row, run) if isinstance(run, dict) else {"agent": ledger.agent}
+    TrainingCheckpoint(stage)._write(ledger, info, durable=True)  # pyright: ignore[reportPrivateUsage]
+    os.rename(stage, target)
+    storage.sync_directory(target.parent)

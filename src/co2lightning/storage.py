@@ -1,0 +1,401 @@
+# pyright: strict
+"""Files that cannot lie: atomic writes, self-verifying checkpoints and JSON, one lock.
+
+A checkpoint file is the zip that `torch.save` writes, with a zip comment
+
+    co2lightning {"episode": 5, ...} sha256=<64 hex digits>
+
+whose digits are the SHA-256 of every byte before them. `torch.load` ignores the comment, so the
+file opens anywhere; a flipped bit or a missing byte shows without any other file; and the small
+record in the comment tells what the file holds without importing torch.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import pickletools
+import re
+import socket
+import stat
+import sys
+import time
+import zipfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+from co2lightning.errors import UserError
+
+COMMENT = b"co2lightning "
+SEAL = b" sha256="
+SEAL_SIZE = len(SEAL) + 64
+MAX_RECORD = 60_000  # a zip comment holds 65,535 bytes
+MAX_ENTRIES = 100_000
+MAX_JSON = 1 << 30
+JSON_SEAL = re.compile(rb',\n "sha256_above": "([0-9a-f]{64})"\}\n\Z')
+TEMPORARY = re.compile(r"\..+\.tmp")
+# What a checkpoint of plain data and tensors may name; weights_only's own list is far longer.
+HARMLESS = re.compile(
+    r"collections OrderedDict|(__builtin__|builtins) set|"
+    r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|\w+Storage)|"
+    r"torch (b?float|complex|u?int)\d+\w*|torch bool|torch\.storage UntypedStorage"
+)
+
+
+class Damaged(UserError):
+    """A file fails its check; `reason` says why in a few words."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason})")
+        self.path = path
+        self.reason = reason
+
+
+class Locked(UserError):
+    """Another process holds the run."""
+
+
+def now() -> str:
+    """Return the local time with its offset, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut; Windows has no such call."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace `path` by `data` as a whole or not at all.
+
+    Args:
+        path: File to write; the temporary file stands beside it, so no other disk is involved.
+        data: Its bytes.
+        durable: Wait until the disk has them. Without it a power cut may lose the file, never a
+            killed process.
+
+    Raises:
+        OSError: Disk full, no permission; the temporary file is gone, the old file untouched.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def sweep(directory: Path) -> None:
+    """Delete the temporary files that a killed `write_atomic` left in `directory`."""
+    for name in stray(directory):
+        (directory / name).unlink()
+
+
+def stray(directory: Path) -> list[str]:
+    """Return the names of temporary files in `directory`."""
+    if not directory.is_dir():
+        return []
+    return sorted(name for name in os.listdir(directory) if TEMPORARY.fullmatch(name))
+
+
+def seal_checkpoint(content: dict[str, Any], record: dict[str, Any]) -> bytes:
+    """Return the bytes of a checkpoint file.
+
+    Args:
+        content: What `torch.load` gives back: tensors and plain data.
+        record: Small plain data for the comment.
+
+    Raises:
+        ValueError: `content` holds something that a safe load would refuse.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    problem = _foreign_content(buffer)
+    if problem:
+        raise ValueError(f"a checkpoint holds only tensors and plain data: {problem}")
+    comment = COMMENT + json.dumps(record, allow_nan=False).encode("ascii") + SEAL
+    if len(comment) > MAX_RECORD:
+        raise ValueError(f"the record of a checkpoint is too large: {len(comment)} bytes")
+    data = bytearray(buffer.getbuffer())
+    data[-2:] = (len(comment) + 64).to_bytes(2, "little")  # the comment's length ends the zip
+    data += comment
+    data += hashlib.sha256(data).hexdigest().encode("ascii")
+    return bytes(data)
+
+
+def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read a checkpoint file and check its seal, without torch.
+
+    Returns:
+        Its bytes and the record from its comment.
+
+    Raises:
+        Damaged: Torn, changed, or not written by this project.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise Damaged(path, "a link to nothing") from None
+        raise
+    except ValueError as error:
+        raise Damaged(path, f"cannot be opened: {error}") from None
+    if not regular:
+        raise Damaged(path, "not a file")
+    data = path.read_bytes()
+    if not data:
+        raise Damaged(path, "empty")
+    if data[:4] != b"PK\x03\x04":
+        raise Damaged(path, "not a checkpoint file")
+    if data[-SEAL_SIZE:-64] != SEAL:
+        raise Damaged(path, "no checksum at its end: torn, or not written by co2lightning")
+    if hashlib.sha256(data[:-64]).hexdigest().encode("ascii") != data[-64:]:
+        raise Damaged(path, "checksum differs")
+    start = data.rfind(COMMENT, max(0, len(data) - MAX_RECORD - 64))
+    try:
+        record = parse_json(data[start + len(COMMENT) : -SEAL_SIZE])
+    except ValueError as error:
+        raise Damaged(path, f"record unreadable: {error}") from None
+    return data, record
+
+
+def check_content(path: Path, data: bytes) -> None:
+    """Raise `Damaged` if a file holds anything but tensors and plain data; needs no torch."""
+    problem = _foreign_content(io.BytesIO(data))
+    if problem:
+        raise Damaged(path, problem)
+
+
+def load_sealed(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Read and check a checkpoint file, then load it on the CPU; no code of the file runs.
+
+    Returns:
+        What was saved, the record from the comment, the bytes of the file.
+
+    Raises:
+        Damaged: The seal is broken, or the content is not plain tensors and data.
+        FileNotFoundError: There is no such file.
+    """
+    import torch
+
+    data, record = read_sealed(path)
+    check_content(path, data)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile file provokes
+        line = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise Damaged(path, f"cannot be loaded: {line}") from None
+    if not isinstance(content, dict):
+        raise Damaged(path, "holds no dictionary")
+    return cast(dict[str, Any], content), record, data
+
+
+def _foreign_content(buffer: io.BytesIO) -> str | None:
+    """Say what in a zip is not a plain `torch.save` of tensors and data, None if all is."""
+    size = buffer.getbuffer().nbytes
+    try:
+        with zipfile.ZipFile(buffer) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ENTRIES:
+                return f"{len(entries)} entries"
+            if any(e.compress_type or e.compress_size != e.file_size for e in entries):
+                return "compressed"
+            if sum(e.file_size for e in entries) > size:
+                return "declares more bytes than it has"
+            if len({e.filename.lower() for e in entries}) < len(entries):
+                return "two entries of one name"
+            code = archive.read("archive/data.pkl")
+        for operation, argument, _ in pickletools.genops(code):
+            if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                name = str(argument)
+                if operation.name != "GLOBAL" or not HARMLESS.fullmatch(name):
+                    return f"names {name[:80]!r}, which is neither tensor nor plain data"
+    except Exception as error:  # zipfile and pickletools raise a dozen kinds on hostile bytes
+        return f"not a checkpoint: {str(error)[:80] or type(error).__name__}"
+    return None
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Parse an object with finite numbers only.
+
+    Raises:
+        ValueError: Anything else, also nesting too deep and numbers too long.
+    """
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{len(text)} bytes")
+    try:
+        value: object = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return cast(dict[str, Any], value)
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text[:20])
+
+
+def seal_json(text: str) -> bytes:
+    """Return the bytes of a JSON file that ends with the SHA-256 of what stands above it.
+
+    Args:
+        text: A JSON object, from its opening to its closing brace.
+    """
+    above = text[:-1].rstrip().encode("utf-8")
+    digest = hashlib.sha256(above).hexdigest()
+    return above + f',\n "sha256_above": "{digest}"}}\n'.encode("ascii")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of `seal_json`.
+
+    Raises:
+        ValueError: Torn, changed or malformed; the message says how in a few words.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError("too large")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    seal = JSON_SEAL.search(data, max(0, len(data) - 120))
+    if seal is None:
+        raise ValueError("no checksum at its end" if data else "empty")
+    if hashlib.sha256(data[: seal.start()]).hexdigest().encode("ascii") != seal[1]:
+        raise ValueError("checksum differs")
+    value = parse_json(data)
+    del value["sha256_above"]
+    return value
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int, *, shared: bool) -> bool:
+        """Lock one byte far beyond the text, since Windows forbids reading locked bytes."""
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int, *, shared: bool) -> bool:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+
+_held: set[int] = set()
+
+
+def _drop_inherited() -> None:
+    """Close a parent's locks in a forked child, which would otherwise keep them beyond its end."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_inherited)
+
+
+class FileLock:
+    """A lock that dies with its process, however it ends.
+
+    It is `flock` on a file that is never deleted (deleting it would let two processes lock two
+    files of one name). On NFS Linux turns it into a lock at the server, which works from NFS 4
+    on and NFS 3 with its lock daemon; on mounts with `nolock` or `local_lock`, and on file
+    systems without locks between hosts, it holds on one host only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, run: str) -> None:
+        """Take the lock at once, or say who has it.
+
+        Args:
+            run: What the lock protects, for the message.
+
+        Raises:
+            Locked: Another process has it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # `taken` of another process holds the file for some microseconds: try a moment long.
+            deadline = time.monotonic() + 0.2
+            while not _try_lock(descriptor, shared=False):
+                if time.monotonic() > deadline:
+                    raise Locked(f"{run} is in use by {self._holder()}; wait or stop it first")
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(holder).encode("utf-8"))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _held.add(descriptor)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None and self._descriptor in _held:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def taken(self) -> bool:
+        """Say whether a process, this one included, has the lock."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not _try_lock(descriptor, shared=True)
+        finally:
+            os.close(descriptor)
+
+    def _holder(self) -> str:
+        try:
+            holder = parse_json(self.path.read_bytes()[:1000])
+        except (OSError, ValueError):
+            return "another process"
+        pid, host, since = (" ".join(str(holder.get(k)).split()) for k in ("pid", "host", "since"))
+        return f"process {pid} on {host} since {since}"
