@@ -42,7 +42,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SHIPPED = Path(__file__).parent / "sites"
 _SERIES_COLUMNS = ("time", "pv_kw", "load_kw", "carbon_kg_per_kwh")
 _SESSION_COLUMNS = ("session_id", "socket_type", "arrival", "departure", "energy_kwh", "max_kw")
-_MAX_YAML_BYTES = 256 * 1024
+_MAX_YAML_BYTES = 64 * 1024
 _MAX_CSV_BYTES = 256 * 1024**2
 _MAX_ROWS = 2_000_000
 _MAX_STAY_DAYS = 7

@@ -479,7 +479,7 @@ def test_sizes_are_bounded(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> N
     (folder.path / "series.csv.gz").write_bytes(b"0" * 3_000_000)
     assert "series.csv.gz: is larger than 2048 KiB" in message(lambda: load_site(folder.path))
     (folder.path / "site.yaml").write_bytes(b"#" * 300_000)
-    assert "site.yaml: is larger than 256 KiB" in message(lambda: load_site(folder.path))
+    assert "site.yaml: is larger than 64 KiB" in message(lambda: load_site(folder.path))
 
 
 def test_rows_are_bounded(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
