@@ -20,7 +20,9 @@ import math
 import os
 import re
 import shutil
+import threading
 import time
+import weakref
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -40,7 +42,7 @@ COMPUTED = {  # what metadata.json has beyond the run's info
     *("last_episode", "total_episodes_trained", "last_training", "final_metrics"),
     *("best_episode", "device", "session_timestamp", "status"),
 }
-WRITE_INTERVAL = 1.0  # seconds between two writes of the JSON files during a session
+WRITE_INTERVAL = 1.0  # seconds the JSON files may be behind during a session
 
 Row = dict[str, Any]
 Metrics = dict[str, float | None]
@@ -310,7 +312,12 @@ class TrainingCheckpoint:
         self._kept: dict[int, None] = {}  # episodes with a file, ascending
         self._pruned_to = 0
         self._previous_status: str | None = None
-        self._started = self._written = 0.0
+        self._started = 0.0
+        self._changing = threading.Lock()  # held while the ledger changes or is encoded
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._unwritten = False
+        self._failure: OSError | None = None
 
     @property
     def name(self) -> str:
@@ -578,7 +585,7 @@ class TrainingCheckpoint:
                 moved.append(f"{names}{more} missing, continuing after episode {newest}")
             _close_dead(ledger)
             if self._directory.exists():
-                self._write(ledger, self._stored_run(ledger), durable=True)
+                self._write(ledger, self._stored_run(ledger))
             return moved + messages
 
     def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
@@ -612,11 +619,15 @@ class TrainingCheckpoint:
             self._pruned_to = max((n for n, e in ledger.episodes.items() if e.pruned), default=0)
             self._started = time.monotonic()
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._write(ledger, self._run, durable=True)
+            self._write(ledger, self._run)
         except BaseException:
             self._session_lock.close()
             raise
-        self._ledger = ledger
+        self._ledger, self._unwritten, self._failure = ledger, False, None
+        self._stop = threading.Event()
+        arguments = weakref.ref(self), self._stop
+        self._thread = threading.Thread(target=_write_each_second, args=arguments, daemon=True)
+        self._thread.start()
 
     def save_checkpoint(
         self,
@@ -651,10 +662,12 @@ class TrainingCheckpoint:
             self.begin_session(start_episode=episode, device="cpu", info={"agent": self.name})
         ledger = self._ledger
         assert ledger is not None
+        if self._failure is not None:
+            raise self._failure
         if episode != ledger.last + 1:
             raise ValueError(f"episode {episode}, but {ledger.last + 1} is next")
         session = ledger.sessions[-1]
-        session.duration = round(time.monotonic() - self._started, 3)
+        duration = round(time.monotonic() - self._started, 3)
         values: Metrics = {"episode": episode}
         values |= {key: _finite(value) for key, value in metrics.items() if key != "episode"}
         rank = _score(values), episode
@@ -674,7 +687,7 @@ class TrainingCheckpoint:
                 "session_timestamp": session.timestamp,
                 "start_episode": session.start,
                 "device": session.device,
-                "duration_seconds": session.duration,
+                "duration_seconds": duration,
                 "previous_status": self._previous_status,
             },
             "keep_last": self._keep_last,
@@ -694,12 +707,14 @@ class TrainingCheckpoint:
         data = storage.seal_checkpoint(content, record)
         path = self.path(episode)
         storage.write_atomic(path, data)
-        ledger.episodes[episode] = _Episode(session, values, _file_row(path, record, _hash(data)))
-        self._best = best
-        self._kept[episode] = None
-        self._prune(ledger, doomed, replay_to)
-        if time.monotonic() - self._written >= WRITE_INTERVAL:
-            self._write(ledger, self._run, durable=False)
+        entry = _Episode(session, values, _file_row(path, record, _hash(data)))
+        with self._changing:
+            ledger.episodes[episode] = entry
+            session.duration = duration
+            self._best = best
+            self._kept[episode] = None
+            self._prune(ledger, doomed, replay_to)
+            self._unwritten = True
         return path
 
     def end_session(self, status: str) -> None:
@@ -712,11 +727,14 @@ class TrainingCheckpoint:
             return
         if status not in STATUSES[1:4]:
             raise ValueError(f"status {status!r}")
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
         ledger, self._ledger = self._ledger, None
         ledger.sessions[-1].status = status
         ledger.sessions[-1].duration = round(time.monotonic() - self._started, 3)
         try:
-            self._write(ledger, self._run, durable=True)
+            self._write(ledger, self._run)
         finally:
             self._session_lock.close()
 
@@ -773,7 +791,7 @@ class TrainingCheckpoint:
                 self.path(number).unlink(missing_ok=True)
                 self.replay_path(number).unlink(missing_ok=True)
             _trim(ledger, episode)
-            self._write(ledger, content.get("run", {}), durable=True)
+            self._write(ledger, content.get("run", {}))
             return target
 
     def adopt(self, source: Path) -> None:
@@ -970,14 +988,31 @@ class TrainingCheckpoint:
             "status": session and session.status,
         }
 
-    def _write(self, ledger: _Ledger, run: Row, *, durable: bool) -> None:
-        """Write history.json and metadata.json."""
-        metadata = json.dumps(self._metadata(ledger, run), allow_nan=False, indent=1)
-        history = storage.seal_json(ledger.text())
-        storage.write_atomic(self._directory / "history.json", history, durable=durable)
-        sealed = storage.seal_json(metadata)
-        storage.write_atomic(self._directory / "metadata.json", sealed, durable=durable)
-        self._written = time.monotonic()
+    def _write(self, ledger: _Ledger, run: Row) -> None:
+        """Write history.json and metadata.json and wait for the disk."""
+        self._write_texts(self._encode(ledger, run), durable=True)
+
+    def _encode(self, ledger: _Ledger, run: Row) -> tuple[str, str]:
+        metadata = self._metadata(ledger, run)
+        return ledger.text(), json.dumps(metadata, allow_nan=False, indent=1)
+
+    def _write_texts(self, texts: tuple[str, str], *, durable: bool) -> None:
+        for file, text in zip(("history.json", "metadata.json"), texts, strict=True):
+            path = self._directory / file
+            storage.write_atomic(path, storage.seal_json(text), durable=durable)
+
+    def _write_news(self) -> None:
+        """Write the JSON files if an episode came since; called by the session's thread."""
+        with self._changing:
+            ledger, news = self._ledger, self._unwritten
+            self._unwritten = False
+            if ledger is None or not news:
+                return
+            texts = self._encode(ledger, self._run)
+        try:
+            self._write_texts(texts, durable=False)
+        except OSError as error:
+            self._failure = error  # the next save raises it
 
     def _doomed(self, episode: int, best: int) -> list[int]:
         """Return the episodes whose files `keep_last` deletes once `episode` is saved."""
@@ -1052,6 +1087,16 @@ class TrainingCheckpoint:
             storage.sweep(directory)
         for stage in self._staged():
             shutil.rmtree(stage)
+
+
+def _write_each_second(reference: "weakref.ref[TrainingCheckpoint]", stop: threading.Event) -> None:
+    """Keep the JSON files of a session at most a second behind, off the training's path."""
+    while not stop.wait(WRITE_INTERVAL):
+        run = reference()
+        if run is None:
+            return
+        run._write_news()  # pyright: ignore[reportPrivateUsage]
+        del run
 
 
 def _lock_path(place: Path) -> Path:
@@ -1197,6 +1242,6 @@ def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: object) -
     for directory in {place.parent for place in map(stage.joinpath, files)}:
         storage.sync_directory(directory)
     info = cast(Row, run) if isinstance(run, dict) else {"agent": ledger.agent}
-    TrainingCheckpoint(stage)._write(ledger, info, durable=True)  # pyright: ignore[reportPrivateUsage]
+    TrainingCheckpoint(stage)._write(ledger, info)  # pyright: ignore[reportPrivateUsage]
     os.rename(stage, target)
     storage.sync_directory(target.parent)
