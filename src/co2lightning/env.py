@@ -314,3 +314,15 @@ if ChargingSiteVectorEnv.__doc__:
     ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
         "OBSERVATION_TABLE", _observation_table()
     )
+
+
+def make_environment(site: str = "iquitos", num_envs: int = 64) -> Environment:
+    """Make the environment an agent trains in.
+
+    Args:
+        site: Name of a shipped site, or a site folder.
+        num_envs: Days simulated at once; an episode is one day of each.
+    """
+    if num_envs < 1:
+        raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
+    return SiteDays(load_site(site), num_envs)

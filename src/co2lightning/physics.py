@@ -19,6 +19,7 @@ from torch import Tensor
 from co2lightning.site import STEP_H, Site, T
 
 _TINY_KWH = 1e-9
+_REWARD_SHARE = 0.5  # of the day's mean intensity: what a kWh earns when it is stored or charged
 
 
 class SiteModel(NamedTuple):
@@ -209,11 +210,12 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
     The day's CO2 is sum(import * h * intensity) + mean intensity * max(0, SoC start - SoC end)
     * capacity / charge efficiency: a battery emptied at midnight is not a gift.
 
-    The day's reward is the kg CO2 avoided against a day on which PV serves the building only and
-    every vehicle kWh is imported at the mean intensity: reference - CO2, where the reference
-    depends on the day alone. Stored energy counts at the price the settlement puts on it while
-    the day runs and is settled at its end (a potential in the sense of Ng, Harada and Russell
-    1999: it moves reward in time and leaves the sum over the day as it is).
+    The day's reward is reference - CO2 in kg, where the reference depends on the day alone: the
+    building's import without battery and vehicles, and half the mean intensity for every kWh that
+    vehicles get. Within the day energy stored in the battery counts at that same half price, a
+    potential in the sense of Ng, Harada and Russell 1999: it moves reward to the step that earned
+    it and leaves the sum over the day as it is. At half the price, storing a surplus pays at once
+    and storing grid power does not, whatever the hour.
     """
     pv_kw, load_kw = state.pv_kw, state.load_kw
     carbon, carbon_mean = state.carbon_kg_per_kwh, state.carbon_mean_kg_per_kwh
@@ -246,13 +248,15 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
 
     co2_kg = grid_import_kw * STEP_H * carbon
     stored_value = carbon_mean * (model.capacity_kwh / model.charge_efficiency)
-    reference_kg = STEP_H * ((load_kw - pv_kw).clamp(min=0.0) * carbon + ev_kw * carbon_mean)
-    reward = reference_kg - co2_kg + stored_value * (soc - state.soc)
+    price = _REWARD_SHARE * carbon_mean
+    reference_kg = STEP_H * ((load_kw - pv_kw).clamp(min=0.0) * carbon + ev_kw * price)
+    reward = reference_kg - co2_kg + _REWARD_SHARE * stored_value * (soc - state.soc)
     last = state.step == T - 1
     if last:
         gained = soc - state.soc_start
-        co2_kg = co2_kg + stored_value * (-gained).clamp(min=0.0)
-        reward = reward - stored_value * gained.clamp(min=0.0)
+        settlement_kg = stored_value * (-gained).clamp(min=0.0)
+        co2_kg = co2_kg + settlement_kg
+        reward = reward - settlement_kg - _REWARD_SHARE * stored_value * gained
     flows = Flows(
         ev_kw=ev_kw,
         battery_kw=battery_kw,

@@ -1,0 +1,18 @@
+"""The agents: one LightningModule and one loss each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from co2lightning.agents.agent import Agent
+
+AGENTS = ("PPO",)
+"""The fixed set of names; a checkpoint or a recipe can ask for no other class."""
+
+
+def agent_class(name: str) -> type[Agent]:
+    """Return the class of one of `AGENTS`, importing torch and Lightning only now."""
+    assert name in AGENTS
+    return getattr(import_module(f"co2lightning.agents.{name.lower()}"), name)

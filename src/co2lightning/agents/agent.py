@@ -1,0 +1,189 @@
+"""What every agent shares: episodes, seeds, schedules, metrics, acting.
+
+Shapes: n steps of a segment, B environments, O features, A actions.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from co2lightning.env import Environment
+from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
+
+
+class Agent(pl.LightningModule):
+    """An agent that learns episode by episode under Lightning's Trainer.
+
+    One epoch of the Trainer is one episode. Every draw comes from a generator seeded by (seed,
+    episode, rank), every schedule depends on the absolute episode: a resumed agent does what the
+    uninterrupted one would have done.
+    """
+
+    fixed_settings = ("hidden", "activation", "log_std_init")
+    """What a resume cannot change: it is in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.env: Environment | None = None
+        self.env_steps = 0
+        self.updates = 0
+        self.metrics: dict[str, float] = {}
+
+    # -- what an agent defines -----------------------------------------------------------------
+
+    def segment_steps(self, horizon: int) -> int:
+        """Return how many steps of the episode are collected between two updates."""
+        raise NotImplementedError
+
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Return actions [B, A] for obs [B, O], with standard normal noise [B, A]."""
+        raise NotImplementedError
+
+    def act(self, obs: Tensor) -> Tensor:
+        """Return the deterministic actions [..., A] for obs [..., O], within [-1, 1]."""
+        raise NotImplementedError
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Return the log density [...] of actions [..., A] at obs [..., O]."""
+        raise NotImplementedError
+
+    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Run all updates of one segment; return their mean figures, on the device."""
+        raise NotImplementedError
+
+    # -- episodes and seeds --------------------------------------------------------------------
+
+    @property
+    def episode(self) -> int:
+        """The episode being played, from 1."""
+        return self.current_epoch + 1
+
+    def episode_seed(self, stream: str) -> int:
+        """Return the seed of a stream of draws in this episode on this rank."""
+        return episode_seed(self.hparams["seed"], self.episode, self.global_rank, stream)
+
+    def episode_generator(self, stream: str) -> torch.Generator:
+        """Return the generator of a stream of draws in this episode on this rank."""
+        return episode_generator(
+            self.hparams["seed"], self.episode, self.global_rank, stream, self.device
+        )
+
+    def weights_generator(self) -> torch.Generator:
+        """Return the generator the first weights are drawn from, the same on every rank."""
+        return episode_generator(self.hparams["seed"], 0, 0, "weights", torch.device("cpu"))
+
+    def draw_noise(self, horizon: int, num_envs: int) -> Tensor:
+        """Return the exploration noise [horizon, B, A] of this episode."""
+        shape = (horizon, num_envs, self.hparams["action_dim"])
+        return torch.randn(shape, generator=self.episode_generator("noise"), device=self.device)
+
+    def annealed(self, value: float) -> float:
+        """Return `value` shrunk linearly with the absolute episode, per the recipe's schedule."""
+        span = self.hparams["anneal_episodes"]
+        done = min(1.0, (self.episode - 1) / span) if span else 0.0
+        return value * (1.0 - done * (1.0 - self.hparams["anneal_to"]))
+
+    # -- Lightning -----------------------------------------------------------------------------
+
+    def train_on(self, env: Environment) -> None:
+        """Set the environment the next `Trainer.fit` plays."""
+        self.env = env
+
+    def train_dataloader(self) -> RolloutDataset:
+        """Return the episode-driven dataset; Lightning takes any sized iterable."""
+        assert self.env is not None, "call train_on(env) before Trainer.fit"
+        return RolloutDataset(self.env, self)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock and the sums of an episode and set its learning rate."""
+        self._began = time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+        self._learned: list[dict[str, Tensor]] = []
+        rate = self.annealed(self.hparams["learning_rate"])
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def training_step(self, rollout: Rollout, batch_idx: int) -> None:
+        """Learn from one segment."""
+        ended = (rollout.terminated + rollout.truncated).clamp(max=1.0)
+        for name, value in (
+            ("reward", (rollout.reward * rollout.valid).sum()),
+            ("episodes", ended.sum()),
+            ("env_steps", rollout.valid.sum()),
+        ):
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._learned.append(self.learn(rollout))
+
+    def on_train_epoch_end(self) -> None:
+        """Work out the episode's metrics and write them to the logger, flushed."""
+        assert self.env is not None
+        sums = {name: float(value) for name, value in self._sums.items()}
+        self.env_steps += int(sums["env_steps"])
+        learned = [figures for figures in self._learned if figures]
+        figures = {
+            name: float(torch.stack([f[name] for f in learned]).mean())
+            for name in (learned[0] if learned else ())
+        }
+        seconds = time.perf_counter() - self._began
+        self.metrics = {
+            "rollout/ep_rew_mean": sums["reward"] / max(sums["episodes"], self.env.num_envs),
+            **self.env.metrics(),
+            **{f"train/{name}": value for name, value in figures.items()},
+            "train/learning_rate": self.annealed(self.hparams["learning_rate"]),
+            "time/episode_seconds": seconds,
+            "time/env_steps_per_second": sums["env_steps"] / seconds,
+        }
+        for logger in self.loggers:
+            logger.log_metrics(self.metrics, step=self.episode)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+        self.log_dict(self.metrics, logger=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters."""
+        checkpoint["counters"] = {"env_steps": self.env_steps, "updates": self.updates}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters."""
+        self.env_steps = int(checkpoint["counters"]["env_steps"])
+        self.updates = int(checkpoint["counters"]["updates"])
+
+    def descend(self, loss: Tensor) -> None:
+        """Take one gradient step, the gradient's norm clipped."""
+        optimizer = self.trainer.optimizers[0]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.hparams["max_grad_norm"])
+        optimizer.step()
+        self.updates += 1
+
+    # -- use -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, obs: np.ndarray, deterministic: bool = True) -> tuple[np.ndarray, None]:
+        """Return the action for an observation, in the manner of Stable-Baselines3.
+
+        Args:
+            obs: [O] or [B, O], as the environment gives it.
+            deterministic: The policy's mean action; otherwise one drawn from torch's generator.
+
+        Returns:
+            Actions [A] or [B, A] in [-1, 1] and None (no recurrent state).
+        """
+        tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
+        batch = tensor.reshape(-1, tensor.shape[-1])
+        if deterministic:
+            action = self.act(batch)
+        else:
+            noise = torch.randn(len(batch), self.hparams["action_dim"], device=self.device)
+            action = self.explore(batch, noise).clamp(-1.0, 1.0)
+        return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None

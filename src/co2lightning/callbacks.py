@@ -1,0 +1,261 @@
+"""What happens around an episode: the save, the history, the progress, the signals.
+
+The order at an episode's end is the agent's metrics (written and flushed to TensorBoard), then
+the checkpoint: a file on disk never knows of an episode its curves do not show.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from co2lightning.agents.agent import Agent
+from co2lightning.checkpoints import TrainingCheckpoint
+
+_SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
+
+
+def short_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return an episode's metrics under the names of history.json: `site/co2_kg` is `co2_kg`."""
+    return {_SHORT_NAMES.get(tag, tag.split("/")[-1]): value for tag, value in metrics.items()}
+
+
+class EpisodeCheckpointIO(CheckpointIO):
+    """Lets Lightning save and load through a run directory: atomic, hashed, plain data only."""
+
+    def __init__(self, run: TrainingCheckpoint) -> None:
+        self.run = run
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        content = dict(checkpoint)
+        self.run.save_checkpoint(
+            content,
+            episode=content.pop("episode"),
+            metrics=content.pop("metrics"),
+            replay=content.pop("replay", None),
+        )
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return self.run.read(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Do nothing: `TrainingCheckpoint` alone decides what is pruned."""
+
+
+class EpisodeCheckpoint(ModelCheckpoint):
+    """Saves every episode as `episode_0001.pt`, `episode_0002.pt`, ... of a run directory.
+
+    Args:
+        run: The run directory.
+        saved: Called on the writing process when an episode is on disk.
+    """
+
+    FILE_EXTENSION = ".pt"
+
+    def __init__(self, run: TrainingCheckpoint, saved: Callable[[Agent], None]) -> None:
+        super().__init__(
+            dirpath=run.directory,
+            filename="episode_{episode:04d}",
+            save_top_k=-1,
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self.run = run
+        self.saved = saved
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the directory alone; `TrainingCheckpoint` makes it when the first file comes."""
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Save nothing in the middle of an episode."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not left to the base class: it skips a save when no optimizer stepped, and every episode
+        # counts here, also one in which SAC only fills its replay.
+        assert isinstance(pl_module, Agent)
+        trainer.save_checkpoint(self.run.path(pl_module.episode))
+        if trainer.is_global_zero:
+            self.saved(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save nothing that is not a whole episode."""
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert isinstance(pl_module, Agent)
+        checkpoint["episode"] = pl_module.episode
+        checkpoint["metrics"] = short_metrics(pl_module.metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a checkpoint says where it belongs, not on which disk it lay."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class History(pl.Callback):
+    """Opens and closes the session in history.json and metadata.json.
+
+    Args:
+        run: The run directory.
+        info: What metadata.json and every checkpoint say about the run.
+    """
+
+    def __init__(self, run: TrainingCheckpoint, info: dict[str, Any]) -> None:
+        self.run = run
+        self.info = info
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Agent)
+        if trainer.is_global_zero:
+            self.run.begin_session(
+                start_episode=pl_module.episode,
+                device=pl_module.device.type,
+                info=self.info,
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.run.end_session("completed")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.is_global_zero:
+            interrupted = isinstance(exception, Interrupted | KeyboardInterrupt)
+            self.run.end_session("interrupted" if interrupted else "failed")
+
+
+class Interrupted(Exception):
+    """A signal asked for the end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class Signals(pl.Callback):
+    """Ends training at the next segment after SIGINT, SIGTERM or SIGHUP; at once on a second one.
+
+    Nothing is raised inside a save: the handler only sets a flag.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over, also from Lightning, whose SIGTERM handler exits with 0."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum is not None:
+                previous = signal.signal(signum, self._handle)
+                self._previous.setdefault(signum, previous)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + signum)
+        self.received = signum
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came."""
+        if self.received:
+            raise Interrupted(self.received)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._previous:
+            self.install()
+        self.check()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.check()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check()
+
+
+class ProgressLine(pl.Callback):
+    """Shows where training stands: a live line on a terminal, a line per episode elsewhere.
+
+    Args:
+        total: The last episode of this session.
+        echo: Where the plain lines go.
+    """
+
+    def __init__(self, total: int, echo: Callable[[str], None] = print) -> None:
+        self.total = total
+        self.echo = echo
+        self.live: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        console = Console()
+        if not trainer.is_global_zero or not console.is_terminal or "NO_COLOR" in os.environ:
+            return
+        self.live = Progress(
+            TextColumn("Episode {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        assert isinstance(pl_module, Agent)
+        self._task = self.live.add_task(
+            "fit", total=self.total, completed=pl_module.episode - 1, figures=""
+        )
+        self.live.start()
+
+    def show(self, agent: Agent) -> None:
+        """Show the episode an agent has just finished."""
+        line = episode_line(agent.episode, self.total, short_metrics(agent.metrics))
+        if self.live:
+            self.live.update(self._task, completed=agent.episode, figures=line.split(": ", 1)[1])
+        else:
+            self.echo(line)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, *args: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+
+def episode_line(episode: int, total: int, metrics: dict[str, float]) -> str:
+    """Return one line about an episode; energy not served is never left out when there is any."""
+    parts: list[str] = []
+    if "co2_kg" in metrics:
+        change = 100.0 * (metrics["co2_vs_uncontrolled"] - 1.0)
+        parts.append(f"CO2={metrics['co2_kg']:6.1f} kg ({change:+.0f} %)")
+        if metrics["unmet_kwh"] >= 0.05:
+            parts.append(f"unmet={metrics['unmet_kwh']:6.1f} kWh")
+    parts.append(f"reward={metrics['reward']:7.1f}")
+    parts.append(f"{metrics['time_seconds']:.1f} s")
+    return f"Episode {episode:>4}/{total}: " + " | ".join(parts)

@@ -1,0 +1,134 @@
+"""The command line: which command, which exit code.
+
+Imports are lazy: `--help` and `history` need neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from co2lightning.errors import UserError
+
+_HELP = """\
+usage: co2lightning COMMAND [options]
+
+Train A2C, SAC and PPO controllers that cut the CO2 of a site with solar panels, a battery and EV
+charging sockets. Every episode is checkpointed; training can be cut anywhere and continued.
+
+commands:
+  fit       train an agent           co2lightning fit --config ppo.yaml
+                                     co2lightning fit --config ppo.yaml --ckpt_path last
+  history   what was trained so far  co2lightning history
+  verify    check a run's files      co2lightning verify PPO
+
+co2lightning COMMAND --help says more. Curves: tensorboard --logdir lightning_logs
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0: done. 2: what was asked cannot be. 129, 130, 143: SIGHUP, SIGINT, SIGTERM. 1: a defect, or
+    a disk that fails.
+    """
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    _end_on_signal()
+    try:
+        return _run(argv)
+    except UserError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(_disk_line(error), 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from co2lightning import __version__
+
+        print(f"co2lightning {__version__}")
+        return 0
+    command = _COMMANDS.get(argv[0])
+    if command is None:
+        raise UserError(f"{argv[0]}: no such command; choose one of {', '.join(_COMMANDS)}")
+    return command(argv[1:])
+
+
+def _fit(argv: list[str]) -> int:
+    from co2lightning import config
+
+    given, rest = config.split_arguments(argv)
+    agent = given.get("agent")
+    if agent is not None:
+        config.check_agent(agent, "--model")
+    recipe = given.get("config")
+    named = agent or (config.read_recipe(recipe)[0] if recipe else "PPO")
+    if "-h" in rest or "--help" in rest:
+        config.build_parser(named).print_help()
+        return 0
+    flags = config.parse_flags(rest, named)
+    from co2lightning.callbacks import Interrupted, Signals
+    from co2lightning.fit import run_fit
+
+    signals = Signals()
+    signals.install()
+    try:
+        run_fit(flags, agent=agent, config=recipe, signals=signals, echo=_echo)
+    except Interrupted as interrupted:
+        _echo(f"Stopped by {interrupted}; --ckpt_path last continues")
+        return interrupted.exit_code
+    finally:
+        signals.restore()
+    return 0
+
+
+def _history(argv: list[str]) -> int:
+    from co2lightning.history import main
+
+    return main(argv)
+
+
+def _verify(argv: list[str]) -> int:
+    from co2lightning.history import verify_main
+
+    return verify_main(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "fit": _fit,
+    "history": _history,
+    "verify": _verify,
+}
+
+
+def _echo(line: str) -> None:
+    print(line, flush=True)
+
+
+def _fail(what: object, code: int) -> int:
+    print(f"error: {what}", file=sys.stderr)
+    return code
+
+
+def _disk_line(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; the last whole episode is safe, make room and resume"
+
+
+def _end_on_signal() -> None:
+    """Until training takes the signals over there is nothing to save: end at once."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        os._exit(128 + signum)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
