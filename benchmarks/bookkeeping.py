@@ -2,10 +2,10 @@
 
     python benchmarks/bookkeeping.py --episodes 5000
 
-One run is saved without pause; around each mark the saves are measured, first without pause, then
-with a pause like that of training, during which the session's thread writes the JSON files.
-`save` is save_checkpoint as a whole (serialise, check, hash, write, fsync, history); `plain` what
-it is compared with: torch.save to a file and fsync.
+Runs of 50, 500 and 5,000 episodes are made, then continued in turns, so that a busy disk slows all
+alike: by saves without pause, and by saves with a pause like that of training, between which the
+session's thread writes the JSON files. `save` is save_checkpoint as a whole (serialise, check,
+hash, write, fsync, history); `plain` is torch.save to a file and fsync.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import torch
 
 from co2lightning.checkpoints import TrainingCheckpoint
 
-METRICS = (
-    "co2_kg reward time_seconds unmet_kwh co2_vs_uncontrolled grid_import_kwh curtailment_kwh "
-    "self_consumption loss value_loss policy_loss entropy approx_kl clip_fraction learning_rate"
-).split()
+METRICS = [
+    *("co2_kg", "reward", "time_seconds", "unmet_kwh", "co2_vs_uncontrolled", "grid_import_kwh"),
+    *("curtailment_kwh", "self_consumption", "loss", "value_loss", "policy_loss", "entropy"),
+    *("approx_kl", "clip_fraction", "learning_rate"),
+]
 
 
 def checkpoint(width: int) -> dict[str, Any]:
@@ -48,52 +49,55 @@ def plain_save(content: dict[str, Any], path: Path) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    directory: Path, content: dict[str, Any], marks: list[int], window: int, pause: float
-) -> dict[int, tuple[list[float], list[float]]]:
-    """Save a run; return, for each mark, the seconds of saves without and with a pause."""
-    times: dict[int, tuple[list[float], list[float]]] = {mark: ([], []) for mark in marks}
-    run = TrainingCheckpoint(directory)
-    run.begin_session(start_episode=1, device="cpu", info={"agent": "PPO", "seed": 0})
-    for episode in range(1, marks[-1] + window + 1):
+def save(run: TrainingCheckpoint, content: dict[str, Any], count: int, pause: float) -> list[float]:
+    """Save the next episodes of a run and return the seconds that each took."""
+    seconds: list[float] = []
+    first = run.get_next_episode()
+    for episode in range(first, first + count):
         metrics = {name: episode / 7 + i for i, name in enumerate(METRICS)}
-        paced = [mark for mark in marks if mark < episode <= mark + window]
-        if paced:
-            time.sleep(pause)
+        time.sleep(pause)
         start = time.perf_counter()
         run.save_checkpoint(content, episode=episode, metrics=metrics)
-        seconds = time.perf_counter() - start
-        for mark in marks:
-            if mark - window < episode <= mark + window:
-                times[mark][mark in paced].append(seconds)
-    run.end_session("completed")
-    return times
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="Measure the cost of saving episodes.")
-    parser.add_argument("--episodes", type=int, default=5000, help="length of the run")
-    parser.add_argument("--window", type=int, default=50, help="saves measured at each mark")
+    parser.add_argument("--lengths", default="50,500,5000", help="episodes of the runs")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each run")
+    parser.add_argument("--saves", type=int, default=15, help="saves in a turn")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between paced saves")
     parser.add_argument("--width", type=int, default=64, help="hidden units of the agent")
     parser.add_argument("--directory", default=".", help="disk to measure")
     arguments = parser.parse_args()
     content = checkpoint(arguments.width)
-    marks = [mark for mark in (50, 500, 5000, 50_000) if mark <= arguments.episodes]
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    plain: list[float] = []
+    times: dict[int, tuple[list[float], list[float]]] = {length: ([], []) for length in lengths}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
-        run = Path(place) / "PPO"
-        plain = [plain_save(content, Path(place) / "plain.pt") for _ in range(50)]
-        times = measure(run, content, marks, arguments.window, arguments.pause)
-        size = (run / "episode_0001.pt").stat().st_size
-        history = (run / "history.json").stat().st_size
-    print(f"checkpoint {size / 1000:.0f} kB, history after the run {history / 1e6:.2f} MB")
+        runs = {length: TrainingCheckpoint(Path(place) / f"{length}") for length in lengths}
+        for length, run in runs.items():
+            run.begin_session(start_episode=1, device="cpu", info={"agent": "PPO", "seed": 0})
+            save(run, content, length, 0.0)
+        for _ in range(arguments.rounds):
+            plain += [plain_save(content, Path(place) / "plain.pt") for _ in range(arguments.saves)]
+            for length, run in runs.items():
+                for column, pause in enumerate((0.0, arguments.pause)):
+                    times[length][column].extend(save(run, content, arguments.saves, pause))
+                    time.sleep(1.2)  # until this run's thread is quiet
+        for run in runs.values():
+            run.end_session("completed")
+        size = runs[lengths[0]].path(1).stat().st_size
+        history = (runs[lengths[-1]].directory / "history.json").stat().st_size
+    print(f"checkpoint {size / 1000:.0f} kB, history of the longest run {history / 1e6:.2f} MB")
     print(f"plain torch.save + fsync: median {statistics.median(plain) * 1000:.2f} ms\n")
-    print("        | without pause             | with pause")
+    print("        | save without pause        | save with pause")
     print("episode | median ms  mean ms  ratio | median ms  mean ms  ratio")
-    for mark in marks:
-        columns = [f"{mark:7d}"]
-        for first, here in zip(times[marks[0]], times[mark], strict=True):
+    for length in lengths:
+        columns = [f"{length:7d}"]
+        for first, here in zip(times[lengths[0]], times[length], strict=True):
             median, mean = statistics.median(here) * 1000, statistics.fmean(here) * 1000
             columns.append(
                 f"{median:9.2f} {mean:8.2f} {mean / statistics.fmean(first) / 1000:6.2f}"
