@@ -1,3 +1,52 @@
-"""A2C, SAC and PPO controllers that cut the CO2 of a charging site, on PyTorch Lightning."""
+"""A2C, SAC and PPO controllers that cut the CO2 of a charging site, on PyTorch Lightning.
+
+`import co2lightning` registers `co2lightning/ChargingSite-v0` with Gymnasium. The public names
+load what they need when they are first used, so importing the package loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import gymnasium
+
+if TYPE_CHECKING:
+    from co2lightning.agents.ppo import PPO as PPO
+    from co2lightning.checkpoints import TrainingCheckpoint as TrainingCheckpoint
+    from co2lightning.env import ChargingSiteEnv as ChargingSiteEnv
+    from co2lightning.env import ChargingSiteVectorEnv as ChargingSiteVectorEnv
+    from co2lightning.errors import UserError as UserError
+    from co2lightning.fit import fit as fit
+    from co2lightning.site import load_site as load_site
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "PPO": "agents.ppo",
+    "ChargingSiteEnv": "env",
+    "ChargingSiteVectorEnv": "env",
+    "TrainingCheckpoint": "checkpoints",
+    "UserError": "errors",
+    "fit": "fit",
+    "load_site": "site",
+}
+"""Public name -> the module it lives in."""
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+gymnasium.register(
+    id="co2lightning/ChargingSite-v0",
+    entry_point="co2lightning.env:ChargingSiteEnv",
+    vector_entry_point="co2lightning.env:ChargingSiteVectorEnv",
+)
