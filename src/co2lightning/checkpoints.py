@@ -533,7 +533,7 @@ class TrainingCheckpoint:
 
     def _verify_metadata(self, ledger: _Ledger, running: bool) -> list[str]:
         try:
-            metadata = storage.read_json(self._directory / "metadata.json")
+            metadata = self._read_metadata()
         except FileNotFoundError:
             return ["metadata.json is missing"]
         except ValueError as error:
@@ -950,9 +950,23 @@ class TrainingCheckpoint:
             return number, content
         return 0, None
 
+    def _read_metadata(self) -> Row:
+        """Return the content of metadata.json as it stands.
+
+        Raises:
+            ValueError: It is corrupt.
+            FileNotFoundError: There is none.
+        """
+        data = storage.read_json(self._directory / "metadata.json")
+        _text(data, "agent")
+        _count(data, "last_episode")
+        if data.get("status") not in (*STATUSES, None):
+            raise ValueError("unknown status")
+        return data
+
     def _stored_metadata(self) -> Row:
         try:
-            return storage.read_json(self._directory / "metadata.json")
+            return self._read_metadata()
         except (FileNotFoundError, ValueError):
             return {}
 
@@ -1039,11 +1053,10 @@ class TrainingCheckpoint:
 
     def _json_problems(self) -> list[str]:
         messages: list[str] = []
-        for file in ("history.json", "metadata.json"):
+        readers = {"history.json": self._stored_history, "metadata.json": self._read_metadata}
+        for file, read in readers.items():
             try:
-                data = storage.read_json(self._directory / file)
-                if file == "history.json":
-                    _parse_history(data)
+                read()
             except FileNotFoundError:
                 if self.episodes():
                     messages.append(f"{file} is missing; rebuilt from the checkpoints")
@@ -1183,7 +1196,9 @@ def _add(ledger: _Ledger, path: Path, record: Row, hashed: Row) -> None:
     """Add to the ledger what the record of a good episode file says."""
     found = _parse_session(record["session"], "running")
     session = found
-    for known in ledger.sessions:
+    for known in reversed(ledger.sessions):
+        if known.start < found.start:
+            break
         if (known.timestamp, known.start) == (found.timestamp, found.start):
             session = known
     if session is found:
