@@ -1,0 +1,199 @@
+"""`co2lightning history` and `verify`: what was trained so far, and whether its files are good.
+
+Needs neither torch nor Lightning: what the tables show stands in history.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.errors import UserError
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show the runs, or one run with its sessions."""
+    parser = _parser(
+        "history",
+        "Show what was trained so far: every run, or one run with its sessions.",
+        "co2lightning history PPO",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as data on standard output")
+    options = parser.parse_args(argv)
+    runs = [summarize(run) for run in _find(options.name, options.directory)]
+    if options.json:
+        print(json.dumps({"runs": runs}, indent=1))
+    elif not runs:
+        print(f"No runs in {options.directory}; co2lightning fit --config ppo.yaml starts one")
+    else:
+        width = None if os.isatty(1) else 120
+        console = Console(width=width, markup=False, emoji=False, highlight=False)
+        console.print(_runs_table(runs))
+        if options.name:
+            console.print(_sessions_table(runs[0]))
+    return 0
+
+
+def verify_main(argv: Sequence[str]) -> int:
+    """Check the files of the runs; one line for each problem, exit code 1 if there is any."""
+    parser = _parser(
+        "verify",
+        "Check run directories: checksums, history against files, replay. Exit code 1 if anything "
+        "is wrong.",
+        "co2lightning verify PPO",
+    )
+    options = parser.parse_args(argv)
+    runs = _find(options.name, options.directory)
+    if not runs:
+        raise UserError(f"no runs in {options.directory}; --checkpoints.dir says where they are")
+    found = False
+    for run in runs:
+        problems = run.verify()
+        found = found or bool(problems)
+        for problem in problems:
+            print(f"{run.name}: {problem}")
+        if not problems:
+            files = len(run.episodes())
+            print(f"{run.name}: ok, {files} checkpoint{'' if files == 1 else 's'}")
+    return 1 if found else 0
+
+
+def summarize(run: TrainingCheckpoint) -> Row:
+    """Return what there is to tell of a run, as plain data.
+
+    `last` and `best` are the metrics of an episode, empty where there is none; the best episode
+    is the one with the lowest share of its own days' uncontrolled CO2.
+    """
+    history, metadata = run.load_history(), run.load_metadata()
+    sessions: list[Row] = history["trainings"]
+    living = run.is_running()
+    for session in sessions:
+        if session["status"] == "running" and not (living and session is sessions[-1]):
+            session["status"] = "killed"
+    metrics = [row for session in sessions for row in session["metrics"]]
+    kept = [row for row in history["checkpoints"] if not row.get("pruned")]
+    return {
+        "name": run.name,
+        "agent": history["agent"],
+        "total_episodes": history["total_episodes"],
+        "last": metrics[-1] if metrics else {},
+        "best": metadata["best_episode"] or {},
+        "checkpoints": len(kept),
+        "status": sessions[-1]["status"] if sessions else "empty",
+        "sessions": sessions,
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.split()[-1]}: {message}; --help shows what there is")
+
+
+def _parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"co2lightning {command}",
+        description=description,
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a run [default: all]")
+    parser.add_argument(
+        "--checkpoints.dir",
+        dest="directory",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="where the runs are [default: checkpoints]",
+    )
+    return parser
+
+
+def _find(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
+    """Return the runs in a directory, by name."""
+    names = (
+        sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
+    )
+    runs = [TrainingCheckpoint(directory / n) for n in names if n[0] != "." and n != "archive"]
+    runs = [run for run in runs if run.episodes() or run.load_history()["trainings"]]
+    if name is None:
+        return runs
+    chosen = [run for run in runs if run.name == name]
+    if not chosen:
+        known = ", ".join(run.name for run in runs) or "none"
+        raise UserError(f"{name}: no such run in {directory}; there are: {known}")
+    return chosen
+
+
+def _runs_table(runs: list[Row]) -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 2, 0, 0),
+        caption="of uncontrolled: CO2 as a share of the same days without control",
+        caption_justify="left",
+    )
+    for heading in ("run", "agent"):
+        table.add_column(heading)
+    for heading in ("episodes", "episode", "CO2 kg", "of uncon-\ntrolled", "unmet\nkWh"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("check-\npoints", "sessions"):
+        table.add_column(heading, justify="right")
+    table.add_column("status")
+    for run in runs:
+        last, best = run["last"], run["best"]
+        table.add_row(
+            run["name"],
+            run["agent"],
+            str(run["total_episodes"]),
+            *(f"last {last.get('episode', '-')}", *_figures(last)),
+            str(run["checkpoints"]),
+            str(len(run["sessions"])),
+            run["status"],
+        )
+        if best:
+            table.add_row("", "", "", f"best {best['episode']}", *_figures(best))
+    return table
+
+
+def _sessions_table(run: Row) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), title="\nsessions", title_justify="left")
+    table.add_column("begun")
+    for heading in ("episodes", "number", "seconds"):
+        table.add_column(heading, justify="right")
+    for heading in ("device", "status"):
+        table.add_column(heading)
+    for heading in ("CO2 kg", "of uncon-\ntrolled", "unmet\nkWh"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for session in run["sessions"]:
+        first, last = session["start_episode"], session["end_episode"]
+        table.add_row(
+            session["session_timestamp"],
+            f"{first}-{last}" if last >= first else "-",
+            str(session["episodes_count"]),
+            f"{session['duration_seconds']:.1f}",
+            *(session["device"], session["status"]),
+            *_figures(session["metrics"][-1] if session["metrics"] else {}),
+        )
+    return table
+
+
+def _figures(metrics: Row) -> list[str]:
+    """Return CO2, its share of the uncontrolled and the energy not served; "-" where unknown."""
+    return [
+        "-" if value is None else form.format(value)
+        for key, form in (
+            ("co2_kg", "{:.1f}"),
+            ("co2_vs_uncontrolled", "{:.0%}"),
+            ("unmet_kwh", "{:.1f}"),
+        )
+        for value in [metrics.get(key)]
+    ]

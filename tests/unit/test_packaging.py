@@ -1,0 +1,244 @@
+"""What is shipped agrees with itself: versions, bounds, recipes, README, public names."""
+
+import ast
+import importlib.metadata
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import co2lightning
+from co2lightning import cli, config
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(r) for r in [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]]
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+CONSTRAINTS = constraints()
+
+
+def pinned(name: str) -> Version:
+    (specifier,) = CONSTRAINTS[canonicalize_name(name)].specifier
+    return Version(specifier.version)
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the words of every command line of the README, comments taken off."""
+    text = "".join(code_blocks("bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def readme_arguments(program: str) -> list[list[str]]:
+    return [words[1:] for words in readme_commands() if words[0] == program]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert co2lightning.__version__ == PROJECT["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[({re.escape(PROJECT['version'])}|Unreleased)\]", changelog, re.M)
+
+
+def test_constraints_are_exact_and_for_every_platform() -> None:
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "://" not in text
+    for name, requirement in CONSTRAINTS.items():
+        assert [s.operator for s in requirement.specifier] == ["=="], name
+        assert "+" not in str(requirement), name
+        assert not name.startswith(("nvidia", "triton", "cuda")), name
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_constraints_satisfy_the_bounds(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pinned(requirement.name))
+
+
+def test_constraints_name_all_that_gets_installed() -> None:
+    """A dependency's dependency that is not pinned would differ from one day to the next."""
+    missing: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
+    queue = [Requirement("co2lightning[dev]")]
+    while queue:
+        requirement = queue.pop()
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        if key[0] not in CONSTRAINTS and key[0] != "co2lightning":
+            missing.add(key[0])
+            continue
+        for line in importlib.metadata.requires(requirement.name) or []:
+            needed = Requirement(line)
+            extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
+            of_a_platform = "platform" in str(needed.marker)
+            if not of_a_platform and (
+                needed.marker is None or any(needed.marker.evaluate(e) for e in extras)
+            ):
+                queue.append(needed)
+    assert not missing
+
+
+def test_the_versions_we_rely_on() -> None:
+    assert pinned("torch") == Version("2.13.0")
+    (lightning,) = [r for r in REQUIREMENTS if r.name == "lightning"]
+    assert set(str(lightning.specifier).split(",")) == {">=2.6.6", "<2.7"}
+    for malicious in ("2.6.2", "2.6.3"):
+        assert not lightning.specifier.contains(malicious)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_is_valid(recipe: Path) -> None:
+    agent, settings = config.read_recipe(str(recipe))
+    assert recipe.stem == agent.lower()
+    config.check_settings(settings, agent, recipe.name)
+
+
+def test_every_agent_has_a_recipe() -> None:
+    assert {path.stem for path in RECIPES} == {agent.lower() for agent in config.AGENTS}
+
+
+@pytest.mark.parametrize("arguments", readme_arguments("co2lightning"), ids=" ".join)
+def test_readme_command_exists(arguments: list[str]) -> None:
+    if arguments[0].startswith("-"):
+        assert arguments[0] in ("--help", "--version")
+        return
+    assert arguments[0] in cli._COMMANDS
+    if arguments[0] == "fit":
+        given, rest = config.split_arguments(arguments[1:])
+        agent = given.get("agent", "PPO")
+        if "config" in given:
+            agent, settings = config.read_recipe(given["config"])
+            config.check_settings(settings, agent, given["config"])
+        config.parse_flags(rest, agent)
+
+
+def test_readme_shows_the_two_commands_first() -> None:
+    assert [words for words in readme_commands() if words[0] == "make"][:2] == [
+        ["make", "train"],
+        ["make", "test"],
+    ]
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in readme_arguments("make"):
+        assert re.search(rf"^{re.escape(words[0])}:", makefile, re.MULTILINE), words
+
+
+@pytest.mark.parametrize("block", code_blocks("python"))
+def test_readme_python_names_exist(block: str) -> None:
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "co2lightning" or hasattr(co2lightning, node.attr), node.attr
+
+
+def test_files_the_readme_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_public_names() -> None:
+    names = sorted(co2lightning._HOME)
+    code = (
+        "import co2lightning\n"
+        f"for name in {names}:\n"
+        "    assert name in dir(co2lightning), name\n"
+        "    assert callable(getattr(co2lightning, name)), name\n"
+        "try:\n"
+        "    co2lightning.no_such_name\n"
+        "except AttributeError as error:\n"
+        "    assert 'no_such_name' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_known_to_type_checkers() -> None:
+    tree = ast.parse((ROOT / "src/co2lightning/__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {
+        alias.asname: (node.module or "").removeprefix("co2lightning.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert homes == co2lightning._HOME
+
+
+def test_import_is_cheap_and_registers_the_environment() -> None:
+    code = (
+        "import sys, co2lightning, gymnasium\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+        "spec = gymnasium.spec('co2lightning/ChargingSite-v0')\n"
+        "assert spec.entry_point == 'co2lightning.env:ChargingSiteEnv'\n"
+        "assert spec.vector_entry_point == 'co2lightning.env:ChargingSiteVectorEnv'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_no_code_comes_out_of_a_file(path: Path) -> None:
+    """Nothing unpickles: whoever sends a checkpoint cannot run code here."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported = [node.module or ""]
+        else:
+            imported = []
+        unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+        assert not unsafe & {name.split(".")[0] for name in imported}
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg in ("weights_only", "allow_pickle"):
+                    value = getattr(keyword.value, "value", None)
+                    assert value is not (keyword.arg == "allow_pickle")
+
+
+def test_the_package_is_typed() -> None:
+    assert (ROOT / "src/co2lightning/py.typed").is_file()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_what_training_writes_stays_out_of_git() -> None:
+    written = [
+        "checkpoints/PPO/episode_0001.pt",
+        "checkpoints/PPO/history.json",
+        "checkpoints/.PPO.lock",
+        "checkpoints/archive/PPO-20260101T000000Z/metadata.json",
+        "lightning_logs/PPO/events.out.tfevents.1",
+        "lightning_logs/.PPO.lock",
+        ".venv/bin/python",
+        "dist/co2lightning-0.1.0-py3-none-any.whl",
+    ]
+    kept = ["checkpoints/.gitkeep", "lightning_logs/.gitkeep", "configs/ppo.yaml"]
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *written, *kept],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ignored.stdout.splitlines() == written
