@@ -23,8 +23,8 @@ PROJECT = PYPROJECT["project"]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXTRAS = PROJECT["optional-dependencies"]
-REQUIREMENTS = [Requirement(r) for r in [*PROJECT["dependencies"], *sum(EXTRAS.values(), [])]]
+LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+REQUIREMENTS = [Requirement(line) for lines in LISTS for line in lines]
 
 
 def constraints() -> dict[str, Requirement]:
@@ -125,7 +125,7 @@ def test_readme_command_exists(arguments: list[str]) -> None:
         assert arguments[0] in ("--help", "--version")
         return
     assert arguments[0] in cli._COMMANDS
-    if arguments[0] == "fit":
+    if arguments[0] == "fit" and "--help" not in arguments:
         given, rest = config.split_arguments(arguments[1:])
         agent = given.get("agent", "PPO")
         if "config" in given:
