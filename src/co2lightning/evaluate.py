@@ -1,0 +1,399 @@
+"""How good a policy is: the held-out days, paired with the rules and the optimum.
+
+Every policy meets the same days with the same battery start, so policies are compared day by day:
+days differ by 40-80 kg, policies by far less.
+
+The physics runs in float32, as in training; the optimum is computed in float64. Both see the same
+day, so the optimum may lie above a policy by rounding only: `tolerance_kg` says how much that is.
+
+Shapes: D held-out days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from scipy import stats
+
+from co2lightning.agents import AGENTS, agent_class
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.env import SiteDays, evaluation_soc
+from co2lightning.errors import UserError
+from co2lightning.observation import build_observer, observe
+from co2lightning.optimum import optimum_days
+from co2lightning.physics import SiteModel, build_model
+from co2lightning.rules import RULES, Rule, run_days
+from co2lightning.site import STEP_H, Floats, Site, T, load_site
+
+if TYPE_CHECKING:
+    from co2lightning.agents.agent import Agent
+
+_DAYS_AT_ONCE = 64  # bounds the memory of a long year with many sockets
+_TITLES = {
+    "uncontrolled": "uncontrolled",
+    "rbc_a": "RBC A",
+    "rbc_b": "RBC B",
+    "optimum": "optimum (LP)",
+}
+
+
+class Figures(NamedTuple):
+    """What a policy did on each day; every field is [D]."""
+
+    co2_kg: Floats
+    unmet_kwh: Floats  # beyond what charging on arrival would also leave
+    grid_import_kwh: Floats
+    curtailed_kwh: Floats
+    peak_import_kw: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Policies side by side on the held-out days of a site.
+
+    Attributes:
+        site: The site's name.
+        days: Local dates (ISO), D of them.
+        pv_kwh: What the PV could give, [D].
+        unavoidable_kwh: What charging on arrival leaves unserved, [D].
+        tolerance_kg: By how much rounding may put a policy below the optimum, [D].
+        policies: Per policy its figures: the agent if there is one, the rules, the optimum.
+    """
+
+    site: str
+    days: tuple[str, ...]
+    pv_kwh: Floats
+    unavoidable_kwh: Floats
+    tolerance_kg: Floats
+    policies: dict[str, Figures]
+
+
+class Summary(NamedTuple):
+    """A policy over all days. Intervals are half widths; None where one day or no gap is left."""
+
+    co2_kg: float  # mean per day
+    co2_kg_interval: float | None  # 95 % interval of the mean: +- so much
+    vs_rbc_b_kg: float  # mean of the paired differences
+    vs_rbc_b_kg_interval: float | None
+    gap_closed: float | None  # share of the way from uncontrolled to the optimum
+    unmet_kwh: float  # mean per day
+    self_consumption: float | None  # share of all days' PV that found a use
+    curtailed_kwh: float  # mean per day
+    peak_import_kw: float  # highest of all days
+
+
+def evaluate(agent: Agent | None, site: Site, references: Evaluation | None = None) -> Evaluation:
+    """Run a policy's held-out days and put them beside the rules' and the optimum's.
+
+    Args:
+        agent: Acts without exploration; None evaluates the references alone.
+        site: The site.
+        references: An earlier evaluation of the same site, to spare the rules and the optimum.
+    """
+    references = references or _references(site)
+    if agent is None:
+        return references
+    model = build_model(site, agent.device)
+    observer = build_observer(site, agent.device)
+    figures = _run(model, lambda m, s: agent.act(observe(observer, m, s)), site)
+    own = {"agent": _beyond(figures, references.unavoidable_kwh)}
+    return replace(references, policies={**own, **references.policies})
+
+
+def _references(site: Site) -> Evaluation:
+    model = build_model(site)
+    days = site.held_out_days
+    soc_start = evaluation_soc(site)[days]
+    figures = {name: _run(model, rule, site) for name, rule in RULES.items()}
+    unavoidable_kwh = figures["uncontrolled"].unmet_kwh
+    policies = {name: _beyond(f, unavoidable_kwh) for name, f in figures.items()}
+    best = optimum_days(site, days.tolist(), soc_start.tolist())
+    policies["optimum"] = Figures(
+        co2_kg=np.array([day.co2_kg for day in best]),
+        unmet_kwh=np.zeros(len(days)),
+        grid_import_kwh=np.array([day.grid_import_kw.sum() * STEP_H for day in best]),
+        curtailed_kwh=np.array([day.curtailed_kwh.sum() for day in best]),
+        peak_import_kw=np.array([day.grid_import_kw.max() for day in best]),
+    )
+    # Each of the T steps may round what the battery holds and what the meter has counted.
+    stored_kg = site.battery.capacity_kwh * site.carbon_kg_per_kwh[days].max(axis=1)
+    rounding = T * float(np.finfo(np.float32).eps) / 2.0
+    return Evaluation(
+        site=site.name,
+        days=tuple(site.days[day] for day in days),
+        pv_kwh=site.pv_kw[days].sum(axis=1) * STEP_H,
+        unavoidable_kwh=unavoidable_kwh,
+        tolerance_kg=1e-6 + rounding * (stored_kg + policies["uncontrolled"].co2_kg),
+        policies=policies,
+    )
+
+
+def _run(model: SiteModel, rule: Rule, site: Site) -> Figures:
+    """Run the held-out days; the unmet energy is all of it."""
+    days = torch.as_tensor(site.held_out_days)
+    soc_start = evaluation_soc(site)
+    columns: list[list[Floats]] = []
+    for some in days.split(_DAYS_AT_ONCE):
+        trace = run_days(model, rule, some, soc_start[some])
+        peak_kw = torch.stack([flow.grid_import_kw for flow in trace.flows]).amax(0)
+        columns.append(
+            [
+                column.double().cpu().numpy()
+                for column in (
+                    trace.total("co2_kg"),
+                    trace.total("unmet_kwh"),
+                    trace.total("grid_import_kw") * STEP_H,
+                    trace.total("curtailed_kwh"),
+                    peak_kw,
+                )
+            ]
+        )
+    return Figures(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
+
+
+def _beyond(figures: Figures, unavoidable_kwh: Floats) -> Figures:
+    return figures._replace(unmet_kwh=np.maximum(figures.unmet_kwh - unavoidable_kwh, 0.0))
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def summarise(evaluation: Evaluation) -> dict[str, Summary]:
+    """Return every policy's means, intervals and shares."""
+    policies = evaluation.policies
+    uncontrolled_kg = float(policies["uncontrolled"].co2_kg.mean())
+    gap_kg = uncontrolled_kg - float(policies["optimum"].co2_kg.mean())
+    pv_kwh = float(evaluation.pv_kwh.sum())
+    summaries: dict[str, Summary] = {}
+    for name, figures in policies.items():
+        co2_kg, interval = mean_interval(figures.co2_kg)
+        difference_kg, difference_interval = mean_interval(
+            figures.co2_kg - policies["rbc_b"].co2_kg
+        )
+        summaries[name] = Summary(
+            co2_kg=co2_kg,
+            co2_kg_interval=interval,
+            vs_rbc_b_kg=difference_kg,
+            vs_rbc_b_kg_interval=difference_interval,
+            gap_closed=(uncontrolled_kg - co2_kg) / gap_kg if gap_kg > 1e-6 else None,
+            unmet_kwh=float(figures.unmet_kwh.mean()),
+            self_consumption=1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh if pv_kwh else None,
+            curtailed_kwh=float(figures.curtailed_kwh.mean()),
+            peak_import_kw=float(figures.peak_import_kw.max()),
+        )
+    return summaries
+
+
+def mean_interval(values: Floats) -> tuple[float, float | None]:
+    """Return the mean and the half width of its 95 % interval, Student's t over the days [D].
+
+    One day has no spread: the half width is None.
+    """
+    count = len(values)
+    if count < 2:
+        return float(values.mean()), None
+    half_width = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
+    return float(values.mean()), float(half_width)
+
+
+def violations(evaluation: Evaluation) -> list[str]:
+    """Name every day on which a policy is better than the optimum: each is a defect."""
+    bound_kg = evaluation.policies["optimum"].co2_kg
+    return [
+        f"{evaluation.days[i]}: {name} emits {figures.co2_kg[i]:.6f} kg, the optimum "
+        f"{bound_kg[i]:.6f} kg"
+        for name, figures in evaluation.policies.items()
+        for i in np.flatnonzero(figures.co2_kg < bound_kg - evaluation.tolerance_kg)
+    ]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"test: {message}; such as: co2lightning test PPO --json")
+
+
+def main(argv: list[str]) -> int:
+    """Run `co2lightning test` and return its exit code.
+
+    Raises:
+        UserError: There is no such run, the file is no episode, the site cannot be read.
+    """
+    parser = _Parser(
+        prog="co2lightning test",
+        description="Evaluate a run's newest episode on the held-out days, beside the rules and "
+        "the optimum.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
+    parser.add_argument("--ckpt_path", metavar="FILE", help="an episode file [default: the newest]")
+    parser.add_argument("--json", action="store_true", help="data on standard output")
+    parser.add_argument("--checkpoints.dir", dest="checkpoints", default="checkpoints")
+    parser.add_argument("--logs.dir", dest="logs", default="lightning_logs")
+    parser.add_argument("--env.site", dest="site", help="another site than the run's")
+    arguments = parser.parse_args(argv)
+    run = TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name)
+    checkpoint, path = _read(run, arguments.ckpt_path)
+    agent = load_agent(checkpoint, path)
+    described = checkpoint["run"].get("site")
+    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
+    if not isinstance(described, dict) or not isinstance(wanted, str):
+        raise UserError(f"{path}: was not trained on a site; test knows the CO2 of sites only")
+    site = load_site(wanted)
+    if site.sha256 != described.get("sha256"):
+        print(
+            f"Site {wanted} is not the one {arguments.name} was trained on "
+            f"({described.get('name')}, sha256 {str(described.get('sha256'))[:12]}): its files "
+            f"have sha256 {site.sha256[:12]}",
+            file=sys.stderr,
+        )
+    evaluation = evaluate(agent, site)
+    episode = int(checkpoint["episode"])
+    if arguments.json:
+        print(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
+    else:
+        _print_table(evaluation, agent, episode)
+    logs = Path(arguments.logs) / run.name
+    if path.parent.resolve() == run.directory.resolve() and logs.is_dir():
+        _write_scalars(logs / "test", summarise(evaluation)["agent"], episode)
+    broken = violations(evaluation)
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        print(f"error: the optimum is no bound, a defect: {broken[0]}{more}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:
+    """Make the agent that a checkpoint of a run on a site holds, ready to act.
+
+    Raises:
+        UserError: It is no such checkpoint; `origin` names its file.
+    """
+    run, name = checkpoint.get("run"), None
+    if isinstance(run, dict):
+        name = run.get("agent")
+    if name not in AGENTS or not isinstance(checkpoint.get("episode"), int):
+        raise UserError(
+            f"{origin}: not an episode of co2lightning; give one such as episode_0004.pt"
+        )
+    settings = checkpoint["hyper_parameters"]
+    wanted = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
+    if any(settings.get(key) != size for key, size in wanted.items()):
+        raise UserError(
+            f"{origin}: trained on {settings.get('observation_dim')} observations and "
+            f"{settings.get('action_dim')} actions; a site has {SiteDays.observation_dim} and "
+            f"{SiteDays.action_dim}"
+        )
+    try:
+        agent = agent_class(str(name))(**settings)
+        agent.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{origin}: not of this version's {name} ({' '.join(str(error).split())[:120]})"
+        ) from None
+    return agent.eval()
+
+
+def _read(run: TrainingCheckpoint, ckpt_path: str | None) -> tuple[dict[str, Any], Path]:
+    """Return the checkpoint that was asked for and its path."""
+    if ckpt_path not in (None, "last"):
+        return TrainingCheckpoint.read(ckpt_path), Path(ckpt_path)
+    checkpoint = run.load_latest_checkpoint()
+    if checkpoint is None:
+        place = run.directory.parent
+        runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
+        known = f"; runs there: {', '.join(runs)}" if runs else ""
+        raise UserError(f"test {run.name}: no episode in {run.directory}{known}")
+    return checkpoint, run.path(checkpoint["episode"])
+
+
+def as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
+    """Return what `test --json` prints: plain data, numbers to 1e-6."""
+    return {
+        "site": evaluation.site,
+        "agent": type(agent).__name__,
+        "action": _action(agent),
+        "episode": episode,
+        "days": list(evaluation.days),
+        "policies": {
+            name: {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
+            for name, figures in evaluation.policies.items()
+        },
+        "summary": {
+            name: {key: None if v is None else round(v, 6) for key, v in s._asdict().items()}
+            for name, s in summarise(evaluation).items()
+        },
+    }
+
+
+def _action(agent: Agent) -> str:
+    """Say how an agent's output is read: as the action, or as a correction of RBC B's."""
+    return str(agent.hparams.get("action", "direct"))
+
+
+def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
+    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **_TITLES}
+    days = evaluation.days
+    table = Table(
+        title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
+        f"days of {evaluation.site} ({days[0]} to {days[-1]})",
+        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
+        "Unmet: beyond what charging on arrival leaves.",
+    )
+    table.add_column("policy")
+    for heading in (
+        *("CO2\nkg/day", "against RBC B\nkg/day", "gap\nclosed", "unmet\nkWh/day"),
+        *("self-con-\nsumption", "curtailed\nkWh/day", "peak\nkW"),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, s in summarise(evaluation).items():
+        table.add_row(
+            titles[name],
+            _plus_minus(f"{s.co2_kg:.1f}", s.co2_kg_interval),
+            "" if name == "rbc_b" else _plus_minus(f"{s.vs_rbc_b_kg:+.1f}", s.vs_rbc_b_kg_interval),
+            "" if s.gap_closed is None else f"{s.gap_closed:.1%}",
+            f"{s.unmet_kwh:.3f}",
+            "" if s.self_consumption is None else f"{s.self_consumption:.1%}",
+            f"{s.curtailed_kwh:.0f}",
+            f"{s.peak_import_kw:.0f}",
+        )
+    console = Console()
+    # A pipe has no width of its own; a table squeezed into 80 columns loses its numbers.
+    console.print(table) if console.is_terminal else Console(width=110).print(table)
+
+
+def _plus_minus(mean: str, interval: float | None) -> str:
+    return mean if interval is None else f"{mean} ± {interval:.1f}"
+
+
+def _write_scalars(directory: Path, summary: Summary, episode: int) -> None:
+    """Write `test/*` of an episode for TensorBoard, in place of what an earlier test wrote.
+
+    In a directory of its own below the run's: there TensorBoard reads the newest file and never
+    returns to an older one, so a second file beside that of a running training would freeze its
+    curve; and the purge that a resume orders would take these points too.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    suffix = f".episode_{episode:04d}"
+    earlier: Sequence[Path] = list(directory.glob(f"*{suffix}"))
+    with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
+        for name, value in summary._asdict().items():
+            if value is not None:
+                writer.add_scalar(f"test/{name}", value, episode)
+    for path in earlier:
+        path.unlink(missing_ok=True)
