@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+_LOG_2 = math.log(2.0)
+_HALF_LOG_2_PI = 0.5 * math.log(2.0 * math.pi)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -47,10 +51,92 @@ def mlp(
 def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Return the log density [...] of `action` [..., A] under N(mean, exp(log_std)^2)."""
     z = (action - mean) * (-log_std).exp()
-    log_2_pi = 1.8378770664093453
-    return (-0.5 * (z * z + log_2_pi) - log_std).sum(-1)
+    return (-0.5 * z * z - log_std - _HALF_LOG_2_PI).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
     """Return the entropy of a Gaussian with independent components, log_std [..., A]."""
-    return (log_std + 1.4189385332046727).sum(-1)
+    return (log_std + 0.5 + _HALF_LOG_2_PI).sum(-1)
+
+
+LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
+
+
+def squashed_gaussian(head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample a = tanh(u), u ~ N(mean, std^2), and its log density.
+
+    log pi(a) = log N(u) - sum log(1 - tanh(u)^2), Haarnoja et al. 2018, appendix C, with
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which does not lose its digits where tanh
+    saturates.
+
+    Args:
+        head: [..., 2 A], the mean and the log standard deviation.
+        noise: [..., A], standard normal.
+
+    Returns:
+        Actions [..., A] in (-1, 1) and log densities [...].
+    """
+    mean, log_std = _split(head)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - _HALF_LOG_2_PI
+    return u.tanh(), (log_normal - _log_slope(u)).sum(-1)
+
+
+def squashed_log_prob(head: Tensor, action: Tensor) -> Tensor:
+    """Return the log density [...] of actions [..., A] in (-1, 1); head is [..., 2 A]."""
+    mean, log_std = _split(head)
+    u = action.clamp(-1.0 + 1e-6, 1.0 - 1e-6).atanh()
+    noise = (u - mean) * (-log_std).exp()
+    log_normal = -0.5 * noise.square() - log_std - _HALF_LOG_2_PI
+    return (log_normal - _log_slope(u)).sum(-1)
+
+
+def _split(head: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_std = head.chunk(2, dim=-1)
+    return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+
+def _log_slope(u: Tensor) -> Tensor:
+    """Return log(1 - tanh(u)^2)."""
+    return 2.0 * (_LOG_2 - u - nn.functional.softplus(-2.0 * u))
+
+
+class TwinCritic(nn.Module):
+    """Two Q functions of the same shape, evaluated as one batched matrix product.
+
+    Args:
+        n_in: Features of observation and action together.
+        hidden: Width of each hidden layer.
+        activation: One of `ACTIVATIONS`.
+        generator: Source of the weights.
+    """
+
+    def __init__(
+        self, n_in: int, hidden: Sequence[int], activation: str, *, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for a, b in itertools.pairwise([n_in, *hidden, 1]):
+            weight = torch.empty(2, a, b)
+            bound = a**-0.5
+            self.weights.append(nn.Parameter(weight.uniform_(-bound, bound, generator=generator)))
+            self.biases.append(nn.Parameter(torch.zeros(2, 1, b)))
+
+    def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
+        """Return Q [2, M] of obs [M, O] and action [M, A]; `frozen` weights get no gradient."""
+        x = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if frozen:
+                weight, bias = weight.detach(), bias.detach()
+            x = torch.baddbmm(bias, x, weight)
+            if i < last:
+                x = self.activation(x)
+        return x.squeeze(-1)
+
+    @torch.no_grad()
+    def follow(self, other: TwinCritic, tau: float) -> None:
+        """Move the weights towards another's: target = (1 - tau) target + tau other."""
+        torch._foreach_lerp_(list(self.parameters()), list(other.parameters()), tau)

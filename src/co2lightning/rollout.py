@@ -89,7 +89,7 @@ class RolloutDataset(IterableDataset[Rollout]):
         results: list[Step] = []
         for step_noise in noise.unbind(0):
             action = self.agent.explore(obs, step_noise)
-            result = self.env.step(action)
+            result = self.env.step(self.agent.environment_action(obs, action))
             observed.append(obs)
             actions.append(action)
             results.append(result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-AGENTS = ("PPO",)
+AGENTS = ("A2C", "SAC", "PPO")
 """The fixed set of names; a checkpoint or a recipe can ask for no other class."""
 
 

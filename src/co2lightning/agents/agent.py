@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from co2lightning.env import Environment
+from co2lightning.observation import RULE_FEATURES
 from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
 
 
@@ -44,20 +45,37 @@ class Agent(pl.LightningModule):
         raise NotImplementedError
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Return actions [B, A] for obs [B, O], with standard normal noise [B, A]."""
+        """Return the policy's output [B, A] for obs [B, O], with standard normal noise [B, A]."""
         raise NotImplementedError
 
-    def act(self, obs: Tensor) -> Tensor:
-        """Return the deterministic actions [..., A] for obs [..., O], within [-1, 1]."""
+    def policy_mean(self, obs: Tensor) -> Tensor:
+        """Return the policy's deterministic output [..., A] for obs [..., O]."""
         raise NotImplementedError
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Return the log density [...] of actions [..., A] at obs [..., O]."""
+        """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
         raise NotImplementedError
 
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Run all updates of one segment; return their mean figures, on the device."""
         raise NotImplementedError
+
+    # -- acting ---------------------------------------------------------------------------------
+
+    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor:
+        """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A].
+
+        "direct" takes the output as it is. "correction" adds it to what the rule RBC B would do,
+        which the observation holds: residual policy learning, Johannink et al. 2019.
+        """
+        if self.hparams["action"] == "correction":
+            assert RULE_FEATURES[1] == RULE_FEATURES[0] + 1
+            output = output + obs[..., RULE_FEATURES[0] : RULE_FEATURES[1] + 1]
+        return output.clamp(-1.0, 1.0)
+
+    def act(self, obs: Tensor) -> Tensor:
+        """Return the deterministic action [..., A] in [-1, 1] for obs [..., O]."""
+        return self.environment_action(obs, self.policy_mean(obs))
 
     # -- episodes and seeds --------------------------------------------------------------------
 
@@ -76,6 +94,14 @@ class Agent(pl.LightningModule):
             self.hparams["seed"], self.episode, self.global_rank, stream, self.device
         )
 
+    def update_generator(self) -> torch.Generator:
+        """Return the generator of this episode's updates, the same object within an episode."""
+        return self._update_generator
+
+    def shuffle(self, count: int) -> Tensor:
+        """Return a permutation [count] drawn for this episode's updates."""
+        return torch.randperm(count, generator=self.update_generator(), device=self.device)
+
     def weights_generator(self) -> torch.Generator:
         """Return the generator the first weights are drawn from, the same on every rank."""
         return episode_generator(self.hparams["seed"], 0, 0, "weights", torch.device("cpu"))
@@ -93,6 +119,9 @@ class Agent(pl.LightningModule):
 
     # -- Lightning -----------------------------------------------------------------------------
 
+    def restore_replay(self, pieces: list[dict[str, Any]]) -> None:
+        """Take up what earlier episodes added to a replay buffer; agents without one ignore it."""
+
     def train_on(self, env: Environment) -> None:
         """Set the environment the next `Trainer.fit` plays."""
         self.env = env
@@ -107,6 +136,7 @@ class Agent(pl.LightningModule):
         self._began = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
         self._learned: list[dict[str, Tensor]] = []
+        self._update_generator = self.episode_generator("updates")
         rate = self.annealed(self.hparams["learning_rate"])
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
@@ -114,6 +144,7 @@ class Agent(pl.LightningModule):
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> None:
         """Learn from one segment."""
+        self.env_steps += rollout.reward.numel()
         ended = (rollout.terminated + rollout.truncated).clamp(max=1.0)
         for name, value in (
             ("reward", (rollout.reward * rollout.valid).sum()),
@@ -127,7 +158,6 @@ class Agent(pl.LightningModule):
         """Work out the episode's metrics and write them to the logger, flushed."""
         assert self.env is not None
         sums = {name: float(value) for name, value in self._sums.items()}
-        self.env_steps += int(sums["env_steps"])
         learned = [figures for figures in self._learned if figures]
         figures = {
             name: float(torch.stack([f[name] for f in learned]).mean())
@@ -162,7 +192,9 @@ class Agent(pl.LightningModule):
         optimizer = self.trainer.optimizers[0]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters(), self.hparams["max_grad_norm"])
+        max_norm = self.hparams.get("max_grad_norm")
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
         optimizer.step()
         self.updates += 1
 
@@ -185,5 +217,10 @@ class Agent(pl.LightningModule):
             action = self.act(batch)
         else:
             noise = torch.randn(len(batch), self.hparams["action_dim"], device=self.device)
-            action = self.explore(batch, noise).clamp(-1.0, 1.0)
+            action = self.environment_action(batch, self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None
+
+
+def mean_figures(figures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each figure over a segment's updates."""
+    return {name: torch.stack([f[name].detach() for f in figures]).mean() for name in figures[0]}

@@ -1,0 +1,91 @@
+"""Advantage actor-critic, Mnih et al. 2016 (arXiv:1602.01783), synchronous.
+
+Shapes: N transitions of a rollout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from co2lightning.agents.actor_critic import ActorCritic, Transitions, weighted_mean
+from co2lightning.networks import gaussian_entropy
+from co2lightning.rollout import Rollout
+
+
+class A2C(ActorCritic):
+    """A2C: one gradient step for every n_steps of the episode.
+
+    Args:
+        observation_dim: O; set by the environment.
+        action_dim: A; set by the environment.
+        seed: Seed of the run; every draw follows from (seed, episode, rank).
+        action: direct, or correction: what is added to the action of the rule RBC B.
+        n_steps: Steps of the episode between two updates; 0 is the whole episode.
+        learning_rate: Of Adam, at episode 1.
+        anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
+        anneal_to: Share of the learning rate that is left after them.
+        gamma: Discount per step.
+        gae_lambda: 1 is the n-step return of the paper, 0 trusts the value function.
+        normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
+        ent_coef: Weight of the entropy bonus.
+        vf_coef: Weight of the value loss.
+        max_grad_norm: The gradient's norm is clipped to this.
+        hidden: Width of each hidden layer, of actor and critic alike.
+        activation: tanh, relu or silu.
+        log_std_init: Logarithm of the first standard deviation of an action.
+        reward_scale: Factor on rewards before they reach the critic.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        seed: int = 0,
+        action: str = "direct",
+        n_steps: int = 8,
+        learning_rate: float = 7e-4,
+        anneal_episodes: int = 0,
+        anneal_to: float = 0.1,
+        gamma: float = 0.99,
+        gae_lambda: float = 1.0,
+        normalize_advantage: bool = False,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        hidden: tuple[int, ...] = (64, 64),
+        activation: str = "tanh",
+        log_std_init: float = 0.0,
+        reward_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.build()
+
+    def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a rollout and its parts: section 4 of the paper."""
+        log_prob = self.log_prob(batch.obs, batch.action)
+        policy_loss = -weighted_mean(log_prob * batch.advantage, batch.weight)
+        value = self.critic(batch.obs).squeeze(-1)
+        value_loss = weighted_mean((value - batch.value_target).square(), batch.weight)
+        entropy = gaussian_entropy(self.log_std)
+        loss = (
+            policy_loss + self.hparams["vf_coef"] * value_loss - self.hparams["ent_coef"] * entropy
+        )
+        return loss, {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+        }
+
+    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Take one gradient step on a rollout."""
+        transitions, explained_variance = self.evaluate_rollout(rollout)
+        loss, figures = self.loss(transitions)
+        self.descend(loss)
+        with torch.no_grad():
+            return {
+                **{name: figure.detach() for name, figure in figures.items()},
+                "explained_variance": explained_variance,
+            }

@@ -1,0 +1,112 @@
+"""What the on-policy agents share: a Gaussian policy, a value function, advantages.
+
+Shapes: n steps of a rollout, B environments, N = n * B transitions, O features, A actions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from co2lightning.agents.agent import Agent
+from co2lightning.networks import gaussian_log_prob, mlp
+from co2lightning.returns import gae
+from co2lightning.rollout import Rollout
+
+
+class Transitions(NamedTuple):
+    """Transitions of a rollout, or a minibatch of them, with what they teach."""
+
+    obs: Tensor  # [N, O]
+    action: Tensor  # [N, A]
+    log_prob: Tensor  # [N] under the policy that acted
+    advantage: Tensor  # [N]
+    value_target: Tensor  # [N]
+    weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
+
+
+class ActorCritic(Agent):
+    """A Gaussian policy with a learned standard deviation, and a value function beside it.
+
+    Subclasses save their hyperparameters before they call `build`.
+    """
+
+    def build(self) -> None:
+        """Make the networks the hyperparameters ask for."""
+        generator = self.weights_generator()
+        n_in, n_actions = self.hparams["observation_dim"], self.hparams["action_dim"]
+        shape = {
+            "hidden": self.hparams["hidden"],
+            "activation": self.hparams["activation"],
+            "generator": generator,
+        }
+        self.actor = mlp(n_in, n_out=n_actions, output_gain=0.01, **shape)
+        self.critic = mlp(n_in, n_out=1, output_gain=1.0, **shape)
+        self.log_std = nn.Parameter(torch.full((n_actions,), float(self.hparams["log_std_init"])))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam with the epsilon of 1e-5 that on-policy codes agree on."""
+        return torch.optim.Adam(
+            self.parameters(), lr=self.hparams["learning_rate"], eps=1e-5, fused=True
+        )
+
+    def segment_steps(self, horizon: int) -> int:
+        return min(self.hparams["n_steps"] or horizon, horizon)
+
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.actor(obs) + self.log_std.exp() * noise
+
+    def policy_mean(self, obs: Tensor) -> Tensor:
+        return self.actor(obs)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        return gaussian_log_prob(action, self.actor(obs), self.log_std)
+
+    @torch.no_grad()
+    def evaluate_rollout(self, rollout: Rollout) -> tuple[Transitions, Tensor]:
+        """Flatten a rollout and work out advantages and value targets.
+
+        Returns:
+            The transitions and the explained variance of the value function, 1 - Var(target -
+            value) / Var(target).
+        """
+        value = self.critic(rollout.obs).squeeze(-1)
+        next_value = self.critic(rollout.next_obs).squeeze(-1)
+        advantage = gae(
+            rollout.reward * self.hparams["reward_scale"],
+            value,
+            next_value,
+            rollout.terminated,
+            rollout.truncated,
+            gamma=self.hparams["gamma"],
+            gae_lambda=self.hparams["gae_lambda"],
+        )
+        target = advantage + value
+        _, unexplained = _moments(advantage, rollout.valid)
+        _, spread = _moments(target, rollout.valid)
+        explained_variance = 1.0 - unexplained / (spread + 1e-8)
+        if self.hparams["normalize_advantage"]:
+            mean, variance = _moments(advantage, rollout.valid)
+            advantage = (advantage - mean) / (variance.sqrt() + 1e-8)
+        transitions = Transitions(
+            obs=rollout.obs.flatten(0, 1),
+            action=rollout.action.flatten(0, 1),
+            log_prob=rollout.log_prob.flatten(),
+            advantage=advantage.flatten(),
+            value_target=target.flatten(),
+            weight=rollout.valid.flatten(),
+        )
+        return transitions, explained_variance
+
+
+def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean and variance."""
+    mean = weighted_mean(values, weight)
+    return mean, weighted_mean((values - mean).square(), weight)
+
+
+def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean of `values` where `weight` is 1."""
+    return (values * weight).sum() / weight.sum().clamp(min=1.0)
