@@ -475,8 +475,6 @@ class TrainingCheckpoint:
             problems.append(f"history.json is damaged ({error})")
         files = self.episodes()
         known = stored.episodes if stored else {}
-        good: set[int] = set()
-        records: dict[int, Row] = {}
         for number in files:
             path = self.path(number)
             try:
@@ -489,8 +487,6 @@ class TrainingCheckpoint:
             except Damaged as error:
                 problems.append(f"{path.name} is damaged ({error.reason})")
                 continue
-            good.add(number)
-            records[number] = record
             if stored and number not in known and not running:
                 problems.append(f"{path.name} is not in history.json; the next start adds it")
         ledger = self._current()
@@ -791,7 +787,7 @@ class TrainingCheckpoint:
                 self.path(number).unlink(missing_ok=True)
                 self.replay_path(number).unlink(missing_ok=True)
             _trim(ledger, episode)
-            self._write(ledger, content.get("run", {}))
+            self._write(ledger, _run_of(content, ledger))
             return target
 
     def adopt(self, source: Path) -> None:
@@ -828,7 +824,7 @@ class TrainingCheckpoint:
                     files[f"replay/{self.path(number).name}"] = other.replay_path(number)
             if self._directory.is_dir():
                 self._directory.rmdir()
-            _stage(self._directory, files, ledger, content.get("run"))
+            _stage(self._directory, files, ledger, _run_of(content, ledger))
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -977,9 +973,7 @@ class TrainingCheckpoint:
             run = {key: value for key, value in metadata.items() if key not in COMPUTED}
             run["config"] = run.pop("configuration", None)
             return run
-        content = self._newest()[1]
-        run = content.get("run") if content else None
-        return _plain(cast(Row, run)) if isinstance(run, dict) else {"agent": ledger.agent}
+        return _run_of(self._newest()[1], ledger)
 
     def _metadata(self, ledger: _Ledger, run: Row) -> Row:
         final = next(reversed(ledger.episodes.values())).metrics if ledger.episodes else None
@@ -1226,6 +1220,12 @@ def _trim(ledger: _Ledger, last: int) -> None:
     ledger.replay_pruned_to = min(ledger.replay_pruned_to, last)
 
 
+def _run_of(content: Row | None, ledger: _Ledger) -> Row:
+    """Return the run's info as a checkpoint carries it."""
+    run = content.get("run") if content else None
+    return _plain(cast(Row, run)) if isinstance(run, dict) else {"agent": ledger.agent}
+
+
 def _close_dead(ledger: _Ledger) -> None:
     for session in ledger.sessions:
         if session.status == "running":
@@ -1241,7 +1241,7 @@ def _end(session: _Session) -> str:
         return session.timestamp
 
 
-def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: object) -> None:
+def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: Row) -> None:
     """Build a run directory beside `target`, then put it in place in one step."""
     stage = target.parent / f".{target.name}.tmp"
     if stage.is_dir():
@@ -1256,7 +1256,6 @@ def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: object) -
             storage.write_atomic(place, source.read_bytes())
     for directory in {place.parent for place in map(stage.joinpath, files)}:
         storage.sync_directory(directory)
-    info = cast(Row, run) if isinstance(run, dict) else {"agent": ledger.agent}
-    TrainingCheckpoint(stage)._write(ledger, info)  # pyright: ignore[reportPrivateUsage]
+    TrainingCheckpoint(stage)._write(ledger, run)  # pyright: ignore[reportPrivateUsage]
     os.rename(stage, target)
     storage.sync_directory(target.parent)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ def kill_loop(place: Path, kills: int, seed: int, keep: int) -> None:
     assert finish(place, last, keep)[0] == 0
     assert run.get_next_episode() - 1 == last
     statuses = [session["status"] for session in run.load_history()["trainings"]]
-    assert statuses == ["killed"] * kills + ["completed"]
+    assert statuses == ["killed"] * (len(statuses) - 1) + ["completed"]
+    assert len(statuses) <= kills + 1  # a kill may come before its session was written down
     assert_whole(run)
     assert not (run.directory / "damaged").exists()
 
@@ -159,19 +160,23 @@ def test_150_sigkills_tear_nothing(tmp_path: Path, keep: int) -> None:
 def double_start(place: Path) -> None:
     """Two trainers at once: one goes on, the other says who has the run and changes nothing."""
     with (
-        process(write, place, 3, 0, 0.1) as (first, pipe_of_first),
-        process(write, place, 3, 0, 0.1) as (second, pipe_of_second),
+        process(write, place, 100_000, 0, 0.02) as first,
+        process(write, place, 100_000, 0, 0.02) as second,
     ):
-        said = {first.pid: list(events(pipe_of_first)), second.pid: list(events(pipe_of_second))}
-        for child in (first, second):
-            child.join()
-        codes = {child.exitcode: child.pid for child in (first, second)}
-    assert set(codes) == {0, 2}, said
-    ((word, _, line),) = said[codes[2]]
-    assert word == "refused"
-    assert f"process {codes[0]} on {os.uname().nodename}" in line
-    assert len(open_run(place).load_history()["trainings"]) == 1
-    assert_whole(open_run(place))
+        waiting = {first[0].sentinel: first, second[0].sentinel: second}
+        (ended,) = wait(list(waiting), timeout=60)
+        loser, said = waiting.pop(ended)
+        ((winner, pipe),) = waiting.values()
+        ((word, _, line),) = events(said)
+        assert (loser.exitcode, word) == (2, "refused")
+        assert f"process {winner.pid} on {os.uname().nodename}" in line
+        assert wait_for(pipe, "started")[1] == 1
+        assert wait_for(pipe, "saved")[1] == 1
+        assert winner.is_alive()
+    run = open_run(place)
+    assert len(run.load_history()["trainings"]) == 1
+    run.recover()
+    assert_whole(run)
 
 
 def test_of_two_trainers_one_goes_on(tmp_path: Path) -> None:
