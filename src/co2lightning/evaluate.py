@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -371,9 +372,9 @@ def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
             f"{s.curtailed_kwh:.0f}",
             f"{s.peak_import_kw:.0f}",
         )
-    console = Console()
     # A pipe has no width of its own; a table squeezed into 80 columns loses its numbers.
-    console.print(table) if console.is_terminal else Console(width=110).print(table)
+    width = None if os.isatty(1) else 110
+    Console(width=width, markup=False, highlight=False).print(table)
 
 
 def _plus_minus(mean: str, interval: float | None) -> str:

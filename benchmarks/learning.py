@@ -1,0 +1,288 @@
+"""How fast and how far the agents learn: held-out CO2 against episodes, over several seeds.
+
+    python benchmarks/learning.py --agents A2C,SAC,PPO --seeds 3 --episodes 100 \
+        --output docs/learning-results.json --figure docs/learning.png
+
+Trains every agent's shipped recipe with `co2lightning fit`, each run a process with one torch
+thread, in a temporary directory. Checkpoints are then evaluated without exploration on the site's
+held-out days, beside the rules and the perfect-foresight optimum, as `co2lightning test` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from co2lightning.agents import AGENTS
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.evaluate import Evaluation, evaluate, load_agent, summarise, violations
+from co2lightning.site import Site, load_site
+
+EPISODES = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
+FIGURES = ("co2_kg", "gap_closed", "vs_rbc_b_kg", "vs_rbc_b_kg_interval", "unmet_kwh")
+REFERENCES = {
+    "uncontrolled": "uncontrolled",
+    "rbc_a": "RBC A",
+    "rbc_b": "RBC B",
+    "optimum": "optimum (LP)",
+}
+COLOURS = {"PPO": "#0072B2", "SAC": "#D55E00", "A2C": "#009E73"}  # Okabe and Ito
+
+Run = dict[str, Any]
+
+
+def main() -> int:
+    """Train, evaluate, write the results, print the table, draw the figure."""
+    parser = argparse.ArgumentParser(
+        description="Held-out CO2 of the shipped recipes against training episodes."
+    )
+    parser.add_argument("--agents", default=",".join(AGENTS), help="comma separated")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each agent: seeds 0, 1, ...")
+    parser.add_argument("--episodes", type=int, default=100, help="of each run")
+    parser.add_argument("--site", default="iquitos", help="a shipped site")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--output", type=Path, help="results as JSON")
+    parser.add_argument("--figure", type=Path, help="a PNG")
+    arguments = parser.parse_args()
+    agents = arguments.agents.split(",")
+    torch.set_num_threads(1)
+    site = load_site(arguments.site)
+    references = evaluate(None, site)
+    broken = violations(references)
+    with tempfile.TemporaryDirectory() as place:
+        names = [(agent, seed) for agent in agents for seed in range(arguments.seeds)]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            runs = list(
+                pool.map(lambda n: train(n[0], n[1], arguments.episodes, site, Path(place)), names)
+            )
+        for run in runs:
+            broken += add_figures(run, site, references, Path(place))
+    results: dict[str, Any] = {
+        "command": f"python benchmarks/learning.py --agents {arguments.agents} --seeds "
+        f"{arguments.seeds} --episodes {arguments.episodes} --site {site.name} "
+        f"--jobs {arguments.jobs}",
+        "machine": machine(),
+        "versions": versions(),
+        "site": {"name": site.name, "sha256": site.sha256, "held_out_days": len(references.days)},
+        "references": {
+            name: {key: getattr(summary, key) for key in ("co2_kg", "gap_closed", "unmet_kwh")}
+            for name, summary in summarise(references).items()
+        },
+        "agents": {
+            agent: {
+                "summary": spread([run for run in runs if run["agent"] == agent]),
+                "runs": [run for run in runs if run["agent"] == agent],
+            }
+            for agent in agents
+        },
+    }
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    if arguments.figure:
+        draw(results, arguments.figure)
+    for line in broken:
+        print(f"error: the optimum is no bound, a defect: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def train(agent: str, seed: int, episodes: int, site: Site, place: Path) -> Run:
+    """Train one run from its recipe in a process of its own; returns what is known of it."""
+    name = f"{agent}-{seed}"
+    command = [sys.executable, "-m", "co2lightning", "fit", "--config", f"{agent.lower()}.yaml"]
+    command += ["--episodes", str(episodes), "--seed_everything", str(seed), "--name", name]
+    command += ["--env.site", site.name, "--threads", "1"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command,
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{name} ended with exit code {done.returncode}: {done.stderr.strip()[-400:]}")
+    print(f"{name}: {episodes} episodes in {seconds:.0f} s", file=sys.stderr, flush=True)
+    return {"agent": agent, "seed": seed, "seconds": round(seconds, 1)}
+
+
+def add_figures(run: Run, site: Site, references: Evaluation, place: Path) -> list[str]:
+    """Evaluate a run's checkpoints; returns the days on which the optimum was no bound."""
+    files = TrainingCheckpoint(place / "checkpoints" / f"{run['agent']}-{run['seed']}")
+    last = files.get_next_episode() - 1
+    broken: list[str] = []
+    run["episodes"] = {}
+    for episode in sorted({*(e for e in EPISODES if e < last), last}):
+        path = files.path(episode)
+        content = files.read(path)
+        evaluation = evaluate(load_agent(content, path), site, references)
+        broken += violations(evaluation)
+        summary = summarise(evaluation)["agent"]._asdict()
+        run["episodes"][str(episode)] = {key: summary[key] for key in FIGURES}
+        run["config"] = content["run"]["config"]
+    return broken
+
+
+def spread(runs: list[Run]) -> dict[str, Any]:
+    """Return median, lowest and highest of each figure over the seeds, per episode."""
+    return {
+        episode: {
+            key: {
+                "median": statistics.median(values),
+                "min": min(values),
+                "max": max(values),
+            }
+            for key in FIGURES
+            if None not in (values := [run["episodes"][episode][key] for run in runs])
+        }
+        for episode in runs[0]["episodes"]
+    }
+
+
+def title(agent: str, results: dict[str, Any]) -> str:
+    """Return an agent's name; one that corrects the rule is named so."""
+    config = results["agents"][agent]["runs"][0]["config"]
+    correction = config.get("model.action") == "correction"
+    return f"{agent} (correction of RBC B)" if correction else agent
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    days = results["site"]["held_out_days"]
+    lines = [
+        f"CO2 in kg a day on {days} held-out days of `{results['site']['name']}`, median over the "
+        "seeds (lowest to highest):",
+        "",
+        "| policy | episodes | CO2 kg/day | against RBC B, kg | gap closed | unmet kWh/day |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+
+    def cell(figures: dict[str, float], form: str) -> str:
+        median, low, high = (format(figures[key], form) for key in ("median", "min", "max"))
+        return f"{median} ({low} to {high})"
+
+    for agent, entry in results["agents"].items():
+        for episode, figures in entry["summary"].items():
+            cells = [
+                cell(figures["co2_kg"], ".1f"),
+                cell(figures["vs_rbc_b_kg"], "+.1f"),
+                cell(figures["gap_closed"], ".1%"),
+                f"{figures['unmet_kwh']['max']:.3f}",
+            ]
+            lines.append(f"| {title(agent, results)} | {episode} | {' | '.join(cells)} |")
+    rbc_b_kg = results["references"]["rbc_b"]["co2_kg"]
+    for name, figures in results["references"].items():
+        lines.append(
+            f"| {REFERENCES[name]} | | {figures['co2_kg']:.1f} | "
+            f"{figures['co2_kg'] - rbc_b_kg:+.1f} | {figures['gap_closed']:.1%} | "
+            f"{figures['unmet_kwh']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw held-out CO2 against episodes: median and range over seeds, and the references."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    mpl.rcParams.update({"font.size": 11})
+    figure, axes = plt.subplots(figsize=(8.0, 4.6), dpi=150, layout="constrained")
+    last = 1
+    for agent, entry in results["agents"].items():
+        episodes = [int(episode) for episode in entry["summary"]]
+        figures = [row["co2_kg"] for row in entry["summary"].values()]
+        colour = COLOURS.get(agent, "#333333")
+        axes.fill_between(
+            episodes,
+            [f["min"] for f in figures],
+            [f["max"] for f in figures],
+            color=colour,
+            alpha=0.18,
+            linewidth=0,
+        )
+        axes.plot(
+            episodes,
+            [f["median"] for f in figures],
+            color=colour,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.8,
+            label=title(agent, results),
+        )
+        last = max(last, *episodes)
+    references = {name: f["co2_kg"] for name, f in results["references"].items()}
+    # Not from 0: what tells the better policies apart lies just above the optimum.
+    bottom = 50.0 * (0.65 * references["optimum"] // 50.0)
+    axes.set_ylim(bottom, max(1.1 * references["uncontrolled"], axes.get_ylim()[1]))
+    for name, co2_kg in references.items():
+        dashed = "-" if name == "optimum" else "--"
+        axes.axhline(co2_kg, color="#666666", linestyle=dashed, linewidth=0.9, zorder=1)
+        axes.annotate(
+            f"{REFERENCES[name]} {co2_kg:.0f}",
+            xy=(1.0, co2_kg),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color="#444444",
+            fontsize=10,
+        )
+    if last > 1:
+        axes.set_xscale("log")
+        axes.set_xlim(0.95, last * 1.05)
+        shown = {e for e in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if e <= 0.8 * last}
+        axes.set_xticks(sorted({*shown, last}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("training episodes")
+    axes.set_ylabel("CO2 on held-out days, kg a day")
+    axes.spines[["top", "right"]].set_visible(False)
+    seeds = len(next(iter(results["agents"].values()))["runs"])
+    figure.suptitle(
+        f"Site {results['site']['name']}, {results['site']['held_out_days']} held-out days; "
+        f"line: median of {seeds} seeds, band: lowest to highest",
+        fontsize=11,
+    )
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, borderaxespad=0.2
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the times depend on; no name of a host."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [li for li in info.read_text().splitlines() if li.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions the results depend on."""
+    packages = ("co2lightning", "torch", "lightning", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
