@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard.summary import hparams
 
 from co2lightning.agents.agent import Agent
 from co2lightning.checkpoints import TrainingCheckpoint
@@ -32,19 +37,45 @@ def short_metrics(metrics: dict[str, float]) -> dict[str, float]:
 class EpisodeCheckpointIO(CheckpointIO):
     """Lets Lightning save and load through a run directory: atomic, hashed, plain data only."""
 
-    def __init__(self, run: TrainingCheckpoint) -> None:
+    def __init__(
+        self,
+        run: TrainingCheckpoint,
+        replay: Sequence[dict[str, Any]] = (),
+        capacity: int | None = None,
+    ) -> None:
+        """Remember the run.
+
+        Args:
+            run: The run directory.
+            replay: Pieces of earlier episodes that still fill the replay buffer.
+            capacity: Transitions the buffer holds.
+        """
         self.run = run
+        self.capacity = capacity
+        self.rows = [len(piece["rows"]) for piece in replay]
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         content = dict(checkpoint)
+        replay = content.pop("replay", None)
+        if replay is not None:
+            self.rows.append(len(replay["rows"]))
         self.run.save_checkpoint(
             content,
             episode=content.pop("episode"),
             metrics=content.pop("metrics"),
-            replay=content.pop("replay", None),
+            replay=replay,
+            replay_capacity_episodes=self._newest_that_fill(),
         )
+
+    def _newest_that_fill(self) -> int | None:
+        """Return how many of the newest pieces fill the buffer, None if all do not."""
+        if self.capacity is None:
+            return None
+        while sum(self.rows[1:]) >= self.capacity:
+            del self.rows[0]
+        return len(self.rows) if sum(self.rows) >= self.capacity else None
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
@@ -61,11 +92,17 @@ class EpisodeCheckpoint(ModelCheckpoint):
     Args:
         run: The run directory.
         saved: Called on the writing process when an episode is on disk.
+        replay: Pieces that earlier episodes added to the agent's replay buffer.
     """
 
     FILE_EXTENSION = ".pt"
 
-    def __init__(self, run: TrainingCheckpoint, saved: Callable[[Agent], None]) -> None:
+    def __init__(
+        self,
+        run: TrainingCheckpoint,
+        saved: Callable[[Agent], None],
+        replay: list[dict[str, Any]],
+    ) -> None:
         super().__init__(
             dirpath=run.directory,
             filename="episode_{episode:04d}",
@@ -77,9 +114,16 @@ class EpisodeCheckpoint(ModelCheckpoint):
         )
         self.run = run
         self.saved = saved
+        self.replay = replay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the directory alone; `TrainingCheckpoint` makes it when the first file comes."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Agent)
+        if self.replay:
+            pl_module.restore_replay(self.replay)
+        self.replay = []
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Save nothing in the middle of an episode."""
@@ -121,6 +165,7 @@ class History(pl.Callback):
     def __init__(self, run: TrainingCheckpoint, info: dict[str, Any]) -> None:
         self.run = run
         self.info = info
+        self.begun = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Agent)
@@ -130,6 +175,7 @@ class History(pl.Callback):
                 device=pl_module.device.type,
                 info=self.info,
             )
+        self.begun = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -141,6 +187,67 @@ class History(pl.Callback):
         if trainer.is_global_zero:
             interrupted = isinstance(exception, Interrupted | KeyboardInterrupt)
             self.run.end_session("interrupted" if interrupted else "failed")
+
+
+class Curves(TensorBoardLogger):
+    """One directory and one curve per tag for a run, however often it is resumed.
+
+    Args:
+        directory: Of all runs' logs.
+        name: The run's name.
+        done: Episodes on disk; TensorBoard forgets what an earlier session wrote beyond them.
+    """
+
+    def __init__(self, directory: str, name: str, done: int) -> None:
+        _order_event_files(Path(directory) / name)
+        super().__init__(
+            directory, name=name, version="", default_hp_metric=False, purge_step=done + 1
+        )
+        self._done = done
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
+    ) -> None:
+        """Fill the hparams tab, once per run, its columns the run's own curves."""
+        if self._done:
+            return
+        plain = {
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in dict(params).items()
+        }
+        columns = {"rollout/ep_rew_mean": 0.0, "site/co2_kg": 0.0, "site/unmet_kwh": 0.0}
+        for summary in hparams(plain, metrics or columns):
+            self.experiment._get_file_writer().add_summary(summary)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Flush; the parameters' file stands in the run directory as metadata.json."""
+        self.experiment.flush()
+
+
+def _order_event_files(directory: Path) -> None:
+    """Give a run's event files names that sort before the next one's.
+
+    TensorBoard reads them by name, which begins with the second of their making: two sessions
+    within one second, or a clock that was set back, would have their order reversed.
+    """
+    if not directory.is_dir():
+        return
+    files = sorted(directory.glob("events.out.tfevents.*"), key=_made)
+    newest = int(time.time()) - 1
+    if not files or _made(files[-1])[0] <= newest:
+        return
+    for number, path in enumerate(files):
+        seconds = newest - len(files) + number
+        path.rename(directory / f"events.out.tfevents.{seconds:010d}.{path.name.split('.', 4)[4]}")
+
+
+def _made(path: Path) -> tuple[int, int]:
+    """Return when an event file was made and its number within its process."""
+    parts = path.name.split(".")
+    numbers = [int(part) if part.isdigit() else 0 for part in (parts[3], parts[-1])]
+    return numbers[0], numbers[1]
 
 
 class Interrupted(Exception):
@@ -190,10 +297,14 @@ class Signals(pl.Callback):
             self.install()
         self.check()
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self.check()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.check()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Let a signal during the last save end the session as interrupted too."""
         self.check()
 
 
@@ -239,7 +350,7 @@ class ProgressLine(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
 
-    def on_exception(self, *args: Any) -> None:
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self._stop()
 
     def _stop(self) -> None:

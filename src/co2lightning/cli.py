@@ -5,11 +5,14 @@ Imports are lazy: `--help` and `history` need neither torch nor Lightning.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 from co2lightning.errors import UserError
 
@@ -36,15 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a disk that fails.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    _end_on_signal()
+    previous = _end_on_signal()
     try:
         return _run(argv)
     except UserError as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # whoever read our lines has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:
         return _fail(_disk_line(error), 1)
     except KeyboardInterrupt:
         return 130
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _run(argv: list[str]) -> int:
@@ -66,18 +75,18 @@ def _fit(argv: list[str]) -> int:
     from co2lightning import config
 
     given, rest = config.split_arguments(argv)
-    agent = given.get("agent")
-    if agent is not None:
-        config.check_agent(agent, "--model")
-    recipe = given.get("config")
-    named = agent or (config.read_recipe(recipe)[0] if recipe else "PPO")
+    agent, recipe = given.get("agent"), given.get("config")
     if "-h" in rest or "--help" in rest:
-        config.build_parser(named).print_help()
+        named = config.check_agent(agent or "PPO", "--model")
+        config.build_parser(config.read_recipe(recipe)[0] if recipe else named).print_help()
         return 0
-    flags = config.parse_flags(rest, named)
     from co2lightning.callbacks import Interrupted, Signals
-    from co2lightning.fit import run_fit
+    from co2lightning.fit import run_fit, which_agent
 
+    agent = which_agent(agent, recipe, given.get("ckpt_path"))
+    flags = config.parse_flags(rest, agent)
+    if "ckpt_path" in given:
+        flags["ckpt_path"] = given["ckpt_path"]
     signals = Signals()
     signals.install()
     try:
@@ -114,21 +123,24 @@ def _echo(line: str) -> None:
 
 
 def _fail(what: object, code: int) -> int:
-    print(f"error: {what}", file=sys.stderr)
+    print(f"error: {' '.join(str(what).split())}", file=sys.stderr)
     return code
 
 
 def _disk_line(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; the last whole episode is safe, make room and resume"
+    line = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{line}; the last whole episode is safe: make room, then --ckpt_path last continues"
+    return f"{line}; what was saved before is safe, --ckpt_path last continues"
 
 
-def _end_on_signal() -> None:
+def _end_on_signal() -> dict[int, Any]:
     """Until training takes the signals over there is nothing to save: end at once."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         os._exit(128 + signum)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    present = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return {signum: signal.signal(signum, end) for signum in present if signum is not None}

@@ -8,21 +8,32 @@ and writes the help.
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import functools
+import json
+import math
 import re
+import types
+import typing
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from co2lightning.agents import AGENTS, agent_class
 from co2lightning.env import make_environment
 from co2lightning.errors import UserError
+from co2lightning.networks import ACTIVATIONS
 
 Settings = dict[str, Any]
+
+GROUPS = ("env", "model", "trainer", "checkpoints", "logs")
+MAX_EPISODES = 999_999  # the digits of a file name
+
 
 REFUSED = {
     "trainer.max_epochs": "--episodes or --total_episodes",
@@ -44,89 +55,219 @@ _OWN_TRAINER_SETTINGS = {
 }
 
 
+# What the environment and --seed_everything say.
+_OWN_MODEL_SETTINGS = ("observation_dim", "action_dim", "seed")
+# What Lightning says about its own flags, shorter.
+_TRAINER_HELP = {
+    "accelerator": "auto, cpu or gpu",
+    "devices": "auto, 1, or the number of one device such as [1]",
+    "strategy": "auto, or one of Lightning's",
+    "num_nodes": "machines",
+    "precision": "32-true",
+    "callbacks": "further Lightning callbacks, by class_path",
+    "deterministic": "true: deterministic algorithms only; warn: where there are any",
+    "benchmark": "true: let cuDNN try its algorithms",
+    "profiler": "simple or advanced: say where the time went",
+    "detect_anomaly": "true: name the operation that gave a NaN",
+}
+
+
+class _Range(NamedTuple):
+    """Numbers from `low` (or above it) to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.high in (math.inf, MAX_EPISODES):
+            return low
+        return f"{low} and at most {self.high:,g}"
+
+
+_COUNT = _Range(1, 10_000_000)
+_COUNT_OR_NONE = _Range(0, 10_000_000)
+_POSITIVE = _Range(0, above=True)
+_WEIGHT = _Range(0)
+_SHARE = _Range(0, 1)
+# What makes sense beyond the type; every other number need only be finite.
+_RANGES = {
+    "episodes": _Range(1, MAX_EPISODES),
+    "total_episodes": _Range(1, MAX_EPISODES),
+    "seed_everything": _Range(0, 2**63 - 1),
+    "threads": _Range(1, 1024),
+    "checkpoints.keep_last": _COUNT,
+    "env.num_envs": _Range(1, 1_000_000),
+    "model.n_steps": _COUNT_OR_NONE,
+    "model.n_epochs": _COUNT,
+    "model.batch_size": _COUNT,
+    "model.learning_rate": _POSITIVE,
+    "model.anneal_episodes": _COUNT_OR_NONE,
+    "model.anneal_to": _SHARE,
+    "model.gamma": _SHARE,
+    "model.gae_lambda": _SHARE,
+    "model.clip_range": _POSITIVE,
+    "model.ent_coef": _WEIGHT,
+    "model.vf_coef": _WEIGHT,
+    "model.max_grad_norm": _POSITIVE,
+    "model.log_std_init": _Range(-20, 2),
+    "model.reward_scale": _POSITIVE,
+    "model.tau": _Range(0, 1, above=True),
+    "model.buffer_size": _Range(1),
+    "model.learning_starts": _WEIGHT,
+    "model.gradient_steps": _COUNT,
+    "model.train_freq": _COUNT,
+    "trainer.num_nodes": _Range(1, 1),
+}
+_HIDDEN = _Range(1, 16_384)
+_CHOICES = {
+    "model.action": ("direct", "correction"),
+    "model.activation": tuple(ACTIVATIONS),
+    # Under autocast the policy that learns is not quite the one that acted.
+    "trainer.precision": ("32-true", "32", 32, None),
+}
+
+
+class _Help(DefaultHelpFormatter):
+    """Help in one line or two: what it is, and the default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "." not in action.dest and action.dest == "help":
+            return "show this help and exit"
+        text = _TRAINER_HELP.get(action.dest.removeprefix("trainer."), action.help or "")
+        return text if action.default is None else f"{text} (default: %(default)s)"
+
+
+@functools.cache
 def build_parser(agent: str) -> ArgumentParser:
     """Return the parser of `fit` for one agent."""
     from lightning.pytorch import Trainer
 
     parser = ArgumentParser(
         prog="co2lightning fit",
-        description=f"Train {agent}. Example: co2lightning fit --config ppo.yaml --episodes 5",
+        usage=(
+            "co2lightning fit --config RECIPE [options]      such as --config ppo.yaml\n"
+            "       co2lightning fit --model AGENT [options]        the agent's own recipe\n"
+            "       co2lightning fit --ckpt_path FILE [options]     go on from an episode"
+        ),
+        description=f"Train {agent}. Flags win over the run they resume, that over the recipe.",
+        epilog="example: co2lightning fit --config ppo.yaml --ckpt_path last --episodes 5",
+        formatter_class=_Help,
         exit_on_error=False,
         default_env=False,
+        allow_abbrev=False,
     )
-    parser.add_argument("--episodes", type=PositiveInt, default=10, help="so many more episodes")
+    parser.add_argument("--episodes", type=int, default=10, help="so many more episodes")
+    parser.add_argument("--total_episodes", type=int | None, help="train until this episode stands")
     parser.add_argument(
-        "--total_episodes", type=PositiveInt | None, help="train until this episode stands"
+        "--ckpt_path", type=str | None, help="last, or an episode file; training goes on after it"
     )
-    parser.add_argument("--ckpt_path", type=str | None, help="last, or an episode file")
-    parser.add_argument("--name", type=str | None, help="the run's name [default: the agent's]")
-    parser.add_argument("--seed_everything", type=NonNegativeInt, default=0, help="the run's seed")
-    parser.add_argument("--threads", type=PositiveInt, default=1, help="torch threads")
+    parser.add_argument(
+        "--name", type=str | None, help="the run's name, that of its directory [the agent's]"
+    )
+    parser.add_argument("--seed_everything", type=int, default=0, help="the run's seed")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--checkpoints.dir", type=str, default="checkpoints", help="of all runs")
     parser.add_argument(
         "--checkpoints.keep_last",
-        type=PositiveInt | None,
-        help="keep the newest so many episode files and the best; null keeps all",
+        type=int | None,
+        help="keep the newest so many episode files and the best [all]",
     )
-    parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="TensorBoard files")
+    parser.add_argument(
+        "--allow_partial_replay",
+        type=bool,
+        default=False,
+        help="true: resume SAC although pieces of its replay buffer are missing",
+    )
+    parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="of TensorBoard")
     parser.add_function_arguments(make_environment, "env")
     parser.add_class_arguments(
         agent_class(agent),
         "model",
         instantiate=False,
-        skip={"observation_dim", "action_dim", "seed"},
+        skip=set(_OWN_MODEL_SETTINGS),
     )
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=_OWN_TRAINER_SETTINGS)
+    own: set[str | int] = set(_OWN_TRAINER_SETTINGS)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
+    titles = {"env": "environment", "model": agent, "trainer": "Lightning's Trainer"}
+    for key, group in (parser.groups or {}).items():
+        group.title = titles[key]
+    for action in parser._actions:
+        if action.dest not in _typehints(parser) and action.dest != "help":
+            action.help = argparse.SUPPRESS  # configuration by file or class: recipes do that
     return parser
 
 
 def split_arguments(arguments: list[str]) -> tuple[Settings, list[str]]:
-    """Take `--config X` and `--model X` out of the arguments; the rest is for the parser."""
+    """Take `--config`, `--model` and `--ckpt_path` out; they decide how the rest is parsed."""
     taken: Settings = {}
     rest: list[str] = []
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
         name, equals, value = argument.partition("=")
-        if name not in ("--config", "--model"):
+        if name not in _EXAMPLE:
             rest.append(argument)
             continue
         if not equals:
             if not queue or queue[0].startswith("--"):
                 raise UserError(f"{name} needs a value, such as {_EXAMPLE[name]}")
             value = queue.pop(0)
-        taken["config" if name == "--config" else "agent"] = value
+        key = "agent" if name == "--model" else name.removeprefix("--")
+        if key in taken:
+            raise UserError(f"{name}: given twice, {taken[key]} and {value}; give one")
+        taken[key] = value
     return taken, rest
 
 
-_EXAMPLE = {"--config": "ppo.yaml", "--model": "PPO"}
+_EXAMPLE = {"--config": "ppo.yaml", "--model": "PPO", "--ckpt_path": "last"}
 
 
 def parse_flags(arguments: list[str], agent: str) -> Settings:
     """Return the flags that were given, checked, under dotted keys."""
-    for argument in arguments:
-        _refuse(argument.partition("=")[0].removeprefix("--"), "--")
     parser = build_parser(agent)
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        _refuse(flag.removeprefix("--"), "--")
+        if flag.removeprefix("--") in GROUPS and flag.startswith("--"):
+            inner = next(key for key in _typehints(parser) if key.startswith(f"{flag[2:]}."))
+            raise UserError(f"{flag} is a group of flags, such as --{inner}")
     try:
-        given = parser.parse_args(arguments, defaults=False)
+        given = _flatten(parser.parse_args(arguments, defaults=False))
     except ArgumentError as error:
-        raise UserError(_one_line(parser, str(error))) from None
-    return _flatten(given)
+        raise UserError(_one_line(parser, str(error), "--")) from None
+    _check_values(given, parser, "--")
+    return given
 
 
 def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
     """Return settings from elsewhere than the command line, checked; `origin` names the place."""
+    prefix = f"{origin}: "
     for key in settings:
-        _refuse(key, f"{origin}: ")
+        _refuse(key, prefix)
     parser = build_parser(agent)
-    known = _known_keys(parser)
-    for key in settings:
-        if key not in known:
-            raise UserError(f"{origin}: {key} is not a setting of {agent}{_closest(key, known)}")
+    for key in unknown_settings(settings, agent):
+        raise UserError(f"{prefix}{key} is not a setting of {agent}{_closest(key, parser)}")
     try:
-        return _flatten(parser.parse_object(_nest(settings), defaults=False))
+        given = _flatten(parser.parse_object(_nest(settings), defaults=False))
     except ArgumentError as error:
-        raise UserError(f"{origin}: {_one_line(parser, str(error))}") from None
+        raise UserError(_one_line(parser, str(error), prefix)) from None
+    _check_values(given, parser, prefix)
+    return given
+
+
+def unknown_settings(settings: Iterable[str], agent: str) -> list[str]:
+    """Return the keys that are no setting of this version's agent."""
+    known = _typehints(build_parser(agent))
+    return [key for key in settings if key not in known]
 
 
 def complete(settings: Settings, agent: str) -> Settings:
@@ -157,6 +298,9 @@ def read_recipe(name: str) -> tuple[str, Settings]:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: a recipe holds keys such as `agent: PPO`")
+    for key in ("ckpt_path", "total_episodes"):
+        if key in content:
+            raise UserError(f"{name}: {key} is for the command line only, --{key} there")
     agent = content.pop("agent", None)
     if agent is None:
         raise UserError(f"{name}: agent is missing; name one of {', '.join(AGENTS)}")
@@ -191,31 +335,93 @@ def _refuse(key: str, prefix: str) -> None:
         )
 
 
-def _known_keys(parser: ArgumentParser) -> list[str]:
-    return [
-        action.dest for action in parser._actions if "." in action.dest or action.dest != "help"
-    ]
+def _typehints(parser: ArgumentParser) -> dict[str, Any]:
+    """Return the type of every setting."""
+    return {
+        action.dest: wanted
+        for action in parser._actions
+        if (wanted := getattr(action, "_typehint", None)) and not action.dest.endswith(".help")
+    }
 
 
-def _closest(key: str, known: list[str]) -> str:
+def _closest(key: str, parser: ArgumentParser, prefix: str = "") -> str:
+    known = [*_typehints(parser), "config", "model"]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    if not close:  # the group forgotten: learning_rate
+        close = [name for name in known if name.split(".")[-1] == key][:1]
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _one_line(parser: ArgumentParser, message: str) -> str:
+def _check_values(settings: Settings, parser: ArgumentParser, prefix: str) -> None:
+    """Refuse values of the right type that make no sense."""
+    types_ = _typehints(parser)
+    for key in settings:
+        value: Any = settings[key]
+        if value is None and type(None) not in typing.get_args(types_[key]):
+            raise UserError(f"{prefix}{key} null: must be {_words(types_[key])}")
+        allowed: object = _CHOICES.get(key)
+        if allowed is not None and value not in _CHOICES[key]:
+            names = [str(name) for name in dict.fromkeys(map(str, _CHOICES[key])) if name != "None"]
+            raise UserError(f"{prefix}{key} {value}: must be one of {', '.join(names)}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{prefix}{key} {value}: must be a finite number")
+            if key in _RANGES and value not in _RANGES[key]:
+                raise UserError(f"{prefix}{key} {value}: must be {_RANGES[key]}")
+        if key == "model.hidden":
+            widths = list(value)
+            if not 1 <= len(widths) <= 16 or any(width not in _HIDDEN for width in widths):
+                raise UserError(
+                    f"{prefix}{key} {widths}: must be 1 to 16 widths, such as [64, 64], each "
+                    f"{_HIDDEN}"
+                )
+
+
+def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:
     """Turn jsonargparse's pages into one line that names the flag and what would be right."""
     unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
     if unknown:
         flag = unknown[1].partition("=")[0]
-        close = _closest(flag.removeprefix("--"), _known_keys(parser))
-        return f"{flag} is not a flag of fit{close.replace('mean ', 'mean --')}"
-    lines = [line.strip(" -\t") for line in message.splitlines() if line.strip(" -\t")]
-    text = " ".join(lines).replace("Parser key", "key")
-    key = re.search(r'key "([^"]+)"|argument "?(?:--)?([\w.]+)', text)
-    detail = re.sub(r'^.*?(key "[^"]+": ?|argument "?[-\w.]+"?: ?)', "", text)
-    if key:
-        return f"--{key[1] or key[2]}: {detail}"
-    return text
+        if not flag.startswith("--"):
+            return f"{flag} is not a flag of fit; flags begin with --, such as --episodes 5"
+        return f"{flag} is not a flag of fit{_closest(flag[2:], parser, '--')}"
+    text = " ".join(line.strip(" -\t") for line in message.splitlines())
+    key = re.search(r'key "([^"]+)"|[Aa]rgument "?(?:--)?([\w.]+)', text)
+    name = key and (key[1] or key[2])
+    value = re.search(r"(?:Got|Given) value: (.*)", text)
+    wanted = _typehints(parser).get(name) if name else None
+    if wanted is not None and value:
+        return f"{prefix}{name} {value[1][:80]}: must be {_words(wanted)}"
+    if wanted is not None and "expected one argument" in text:
+        return f"{prefix}{name} needs a value: {_words(wanted)}"
+    return f"{prefix}{name}: {text[:200]}" if name else text[:200]
+
+
+def _words(wanted: Any) -> str:
+    """Say in words what a type takes."""
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    if wanted in plain:
+        return plain[wanted]
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(map(_words, inner)))
+    if origin is typing.Literal:
+        return " or ".join(str(choice) for choice in inner)
+    if origin in (tuple, list) and inner[0] is int:
+        return "a list of whole numbers, such as [64, 64]"
+    return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"
+
+
+def as_flag(key: str, value: Any) -> str:
+    """Return the flag that sets a value, as one types it."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return f"--{key} {text}"
 
 
 def _first_line(error: Exception) -> str:
@@ -231,7 +437,7 @@ def _flatten_dict(content: dict[Any, Any], prefix: str = "") -> Settings:
     flat: Settings = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in ("env", "model", "trainer", "checkpoints", "logs"):
+        if isinstance(value, dict) and name in GROUPS:
             flat |= _flatten_dict(value, f"{name}.")
         else:
             flat[name] = _plain(value)

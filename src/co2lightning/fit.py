@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
+import shlex
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +22,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.callbacks import (
+    Curves,
     EpisodeCheckpoint,
     EpisodeCheckpointIO,
     History,
@@ -33,12 +36,15 @@ from co2lightning.callbacks import (
 )
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import (
+    MAX_EPISODES,
     Settings,
+    as_flag,
     check_agent,
     check_settings,
     complete,
     instantiate_trainer_settings,
     read_recipe,
+    unknown_settings,
 )
 from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
@@ -62,12 +68,31 @@ class FitResult:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a session starts from."""
+    """The checkpoint a session starts from."""
 
-    episode: int = 0
-    path: Path | None = None
-    settings: Settings | None = None
-    target_episode: int = 0
+    episode: int
+    path: Path
+    settings: Settings
+    target_episode: int
+    site_sha256: str | None
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a session will do; made by reading only."""
+
+    start: _Start | None
+    settings: Settings
+    target: int
+    learner: Agent
+    environment: Environment
+    replay: list[dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def done(self) -> int:
+        return self.start.episode if self.start else 0
 
 
 def run_fit(
@@ -91,46 +116,64 @@ def run_fit(
         UserError: What was asked cannot be; nothing on disk was changed.
         Interrupted: A signal ended it; the last whole episode is on disk.
     """
-    wanted_file = _checkpoint_file(flags.get("ckpt_path"))
-    if agent is None and config is None and wanted_file is not None:
-        agent = str(TrainingCheckpoint.read(wanted_file)["run"].get("agent"))
-        check_agent(agent, f"{wanted_file}: agent")
-    agent, recipe = _recipe(agent, config)
-    settings = complete({**recipe, **flags}, agent)
-    name = settings["name"] or agent
+    agent = which_agent(agent, config, flags.get("ckpt_path"))
+    config = config or f"{agent.lower()}.yaml"
+    recipe = _recipe(agent, config)
+    session = complete({**recipe, **flags}, agent)
+    name = session["name"] or agent
     _check_name(name)
     run = TrainingCheckpoint(
-        Path(settings["checkpoints.dir"]) / name,
-        logs=Path(settings["logs.dir"]) / name,
-        keep_last=settings["checkpoints.keep_last"],
+        Path(session["checkpoints.dir"]) / name,
+        logs=Path(session["logs.dir"]) / name,
+        keep_last=session["checkpoints.keep_last"],
     )
-    stored = _read_start(wanted_file, agent) if wanted_file else None
-    environment = make_environment(**_group(settings, "env."))
-    _make_trainer(settings, agent)  # refuses a GPU that is not there before anything changes
-
-    with run.lock():
+    torch.set_num_threads(session["threads"])
+    _check_trainer(session, agent)
+    _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
+    _check_place("--logs.dir", session["logs.dir"], name)
+    # Once before the lock, so that a refusal changes nothing; once more in case files changed.
+    plan = _plan(run, agent, config, recipe, flags, None)
+    signals = signals or Signals()
+    signals.check()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(run.lock())
+        except OSError as error:
+            raise UserError(
+                f"{run.directory}: cannot be written ({error.strerror}); give another "
+                "--checkpoints.dir or --logs.dir"
+            ) from None
         for line in run.recover():
             echo(line)
-        if flags.get("ckpt_path") == "last":
-            stored = _latest(run, agent)
-        merged = _merge(recipe, stored, flags, agent, echo)
-        if stored:
-            before = complete({**recipe, **(stored.settings or {})}, agent)
-            changed = _check_changes(before, merged, echo)
-            if changed:
-                environment = make_environment(**_group(merged, "env."))
-            elif _group(merged, "env.") != _group(settings, "env."):
-                environment = make_environment(**_group(merged, "env."))
-        done = stored.episode if stored else 0
-        target = _target(settings, flags, stored)
-        if stored and target <= done:
-            echo(f"{agent} stands at episode {done}; nothing to do for {target} episodes in total")
-            return FitResult(agent, name, done + 1, done, stored.path, {})
-        learner = _make_agent(agent, environment, merged)
-        if stored and stored.path:
-            _check_fit(learner, stored.path)
-        path = _prepare_run(run, stored, flags, config, echo)
-        return _train(learner, environment, run, path, merged, done, target, signals, echo)
+        plan = _plan(run, agent, config, recipe, flags, plan)
+        for line in plan.notes:
+            echo(line)
+        if plan.start and plan.target <= plan.done:
+            echo(f"{agent} stands at episode {plan.done}; {_count(plan.target)} in total are done")
+            return FitResult(agent, name, plan.done + 1, plan.done, plan.start.path, {})
+        path = _prepare_run(run, plan, flags, echo)
+        return _train(run, plan, path, signals, echo)
+
+
+def which_agent(agent: str | None, config: str | None, ckpt_path: str | None) -> str:
+    """Return the agent: the one named, else the recipe's, else the checkpoint's."""
+    if agent is not None:
+        check_agent(agent, "--model")
+    if config is not None:
+        named = read_recipe(config)[0]
+        if agent not in (None, named):
+            raise UserError(
+                f"--model {agent}: {config} is a recipe of {named}; leave --config out for the "
+                f"recipe of {agent}"
+            )
+        return named
+    if agent is not None:
+        return agent
+    path = _checkpoint_file(ckpt_path)
+    if path is None:
+        raise UserError("fit needs --config, such as --config ppo.yaml, or --model, such as PPO")
+    run = TrainingCheckpoint.read(path).get("run")
+    return check_agent(run.get("agent") if isinstance(run, dict) else None, f"{path}: agent")
 
 
 def fit(options: dict[str, Any]) -> dict[str, Any]:
@@ -153,33 +196,21 @@ def fit(options: dict[str, Any]) -> dict[str, Any]:
     agent = given.pop("agent", None)
     if isinstance(given.get("model"), str):
         agent = given.pop("model")
-    if agent is not None:
-        check_agent(agent, "model")
     flat: Settings = {}
     for key, value in given.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": v for inner, v in value.items()}
         else:
             flat[key] = value
-    named = agent or (read_recipe(config)[0] if config else "PPO")
-    result = run_fit(check_settings(flat, named, "fit"), agent=agent, config=config)
+    agent = which_agent(agent, config, flat.get("ckpt_path"))
+    result = run_fit(check_settings(flat, agent, "fit"), agent=agent, config=config)
     return {**vars(result), "checkpoint": str(result.checkpoint) if result.checkpoint else None}
 
 
-def _recipe(agent: str | None, config: str | None) -> tuple[str, Settings]:
-    """Return the agent and its recipe, checked."""
-    if config is None:
-        if agent is None:
-            raise UserError(
-                "fit needs --config, such as --config ppo.yaml, or --model, such as PPO"
-            )
-        config = f"{agent.lower()}.yaml"
+def _recipe(agent: str, config: str) -> Settings:
     named, recipe = read_recipe(config)
-    if agent is not None and agent != named:
-        raise UserError(
-            f"--model {agent}: {config} is a recipe of {named}; leave --config out for {agent}'s own"
-        )
-    return named, check_settings(recipe, named, config)
+    assert named == agent
+    return check_settings(recipe, agent, config)
 
 
 def _checkpoint_file(ckpt_path: str | None) -> Path | None:
@@ -206,41 +237,130 @@ def _check_name(name: str) -> None:
         raise UserError(f"--name {name}: a plain directory name, such as night-tariff")
 
 
-def _read_start(path: Path, agent: str) -> _Start:
-    content = TrainingCheckpoint.read(path)
-    run, episode = content.get("run"), content.get("episode")
-    if not isinstance(run, dict) or not isinstance(episode, int):
-        raise UserError(f"{path}: not an episode of co2lightning; give one such as episode_0004.pt")
-    if run.get("agent") != agent:
-        raise UserError(
-            f"{path}: a checkpoint of {run.get('agent')}, not of {agent}; "
-            f"use --config {str(run.get('agent')).lower()}.yaml"
-        )
-    stored = check_settings(dict(run.get("config", {})), agent, str(path))
-    target = run.get("target_episode", 0)
-    return _Start(episode, path, stored, target if isinstance(target, int) else 0)
+def _check_place(flag: str, directory: str, name: str) -> None:
+    """Refuse a directory that cannot be made or written, before anything is."""
+    for place in (path := Path(directory) / name, *path.absolute().parents):
+        if not os.path.lexists(place):
+            continue
+        if not place.is_dir():
+            raise UserError(f"{flag} {directory}: {place} is not a directory; give another place")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"{flag} {directory}: {place} cannot be written; give another place")
+        return
 
 
-def _latest(run: TrainingCheckpoint, agent: str) -> _Start | None:
-    latest = run.get_next_episode() - 1
-    return _read_start(run.path(latest), agent) if latest else None
-
-
-def _merge(
-    recipe: Settings,
-    stored: _Start | None,
-    flags: Settings,
+def _plan(
+    run: TrainingCheckpoint,
     agent: str,
-    echo: Callable[[str], None],
-) -> Settings:
-    """Flags, then what the run was started with, then the recipe."""
-    kept = stored.settings if stored and stored.settings else {}
+    config: str,
+    recipe: Settings,
+    flags: Settings,
+    earlier: _Plan | None,
+) -> _Plan:
+    """Work out what a session will do, reading only.
+
+    Args:
+        run: The run directory.
+        agent: Its agent.
+        config: The recipe's name, for the notes.
+        recipe: Its settings.
+        flags: The settings that win.
+        earlier: A plan whose environment and replay are taken over where they still fit.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    notes: list[str] = []
+    start = _find_start(run, agent, flags.get("ckpt_path"), notes)
+    kept = start.settings if start else {}
+    merged = complete({**recipe, **kept, **flags}, agent)
     for key, value in recipe.items():
         if key in kept and kept[key] != value and key not in flags:
-            echo(
-                f"The recipe says {key} {value}, the run keeps {kept[key]}; --{key} {value} applies it"
+            flag = as_flag(key, value)
+            notes.append(
+                f"{config} has {key} {value}, the run keeps {kept[key]}; {flag} applies it"
             )
-    return complete({**recipe, **kept, **flags}, agent)
+    if start:
+        notes += _changes(kept, merged, agent)
+    target = _target(recipe, flags, agent, start)
+    if earlier and _group(earlier.settings, "env.") == _group(merged, "env."):
+        environment = earlier.environment
+    else:
+        environment = make_environment(**_group(merged, "env."))
+    make_agent: Any = agent_class(agent)
+    learner: Agent = make_agent(
+        environment.observation_dim,
+        environment.action_dim,
+        seed=merged["seed_everything"],
+        **_group(merged, "model."),
+    )
+    replay: list[dict[str, Any]] = []
+    if start:
+        _check_fit(learner, start)
+        site = environment.site if isinstance(environment, SiteDays) else None
+        if site and start.site_sha256 not in (None, site.sha256):
+            notes.append(
+                f"The data of site {site.name} are others than at episode {start.episode}; "
+                "training goes on with these"
+            )
+        if earlier and earlier.start and earlier.start.path == start.path:
+            replay = earlier.replay
+        elif target > start.episode:
+            replay = _load_replay(learner, start, merged["allow_partial_replay"])
+    return _Plan(start, merged, target, learner, environment, replay, notes)
+
+
+def _find_start(
+    run: TrainingCheckpoint, agent: str, ckpt_path: str | None, notes: list[str]
+) -> _Start | None:
+    path = _checkpoint_file(ckpt_path)
+    if path is None:
+        newest = run.get_next_episode() - 1 if ckpt_path == "last" else 0
+        return _read_start(run.path(newest), agent, notes) if newest else None
+    start = _read_start(path, agent, notes)
+    own = run.path(start.episode)
+    if path.resolve() != own.resolve() and path.resolve().parent == run.directory.resolve():
+        raise UserError(f"--ckpt_path {path}: a copy within the run; give {own}, or move the copy")
+    return start
+
+
+def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
+    """Read a checkpoint, perhaps of another version, perhaps not ours at all."""
+    content = TrainingCheckpoint.read(path)
+    run, episode = content.get("run"), content.get("episode")
+    parts = {"state_dict": dict, "optimizer_states": list, "loops": dict, "counters": dict}
+    if (
+        not isinstance(run, dict)
+        or type(episode) is not int
+        or not 1 <= episode <= MAX_EPISODES
+        or content.get("epoch") != episode - 1
+        or not isinstance(run.get("config", {}), dict)
+        or not all(isinstance(content.get(key), kind) for key, kind in parts.items())
+    ):
+        raise UserError(f"{path}: not an episode of co2lightning; give one such as episode_0004.pt")
+    if run.get("agent") != agent:
+        check_agent(run.get("agent"), f"{path}: agent")
+        raise UserError(
+            f"{path}: a checkpoint of {run['agent']}, not of {agent}; "
+            f"use --config {run['agent'].lower()}.yaml"
+        )
+    stored = {str(key): value for key, value in run.get("config", {}).items()}
+    for key in unknown_settings(stored, agent):
+        notes.append(
+            f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
+        )
+    # What the checkpoint does not know yet had the default's effect.
+    settings = _run_settings(complete(check_settings(stored, agent, str(path)), agent))
+    target = run.get("target_episode")
+    site = run.get("site")
+    return _Start(
+        episode,
+        path,
+        settings,
+        target if type(target) is int and target <= MAX_EPISODES else 0,
+        site.get("sha256") if isinstance(site, dict) else None,
+        content,
+    )
 
 
 def _run_settings(settings: Settings) -> Settings:
@@ -253,53 +373,89 @@ def _group(settings: Settings, prefix: str) -> dict[str, Any]:
     }
 
 
-def _check_changes(before: Settings, after: Settings, echo: Callable[[str], None]) -> bool:
-    """Print what a resume changes; refuse what it cannot. Returns whether the site changes."""
-    changes = {
-        key: (before[key], value)
-        for key, value in _run_settings(after).items()
-        if before.get(key) != value
-    }
-    for key, (old, new) in changes.items():
-        if key.removeprefix("model.") in Agent.fixed_settings:
+def _changes(before: Settings, after: Settings, agent: str) -> list[str]:
+    """Return a line for each setting that a resume changes; refuse what it cannot change."""
+    lines: list[str] = []
+    for key, old in before.items():
+        new = after[key]
+        if new == old:
+            continue
+        if key.removeprefix("model.") in agent_class(agent).fixed_settings:
             raise UserError(
-                f"--{key} {new}: the checkpoint was trained with {old} and its weights have that "
-                "shape; start a new run for another one"
+                f"{as_flag(key, new)}: the checkpoint was trained with {old} and its weights have "
+                "that shape; leave the flag out, or start a new run"
             )
-        echo(f"{key.split('.')[-1]}: {old} -> {new}")
-    return any(key.startswith("env.") for key in changes)
+        lines.append(f"{key.split('.')[-1]}: {old} -> {new}")
+    return lines
 
 
-def _target(settings: Settings, flags: Settings, stored: _Start | None) -> int:
+def _target(recipe: Settings, flags: Settings, agent: str, start: _Start | None) -> int:
     """Return the last episode of this session."""
-    done = stored.episode if stored else 0
-    if settings["total_episodes"] is not None:
+    done = start.episode if start else 0
+    if flags.get("total_episodes") is not None:
         if "episodes" in flags:
             raise UserError("--episodes and --total_episodes: give one of them")
-        return settings["total_episodes"]
-    if "episodes" not in flags and stored and stored.target_episode > done:
-        return stored.target_episode
-    return done + settings["episodes"]
+        return flags["total_episodes"]
+    if "episodes" not in flags and start and start.target_episode > done:
+        return start.target_episode
+    target = done + complete({**recipe, **flags}, agent)["episodes"]
+    if target > MAX_EPISODES:
+        raise UserError(f"--episodes: a run has at most {MAX_EPISODES:,} episodes")
+    return target
 
 
-def _make_agent(agent: str, environment: Environment, settings: Settings) -> Agent:
-    return agent_class(agent)(
-        environment.observation_dim,
-        environment.action_dim,
-        seed=settings["seed_everything"],
-        **_group(settings, "model."),
-    )
-
-
-def _check_fit(learner: Agent, path: Path) -> None:
-    """Refuse a checkpoint whose observation or action has another size."""
-    stored = TrainingCheckpoint.read(path)["hyper_parameters"]
+def _check_fit(learner: Agent, start: _Start) -> None:
+    """Refuse a checkpoint that does not fit the agent, by trying it on."""
+    stored = start.content.get("hyper_parameters")
+    stored = stored if isinstance(stored, dict) else {}
     for key, word in (("observation_dim", "observations"), ("action_dim", "actions")):
-        if stored.get(key) != learner.hparams[key]:
+        if stored.get(key, learner.hparams[key]) != learner.hparams[key]:
             raise UserError(
-                f"{path}: trained on {stored.get(key)} {word}, the environment has "
+                f"{start.path}: trained on {stored[key]} {word}, the environment has "
                 f"{learner.hparams[key]}; a run keeps its environment, start a new one for another"
             )
+    try:
+        learner.load_state_dict(start.content["state_dict"])
+        configured = learner.configure_optimizers()
+        optimizers = configured if isinstance(configured, list | tuple) else [configured]
+        states = start.content["optimizer_states"]
+        for optimizer, state in zip(optimizers, states, strict=True):
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            optimizer.load_state_dict(state)
+            for parameter, held in optimizer.state.items():
+                for tensor in held.values():
+                    if tensor.numel() != 1 and tensor.shape != parameter.shape:
+                        raise ValueError("optimizer state of another shape")
+    except Exception as error:  # whatever a foreign file provokes
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{start.path}: does not fit {type(learner).__name__} ({reason})") from None
+
+
+def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dict[str, Any]]:
+    """Return the newest replay pieces that fill the agent's buffer, oldest first."""
+    capacity = learner.hparams.get("buffer_size")
+    if capacity is None:
+        return []
+    source = TrainingCheckpoint(start.path.parent)
+    pieces: list[dict[str, Any]] = []
+    rows = 0
+    for episode in range(start.episode, 0, -1):
+        for piece in source.load_replay([episode], allow_partial):
+            pieces.insert(0, piece)
+            rows += len(piece["rows"])
+        if rows >= capacity:
+            break
+    return pieces
+
+
+def _check_trainer(settings: Settings, agent: str) -> None:
+    """Refuse Trainer settings that cannot be, such as a GPU that is not there."""
+    trainer = _make_trainer(settings, agent)
+    if trainer.world_size > 1:
+        raise UserError(
+            f"--trainer.devices {settings['trainer.devices']}: an agent trains on one device; "
+            "give --trainer.devices 1"
+        )
 
 
 def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
@@ -330,87 +486,107 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
 
 
 def _prepare_run(
-    run: TrainingCheckpoint,
-    stored: _Start | None,
-    flags: Settings,
-    config: str | None,
-    echo: Callable[[str], None],
+    run: TrainingCheckpoint, plan: _Plan, flags: Settings, echo: Callable[[str], None]
 ) -> Path | None:
     """Archive or branch what is in the way; returns the checkpoint to load."""
-    if stored is None:
+    start = plan.start
+    if start is None:
         if flags.get("ckpt_path") == "last":
+            # Nothing to archive: sessions that died before their first episode stay in the history.
             echo(f"No checkpoint in {run.directory}: starting at episode 1")
-        _archive(run, echo)
+        else:
+            _archive(run, plan.settings, echo)
         return None
-    assert stored.path is not None
-    own = run.path(stored.episode)
-    if stored.path.resolve() == own.resolve():
-        moved = run.branch(stored.episode)
+    own = run.path(start.episode)
+    if start.path.resolve() == own.resolve():
+        moved = run.branch(start.episode)
         if moved:
+            # The old branch keeps its curves; here they are purged from this episode on.
+            _copy_logs(run.logs, run.logs and run.logs.parent / "archive" / moved.name)
             echo(f"Later episodes of the old branch moved to {moved}")
     else:
-        _archive(run, echo)
-        run.adopt(stored.path)
-        echo(f"Copied episodes 1 to {stored.episode} from {stored.path.parent}")
+        _archive(run, plan.settings, echo)
+        _copy_logs(_logs_of(start.path.parent, run), run.logs)
+        run.adopt(start.path)
+        echo(f"Copied what came before episode {start.episode + 1} from {start.path.parent}")
     return own
 
 
-def _archive(run: TrainingCheckpoint, echo: Callable[[str], None]) -> None:
+def _archive(run: TrainingCheckpoint, settings: Settings, echo: Callable[[str], None]) -> None:
     newest = run.get_next_episode() - 1
     archived = run.archive()
     if archived is None:
         return
     line = f"The run in {run.directory} was moved to {archived}"
     if newest:
-        file = archived / run.path(newest).name
-        line += f"; co2lightning fit --ckpt_path {file} continues it"
+        flags = [f"--ckpt_path {shlex.quote(str(archived / run.path(newest).name))}"]
+        for key, default in (
+            ("name", None),
+            ("checkpoints.dir", "checkpoints"),
+            ("logs.dir", "lightning_logs"),
+        ):
+            if settings[key] != default:
+                flags.append(f"--{key} {shlex.quote(settings[key])}")
+        line += f"; co2lightning fit {' '.join(flags)} continues it"
     echo(line)
 
 
+def _logs_of(directory: Path, run: TrainingCheckpoint) -> Path | None:
+    """Return where the curves of another run directory are, beside our own."""
+    if run.logs is None:
+        return None
+    archived = directory.parent.name == "archive"
+    return (run.logs.parent / "archive" if archived else run.logs.parent) / directory.name
+
+
+def _copy_logs(source: Path | None, target: Path | None) -> None:
+    if source and target and source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+
+
 def _train(
-    learner: Agent,
-    environment: Environment,
     run: TrainingCheckpoint,
+    plan: _Plan,
     path: Path | None,
-    settings: Settings,
-    done: int,
-    target: int,
-    signals: Signals | None,
+    signals: Signals,
     echo: Callable[[str], None],
 ) -> FitResult:
+    learner, settings, done, target = plan.learner, plan.settings, plan.done, plan.target
     agent = type(learner).__name__
-    own_signals = signals or Signals()
-    logger = TensorBoardLogger(
-        settings["logs.dir"],
-        name=run.name,
-        version="",
-        default_hp_metric=False,
-        # TensorBoard forgets what an earlier session wrote beyond the checkpoint.
-        purge_step=done + 1 if done else None,
-    )
+    logger = Curves(settings["logs.dir"], run.name, done)
     progress = ProgressLine(target, echo)
+    history = History(run, _info(agent, plan.environment, settings, target))
     trainer = _make_trainer(
         settings,
         agent,
         max_epochs=target,
         logger=logger,
-        plugins=[EpisodeCheckpointIO(run)],
+        plugins=[EpisodeCheckpointIO(run, plan.replay, learner.hparams.get("buffer_size"))],
         callbacks=[
-            own_signals,
+            signals,
             progress,
-            History(run, _info(agent, environment, settings, target)),
-            EpisodeCheckpoint(run, progress.show),
+            history,
+            EpisodeCheckpoint(run, progress.show, plan.replay),
         ],
     )
-    torch.set_num_threads(settings["threads"])
     if path:
         echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done)")
     else:
         echo(f"Training {agent} for {_count(target)} (seed {settings['seed_everything']})")
-    learner.train_on(environment)
-    with _quiet():
-        trainer.fit(learner, ckpt_path=str(path) if path else None)
-    logger.finalize("success")
+    learner.train_on(plan.environment)
+    try:
+        with _quiet():
+            trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
+    except (UserError, OSError, Interrupted):
+        raise
+    except Exception as error:
+        if path is None or history.begun:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: cannot be restored ({reason})") from error
+    finally:
+        logger.finalize("success")
+    signals.check()
     echo(
         f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
     )
@@ -455,15 +631,15 @@ def site_description(environment: SiteDays) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advertisements and hints about other people's loops off the screen."""
+    """Keep Lightning's advertisements and its own deprecations off the screen."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            warnings.filterwarnings("ignore", module="torch.utils.data")
+            # Lightning 2.6 with torch 2.13, harmless.
+            warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -120,9 +120,7 @@ def _parser(command: str, description: str, example: str) -> argparse.ArgumentPa
 
 def _find(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
     """Return the runs in a directory, by name."""
-    names = (
-        sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
-    )
+    names = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
     runs = [TrainingCheckpoint(directory / n) for n in names if n[0] != "." and n != "archive"]
     runs = [run for run in runs if run.episodes() or run.load_history()["trainings"]]
     if name is None:
