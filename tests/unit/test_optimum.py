@@ -151,8 +151,8 @@ def test_the_metric_is_that_of_the_physics() -> None:
 
 
 def test_two_processes_give_what_one_gives() -> None:
-    site = load_site("iquitos")
-    days, soc_start = [0, 100, 200], [0.3, 0.5, 0.7]
+    site = one_day(load_kw=10.0, carbon=np.linspace(0.1, 0.9, T), sessions=[(8, 40, 9.0, 3.0)])
+    days, soc_start = [0, 0, 0], [0.3, 0.5, 0.7]
     alone, shared = optimum_days(site, days, soc_start), optimum_days(site, days, soc_start, 2)
     assert [best.co2_kg for best in alone] == [best.co2_kg for best in shared]
     assert len({best.co2_kg for best in alone}) == 3
@@ -162,7 +162,7 @@ def test_two_processes_give_what_one_gives() -> None:
 def test_no_rule_passes_the_bound_on_the_shipped_sites(name: str) -> None:
     site = load_site(name)
     model, soc_start = build_model(site), evaluation_soc(site)
-    days = torch.arange(5, 365, 60)
+    days = torch.arange(5, 365, 90)
     bound = np.array([optimum(site, d, float(soc_start[d])).co2_kg for d in days.tolist()])
     for rule in RULES.values():
         co2_kg = run_days(model, rule, days, soc_start[days]).total("co2_kg").numpy()
@@ -198,7 +198,7 @@ def days_and_policies(draw: st.DrawFn) -> tuple[Site, float, int]:
     return site, float(rng.uniform(0.3, 0.7)), int(rng.integers(2**31))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(days_and_policies())
 def test_no_policy_passes_the_bound_on_any_day(case: tuple[Site, float, int]) -> None:
     """Random and bang-bang actions, an idle battery and the rules, side by side."""
