@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import gymnasium
 
 if TYPE_CHECKING:
+    from co2lightning.agents.a2c import A2C as A2C
     from co2lightning.agents.ppo import PPO as PPO
+    from co2lightning.agents.sac import SAC as SAC
     from co2lightning.checkpoints import TrainingCheckpoint as TrainingCheckpoint
     from co2lightning.env import ChargingSiteEnv as ChargingSiteEnv
     from co2lightning.env import ChargingSiteVectorEnv as ChargingSiteVectorEnv
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "A2C": "agents.a2c",
     "PPO": "agents.ppo",
+    "SAC": "agents.sac",
     "ChargingSiteEnv": "env",
     "ChargingSiteVectorEnv": "env",
     "TrainingCheckpoint": "checkpoints",

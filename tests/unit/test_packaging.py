@@ -176,6 +176,13 @@ def test_public_names() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.xfail(reason="the module co2lightning.fit hides the function of that name")
+def test_no_module_hides_a_public_name() -> None:
+    """Importing `co2lightning.x` would put the module where the public name x was."""
+    modules = {path.stem for path in (ROOT / "src/co2lightning").iterdir()}
+    assert not modules & set(co2lightning._HOME)
+
+
 def test_public_names_are_known_to_type_checkers() -> None:
     tree = ast.parse((ROOT / "src/co2lightning/__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
