@@ -1,9 +1,10 @@
 # make train   everything from a fresh machine: environment, then 10 episodes of PPO
 # make test    the quick checks; make test-slow: the long ones
+# make bench   all benchmarks, tables on the screen
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow clean
+.PHONY: train test test-slow bench clean
 
 train: .venv/.installed
 	$(BIN)/co2lightning fit --config ppo.yaml --episodes 10
@@ -16,6 +17,9 @@ test: .venv/.installed-dev
 
 test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"
+
+bench: .venv/.installed-dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
