@@ -118,7 +118,8 @@ _RANGES = {
     "model.log_std_init": _Range(-20, 2),
     "model.reward_scale": _POSITIVE,
     "model.tau": _Range(0, 1, above=True),
-    "model.buffer_size": _Range(1),
+    "model.buffer_size": _Range(1, 100_000_000),
+    "model.ent_coef_init": _POSITIVE,
     "model.learning_starts": _WEIGHT,
     "model.gradient_steps": _COUNT,
     "model.train_freq": _COUNT,
@@ -357,6 +358,13 @@ def _check_values(settings: Settings, parser: ArgumentParser, prefix: str) -> No
     types_ = _typehints(parser)
     for key in settings:
         value: Any = settings[key]
+        if key == "model.hidden" and (
+            not 1 <= len(value) <= 16 or any(width not in _HIDDEN for width in value)
+        ):
+            raise UserError(
+                f"{prefix}{key} {list(value)}: must be 1 to 16 widths, such as [64, 64], each "
+                f"{_HIDDEN}"
+            )
         if value is None and type(None) not in typing.get_args(types_[key]):
             raise UserError(f"{prefix}{key} null: must be {_words(types_[key])}")
         allowed: object = _CHOICES.get(key)
@@ -368,13 +376,6 @@ def _check_values(settings: Settings, parser: ArgumentParser, prefix: str) -> No
                 raise UserError(f"{prefix}{key} {value}: must be a finite number")
             if key in _RANGES and value not in _RANGES[key]:
                 raise UserError(f"{prefix}{key} {value}: must be {_RANGES[key]}")
-        if key == "model.hidden":
-            widths = list(value)
-            if not 1 <= len(widths) <= 16 or any(width not in _HIDDEN for width in widths):
-                raise UserError(
-                    f"{prefix}{key} {widths}: must be 1 to 16 widths, such as [64, 64], each "
-                    f"{_HIDDEN}"
-                )
 
 
 def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:

@@ -120,7 +120,7 @@ def run_fit(
     config = config or f"{agent.lower()}.yaml"
     recipe = _recipe(agent, config)
     session = complete({**recipe, **flags}, agent)
-    name = session["name"] or agent
+    name = agent if session["name"] is None else session["name"]
     _check_name(name)
     run = TrainingCheckpoint(
         Path(session["checkpoints.dir"]) / name,

@@ -1,0 +1,90 @@
+"""What the tests of the command share: a working directory, the command in this process."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+# An agent trained for a moment: what is tested is what happens around the learning.
+TINY: dict[str, list[str]] = {
+    "A2C": ["--model.n_steps", "48", "--model.hidden", "[8]"],
+    "SAC": [
+        *("--model.learning_starts", "384", "--model.gradient_steps", "1", "--model.train_freq"),
+        *("24", "--model.batch_size", "16", "--model.buffer_size", "1000", "--model.hidden", "[8]"),
+    ],
+    "PPO": ["--model.n_epochs", "2", "--model.batch_size", "192", "--model.hidden", "[8]"],
+}
+
+
+class Outcome(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def tree(place: Path) -> dict[str, str]:
+    """Return every file and directory below `place` with its content's hash."""
+    found: dict[str, str] = {}
+    for path in sorted(place.rglob("*")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        found[str(path.relative_to(place))] = content
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_sites() -> Any:
+    """Read a shipped site once, not in every session that a test starts."""
+    import co2lightning.env as env
+
+    read = env.load_site
+    known = functools.cache(read)
+    env.load_site = lambda site: known(site) if site in ("iquitos", "iquitos-flat") else read(site)
+    yield
+    env.load_site = read
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], place: Path) -> Callable[..., Outcome]:
+    """Return the command line as a function: words in, exit code and output out."""
+    from co2lightning.cli import main
+
+    def run(*words: str) -> Outcome:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def fit(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Return `co2lightning fit` on an agent's own recipe, tiny; it must succeed."""
+
+    def run(agent: str, *words: str) -> Outcome:
+        outcome = command("fit", "--model", agent, "--env.num_envs", "4", *TINY[agent], *words)
+        assert outcome.code == 0, outcome.err
+        assert outcome.err == ""
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Return the variables for a command in a process of its own."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
