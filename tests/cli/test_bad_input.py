@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, Outcome, tree
 
 from co2lightning import storage
+from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
 

@@ -1,0 +1,364 @@
+"""What `fit` promises: which episodes, which settings, which files."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from co2lightning import agents
+from co2lightning.agents import AGENTS
+from co2lightning.agents.agent import Agent
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.config import find_recipe
+from co2lightning.errors import UserError
+from co2lightning.rollout import Rollout, RolloutDataset
+from conftest import TINY, Outcome, tree
+
+Fit = Callable[..., Outcome]
+
+
+def shipped() -> list[str]:
+    """Return the agents that have a recipe."""
+    names: list[str] = []
+    for name in AGENTS:
+        try:
+            find_recipe(f"{name.lower()}.yaml")
+        except UserError:
+            continue
+        names.append(name)
+    return names
+
+
+def done(agent: str = "PPO") -> int:
+    return len(list(Path("checkpoints", agent).glob("episode_*.pt")))
+
+
+def statuses(run: str = "checkpoints/PPO") -> list[tuple[int, int, str]]:
+    history = TrainingCheckpoint(run).load_history()
+    return [(s["start_episode"], s["end_episode"], s["status"]) for s in history["trainings"]]
+
+
+# --- which episodes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("agent", shipped())
+def test_a_run_leaves_what_is_documented_and_nothing_else(
+    fit: Fit, place: Path, agent: str
+) -> None:
+    outcome = fit(agent, "--episodes", "2")
+    lines = outcome.out.splitlines()
+    assert lines[0] == f"Training {agent} for 2 episodes (seed 0)"
+    assert lines[1].startswith("Episode    1/2: CO2=")
+    assert "kg (" in lines[1]
+    assert "| reward=" in lines[1]
+    assert lines[1].endswith(" s")
+    names = set(tree(place))
+    expected = {
+        *("checkpoints", "lightning_logs", f"lightning_logs/{agent}"),
+        *(f"{base}/.{agent}.lock" for base in ("checkpoints", "lightning_logs")),
+        f"checkpoints/{agent}",
+        *(
+            f"checkpoints/{agent}/{name}"
+            for name in ("episode_0001.pt", "episode_0002.pt", "history.json", "metadata.json")
+        ),
+    }
+    if agent == "SAC":
+        expected |= {
+            f"checkpoints/SAC/replay{name}" for name in ("", "/episode_0001.pt", "/episode_0002.pt")
+        }
+    events = {name for name in names if "events.out.tfevents" in name}
+    assert names - events == expected
+    assert len(events) == 1
+    content = torch.load(f"checkpoints/{agent}/episode_0002.pt", weights_only=True)
+    assert content["episode"] == 2
+    assert content["epoch"] == 1
+    assert {"co2_kg", "reward", "time_seconds", "unmet_kwh"} <= set(content["metrics"])
+    assert "T" in content["timestamp"]
+    assert TrainingCheckpoint(f"checkpoints/{agent}").verify() == []
+
+
+def test_episodes_are_so_many_more(fit: Fit) -> None:
+    fit("PPO", "--episodes", "2")
+    outcome = fit("PPO", "--episodes", "1", "--ckpt_path", "last")
+    assert "Resuming PPO at episode 3 (2 episodes done)" in outcome.out
+    assert done() == 3
+    assert statuses() == [(1, 2, "completed"), (3, 3, "completed")]
+
+
+def test_total_episodes(fit: Fit, place: Path) -> None:
+    outcome = fit("PPO", "--total_episodes", "2", "--ckpt_path", "last")
+    assert "No checkpoint in checkpoints/PPO: starting at episode 1" in outcome.out
+    before = tree(place / "checkpoints" / "PPO")
+    outcome = fit("PPO", "--total_episodes", "2", "--ckpt_path", "last")
+    assert outcome.out == "PPO stands at episode 2; 2 episodes in total are done\n"
+    assert {**tree(place / "checkpoints" / "PPO"), "history.json": ""} == {
+        **before,
+        "history.json": "",
+    }
+    fit("PPO", "--total_episodes", "3", "--ckpt_path", "last")
+    assert done() == 3
+
+
+def test_without_a_number_the_recipe_or_the_interrupted_session_decides(
+    fit: Fit, command: Fit, place: Path
+) -> None:
+    recipe = find_recipe("ppo.yaml").read_text().replace("episodes: 10", "episodes: 2")
+    (place / "mine.yaml").write_text(recipe)
+    words = ("fit", "--config", "mine.yaml", "--env.num_envs", "4", *TINY["PPO"])
+    assert command(*words).code == 0
+    assert done() == 2
+    assert command(*words, "--ckpt_path", "last").code == 0
+    assert done() == 4
+    for episode in (3, 4):  # as if killed in a session that was to end at 4
+        Path(f"checkpoints/PPO/episode_{episode:04d}.pt").unlink()
+    fit("PPO", "--episodes", "3", "--ckpt_path", "last")
+    assert done() == 5
+    Path("checkpoints/PPO/episode_0005.pt").unlink()
+    outcome = command(*words, "--ckpt_path", "last")
+    assert "Resuming PPO at episode 5" in outcome.out
+    assert done() == 5
+
+
+# --- where it starts ----------------------------------------------------------------------------
+
+
+def test_a_new_run_archives_the_old_one_and_says_how_to_go_on(fit: Fit, command: Fit) -> None:
+    fit("PPO", "--episodes", "2")
+    before = tree(Path("checkpoints/PPO"))
+    outcome = fit("PPO", "--episodes", "1")
+    line = next(line for line in outcome.out.splitlines() if "was moved to" in line)
+    words = line.split("; co2lightning ")[1].removesuffix(" continues it").split()
+    archived = Path(words[-1]).parent
+    assert archived.parent == Path("checkpoints/archive")
+    assert tree(archived) == before
+    assert (Path("lightning_logs/archive") / archived.name).is_dir()
+    outcome = command(*words, "--episodes", "1")
+    assert "Resuming PPO at episode 3" in outcome.out
+    assert statuses() == [(1, 2, "completed"), (3, 3, "completed")]
+    assert sorted(scalars("PPO")["site/co2_kg"]) == [1, 2, 3]
+
+
+def test_the_line_of_an_archived_run_names_its_name_and_directories(fit: Fit) -> None:
+    words = ("--name", "night tariff", "--checkpoints.dir", "c", "--logs.dir", "l")
+    fit("PPO", "--episodes", "1", *words)
+    outcome = fit("PPO", "--episodes", "1", *words)
+    assert "--name 'night tariff' --checkpoints.dir c --logs.dir l continues it" in outcome.out
+    assert Path("l/night tariff").is_dir()
+    assert Path("c/night tariff/episode_0001.pt").is_file()
+
+
+def test_a_file_of_the_run_branches(fit: Fit) -> None:
+    fit("PPO", "--episodes", "4")
+    outcome = fit("PPO", "--episodes", "1", "--ckpt_path", "checkpoints/PPO/episode_0002.pt")
+    assert "Later episodes of the old branch moved to checkpoints/archive/PPO-" in outcome.out
+    assert "Resuming PPO at episode 3 (2 episodes done)" in outcome.out
+    assert done() == 3
+    (archived,) = Path("checkpoints/archive").iterdir()
+    assert len(list(archived.glob("episode_*.pt"))) == 4
+    assert sorted(scalars(f"archive/{archived.name}")["site/co2_kg"]) == [1, 2, 3, 4]
+    assert sorted(scalars("PPO")["site/co2_kg"]) == [1, 2, 3]
+    assert TrainingCheckpoint("checkpoints/PPO").verify() == []
+
+
+def test_a_file_of_elsewhere_is_adopted(fit: Fit, command: Fit, place: Path) -> None:
+    fit("PPO", "--episodes", "3", "--name", "first")
+    before = tree(place / "checkpoints" / "first")
+    outcome = command("fit", "--ckpt_path", "checkpoints/first/episode_0002.pt", "--episodes", "1")
+    assert outcome.code == 0, outcome.err
+    assert "Copied what came before episode 3 from checkpoints/first" in outcome.out
+    assert done() == 3
+    assert tree(place / "checkpoints" / "first") == before
+    assert sorted(scalars("PPO")["site/co2_kg"]) == [1, 2, 3]
+    shutil.copy("checkpoints/first/episode_0003.pt", place / "alone.pt")
+    assert command("fit", "--ckpt_path", "alone.pt", "--episodes", "1", "--name", "b").code == 0
+    assert TrainingCheckpoint("checkpoints/b").load_history()["total_episodes"] == 4
+    assert TrainingCheckpoint("checkpoints/b").verify() == []
+
+
+# --- which settings -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the rate of every optimizer when a segment is learned."""
+    seen: list[float] = []
+    learn = Agent.training_step
+
+    def watch(self: Agent, rollout: Rollout, batch_idx: int) -> Any:
+        seen.extend(g["lr"] for o in self.trainer.optimizers for g in o.param_groups)
+        return learn(self, rollout, batch_idx)
+
+    monkeypatch.setattr(Agent, "training_step", watch)
+    return seen
+
+
+@pytest.mark.parametrize("agent", shipped())
+def test_a_changed_flag_takes_effect_and_is_printed(
+    fit: Fit, rates: list[float], agent: str
+) -> None:
+    keep = ("--model.anneal_episodes", "0")
+    fit(agent, "--episodes", "1", "--model.learning_rate", "0.0003", *keep)
+    outcome = fit(agent, "--episodes", "1", "--ckpt_path", "last")
+    assert "->" not in outcome.out
+    assert set(rates) == {0.0003}
+    rates.clear()
+    words = ("--ckpt_path", "last", "--model.learning_rate", "1e-3", "--seed_everything", "7")
+    outcome = fit(agent, "--episodes", "1", *words)
+    assert "\nlearning_rate: 0.0003 -> 0.001\n" in f"\n{outcome.out}"
+    assert "seed_everything: 0 -> 7" in outcome.out
+    assert set(rates) == {0.001}
+    rates.clear()
+    fit(agent, "--episodes", "1", "--ckpt_path", "last")
+    assert set(rates) == {0.001}, "the run keeps what it was last changed to"
+
+
+def test_a_recipe_that_differs_is_listed_with_its_flag(fit: Fit, command: Fit) -> None:
+    fit("PPO", "--episodes", "1", "--model.gamma", "0.5")
+    outcome = command("fit", "--config", "ppo.yaml", "--episodes", "1", "--ckpt_path", "last")
+    assert "ppo.yaml has model.gamma 0.97, the run keeps 0.5; --model.gamma 0.97 " in outcome.out
+    assert "->" not in outcome.out
+    outcome = fit("PPO", "--episodes", "1", "--ckpt_path", "last", "--model.gamma", "0.97")
+    assert "gamma: 0.5 -> 0.97" in outcome.out
+    assert "the run keeps 0.5" not in outcome.out
+
+
+def test_the_checkpoint_alone_is_enough(fit: Fit, command: Fit) -> None:
+    fit("PPO", "--episodes", "1", "--seed_everything", "3")
+    words = ("fit", "--ckpt_path", "checkpoints/PPO/episode_0001.pt", "--episodes", "1")
+    outcome = command(*words)
+    assert outcome.code == 0, outcome.err
+    assert "Resuming PPO at episode 2" in outcome.out
+    assert TrainingCheckpoint("checkpoints/PPO").load_metadata()["seed"] == 3
+
+
+def test_an_older_checkpoint_loads(
+    fit: Fit, command: Fit, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_bad_input import reseal
+
+    fit("PPO", "--episodes", "1")
+    source = place / "checkpoints" / "PPO" / "episode_0001.pt"
+    run = torch.load(source, weights_only=True)["run"]
+    stored = {k: v for k, v in run["config"].items() if k != "model.gae_lambda"}
+    stored["model.momentum"] = 0.5
+    reseal(source, place / "old.pt", run={**run, "config": stored})
+    outcome = command("fit", "--ckpt_path", "old.pt", "--episodes", "1", "--name", "old")
+    assert outcome.code == 0, outcome.err
+    assert "old.pt: this version has no model.momentum; its 0.5 is ignored" in outcome.out
+    assert "ppo.yaml has model.gae_lambda 0.9, the run keeps 0.95" in outcome.out
+
+
+def test_changed_site_data_are_told(fit: Fit, place: Path) -> None:
+    shutil.copytree(Path(agents.__file__).parents[1] / "sites" / "iquitos", place / "site")
+    fit("PPO", "--episodes", "1", "--env.site", "site")
+    file = place / "site" / "site.yaml"
+    file.write_text(file.read_text() + "\n# changed\n")
+    outcome = fit("PPO", "--episodes", "1", "--ckpt_path", "last")
+    assert "training goes on with these" in outcome.out
+
+
+def test_from_python(place: Path) -> None:
+    from co2lightning.fit import fit
+
+    tiny = {"env.num_envs": 4, "model": {"n_epochs": 1, "hidden": [8]}}
+    result = fit({"config": "ppo.yaml", "episodes": 2, **tiny})
+    assert (result["agent"], result["first_episode"], result["last_episode"]) == ("PPO", 1, 2)
+    assert result["checkpoint"] == str(Path("checkpoints/PPO/episode_0002.pt"))
+    assert result["metrics"]["site/co2_kg"] > 0
+    result = fit({"ckpt_path": "last", "model.n_epochs": 2, "agent": "PPO", "episodes": 1})
+    assert (result["first_episode"], result["last_episode"]) == (3, 3)
+
+
+def test_help(command: Fit) -> None:
+    for words in (["--help"], ["fit", "--help"]):
+        outcome = command(*words)
+        assert outcome.code == 0
+        assert max(map(len, outcome.out.splitlines())) <= 100
+        assert "co2lightning fit --config ppo.yaml --ckpt_path last" in outcome.out
+    for text in ("--model.learning_rate", "--env.site", "--trainer.accelerator", "--total_epis"):
+        assert text in outcome.out
+    assert "lightning.pytorch" not in outcome.out
+
+
+# --- how it learns ------------------------------------------------------------------------------
+
+
+def scalars(run: str) -> dict[str, dict[int, float]]:
+    """Read the curves back as TensorBoard does; a step that stands twice fails."""
+    reader = EventAccumulator(str(Path("lightning_logs", run)), size_guidance={"scalars": 0})
+    reader.Reload()
+    curves: dict[str, dict[int, float]] = {}
+    for tag in reader.Tags()["scalars"]:
+        events = reader.Scalars(tag)
+        curves[tag] = {event.step: event.value for event in events}
+        assert len(curves[tag]) == len(events), f"{tag}: a step stands twice"
+        assert list(curves[tag]) == sorted(curves[tag])
+    return curves
+
+
+TAGS = {
+    *("rollout/ep_rew_mean", "site/co2_kg", "site/co2_vs_uncontrolled", "site/grid_import_kwh"),
+    *("site/curtailment_kwh", "site/self_consumption", "site/unmet_kwh", "time/episode_seconds"),
+    *("time/env_steps_per_second", "train/loss", "train/learning_rate"),
+}
+OWN_TAGS = {
+    "A2C": {"train/value_loss", "train/policy_loss", "train/entropy", "train/explained_variance"},
+    "SAC": {"train/actor_loss", "train/critic_loss", "train/ent_coef"},
+    "PPO": {
+        *("train/value_loss", "train/policy_loss", "train/entropy", "train/explained_variance"),
+        *("train/approx_kl", "train/clip_fraction"),
+    },
+}
+
+
+@pytest.mark.parametrize("agent", shipped())
+def test_every_documented_tag_has_a_value_per_episode(fit: Fit, agent: str) -> None:
+    fit(agent, "--episodes", "2")
+    curves = scalars(agent)
+    assert TAGS | OWN_TAGS[agent] <= set(curves)
+    assert not any("step" in tag.split("/") for tag in curves)
+    for tag in TAGS:
+        assert list(curves[tag]) == [1, 2] or tag == "train/loss"
+    reader = EventAccumulator(f"lightning_logs/{agent}")
+    reader.Reload()
+    assert "_hparams_/session_start_info" in reader.summary_metadata
+
+
+@pytest.mark.parametrize("agent", [name for name in shipped() if name != "SAC"])
+def test_the_ratio_is_exactly_one_before_the_first_step(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, agent: str
+) -> None:
+    """Each segment is played by the policy that is about to learn from it."""
+    played: list[int] = []
+    learned: list[bool] = []
+    play, learn = RolloutDataset._segment, Agent.training_step
+
+    def watch_play(self: RolloutDataset, *rest: Any) -> Any:
+        played.append(len(learned))
+        return play(self, *rest)
+
+    def watch_learn(self: Agent, rollout: Rollout, batch_idx: int) -> Any:
+        with torch.no_grad():
+            now = self.log_prob(rollout.obs, rollout.action)
+        learned.append(torch.equal(now, rollout.log_prob))
+        return learn(self, rollout, batch_idx)
+
+    monkeypatch.setattr(RolloutDataset, "_segment", watch_play)
+    monkeypatch.setattr(Agent, "training_step", watch_learn)
+    fit(agent, "--episodes", "2", "--model.n_steps", "24")
+    fit(agent, "--episodes", "1", "--ckpt_path", "last")
+    assert learned == [True] * 12
+    assert played == list(range(12)), "a segment was played before the last one was learned"
+
+
+@pytest.mark.parametrize("agent", shipped())
+def test_an_episode_without_a_gradient_step_is_saved_too(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, agent: str
+) -> None:
+    monkeypatch.setattr(agents.agent_class(agent), "learn", lambda self, rollout: {})
+    fit(agent, "--episodes", "2")
+    assert done(agent) == 2
