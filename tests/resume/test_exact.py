@@ -1,0 +1,218 @@
+"""Any split of a run is the unsplit run, bit for bit: weights, optimizer, metrics, curves."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from co2lightning.agents import AGENTS
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.config import find_recipe
+from co2lightning.errors import UserError
+from conftest import Outcome
+
+Fit = Callable[..., Outcome]
+N = 10
+
+
+def shipped() -> list[str]:
+    """Return the agents that have a recipe."""
+    names: list[str] = []
+    for name in AGENTS:
+        try:
+            find_recipe(f"{name.lower()}.yaml")
+        except UserError:
+            continue
+        names.append(name)
+    return names
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of tensors and plain data."""
+    state = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            state.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            state.update(part.contiguous().numpy().tobytes())
+        elif isinstance(part, dict):
+            for key in part:
+                state.update(repr(key).encode())
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            state.update(str(len(part)).encode())
+            for entry in part:
+                add(entry)
+        else:
+            state.update(repr(part).encode())
+
+    add(value)
+    return state.hexdigest()
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k not in ("time_seconds", "env_steps_per_second")}
+
+
+def state(directory: str, last: int = N) -> dict[str, Any]:
+    """Return all that must be equal of every episode up to `last`."""
+    run = TrainingCheckpoint(directory)
+    found: dict[str, Any] = {}
+    for episode in range(1, last + 1):
+        content = run.read(run.path(episode))
+        for key in ("state_dict", "optimizer_states", "counters", "global_step", "epoch"):
+            found[f"{key} {episode}"] = digest(content[key])
+        found[f"metrics {episode}"] = timeless(content["metrics"])
+        if run.replay_path(episode).exists():
+            found[f"replay {episode}"] = digest(run.load_replay([episode]))
+    return found
+
+
+def curves(run: str) -> dict[str, dict[int, float]]:
+    """Read the curves as TensorBoard does, times aside; no step may stand twice."""
+    reader = EventAccumulator(f"lightning_logs/{run}", size_guidance={"scalars": 0})
+    reader.Reload()
+    found: dict[str, dict[int, float]] = {}
+    for tag in reader.Tags()["scalars"]:
+        steps = [event.step for event in reader.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+        found[tag] = {event.step: event.value for event in reader.Scalars(tag)}
+    return {tag: values for tag, values in found.items() if not tag.startswith("time/")}
+
+
+def check_history(directory: str, last: int) -> None:
+    run = TrainingCheckpoint(directory)
+    assert run.verify() == []
+    history = json.loads((Path(directory) / "history.json").read_text())
+    assert sum(s["episodes_count"] for s in history["trainings"]) == last
+    assert history["total_episodes"] == last == len(history["checkpoints"])
+    assert run.get_next_episode() == last + 1
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return an uninterrupted run of N episodes, trained once per agent."""
+    from co2lightning.config import parse_flags
+    from co2lightning.fit import run_fit
+    from conftest import TINY
+
+    made: dict[str, Path] = {}
+
+    def make(agent: str) -> Path:
+        if agent not in made:
+            place = tmp_path_factory.mktemp(agent)
+            words = ["--env.num_envs", "4", *TINY[agent], "--episodes", str(N)]
+            words += [
+                f"--checkpoints.dir={place}/checkpoints",
+                f"--logs.dir={place}/lightning_logs",
+            ]
+            run_fit(parse_flags(words, agent), agent=agent, echo=lambda line: None)
+            made[agent] = place
+        return made[agent]
+
+    return make
+
+
+@pytest.fixture(params=shipped())
+def agent(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def expected(
+    agent: str, straight: Callable[[str], Path], place: Path
+) -> tuple[dict[str, Any], dict[str, dict[int, float]]]:
+    """Return the state and the curves of the uninterrupted run."""
+    source = straight(agent)
+    shutil.copytree(source / "lightning_logs" / agent, "lightning_logs/straight")
+    return state(str(source / "checkpoints" / agent)), curves("straight")
+
+
+@pytest.mark.parametrize("sessions", [[5, 5], [3, 7], [1] * N], ids=str)
+def test_a_split_run(
+    fit: Fit, agent: str, expected: tuple[dict[str, Any], Any], sessions: list[int]
+) -> None:
+    for episodes in sessions:
+        fit(agent, "--episodes", str(episodes), "--ckpt_path", "last")
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
+    check_history(f"checkpoints/{agent}", N)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 2, 4, 6, 7, 8, 9])
+def test_the_other_cuts(fit: Fit, agent: str, expected: tuple[Any, Any], cut: int) -> None:
+    fit(agent, "--episodes", str(cut))
+    fit(agent, "--total_episodes", str(N), "--ckpt_path", "last")
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
+
+
+def test_a_branch_and_its_archive(
+    fit: Fit, agent: str, straight: Callable[[str], Path], expected: tuple[Any, Any]
+) -> None:
+    shutil.copytree(straight(agent), ".", dirs_exist_ok=True)
+    branch = ("--ckpt_path", f"checkpoints/{agent}/episode_0004.pt")
+    fit(agent, "--total_episodes", str(N), *branch)
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
+    check_history(f"checkpoints/{agent}", N)
+    (archived,) = Path("checkpoints/archive").iterdir()
+    assert state(str(archived)) == expected[0]
+    assert curves(f"archive/{archived.name}") == expected[1]
+    fit(agent, "--total_episodes", str(N), "--ckpt_path", str(archived / "episode_0007.pt"))
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
+    check_history(f"checkpoints/{agent}", N)
+
+
+def test_a_damaged_newest_file_costs_its_episode_only(
+    fit: Fit, agent: str, straight: Callable[[str], Path], expected: tuple[Any, Any]
+) -> None:
+    shutil.copytree(straight(agent), ".", dirs_exist_ok=True)
+    file = Path(f"checkpoints/{agent}/episode_{N:04d}.pt")
+    file.write_bytes(file.read_bytes()[:-1000])
+    outcome = fit(agent, "--total_episodes", str(N), "--ckpt_path", "last")
+    assert f"{file.name} is damaged" in outcome.out
+    assert f"1 episode lost, continuing after episode {N - 1}" in outcome.out
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
+
+
+def test_a_disk_that_fills_in_mid_run(
+    fit: Fit,
+    agent: str,
+    command: Fit,
+    expected: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import errno
+
+    from co2lightning import storage
+    from conftest import TINY
+
+    write = storage.write_atomic
+
+    def full(path: Path, data: bytes, *, durable: bool = True) -> None:
+        if path.name == "episode_0006.pt" and path.parent.name == agent:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data, durable=durable)
+
+    tiny = ("--env.num_envs", "4", *TINY[agent])
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_atomic", full)
+        outcome = command("fit", "--model", agent, *tiny, "--total_episodes", str(N))
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "No space left on device; the last whole episode is safe" in outcome.err
+    (session,) = TrainingCheckpoint(f"checkpoints/{agent}").load_history()["trainings"]
+    assert (session["end_episode"], session["status"]) == (5, "failed")
+    fit(agent, "--ckpt_path", "last")
+    assert state(f"checkpoints/{agent}") == expected[0]
+    assert curves(agent) == expected[1]
