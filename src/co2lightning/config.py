@@ -272,9 +272,13 @@ def unknown_settings(settings: Iterable[str], agent: str) -> list[str]:
 
 
 def complete(settings: Settings, agent: str) -> Settings:
-    """Return the settings with every default filled in."""
-    parser = build_parser(agent)
-    return _flatten(parser.parse_object(_nest(settings)))
+    """Return checked settings with every default filled in."""
+    return {**_defaults(agent), **settings}
+
+
+@functools.cache
+def _defaults(agent: str) -> Settings:
+    return _flatten(build_parser(agent).get_defaults())
 
 
 def instantiate_trainer_settings(settings: Settings, agent: str) -> dict[str, Any]:

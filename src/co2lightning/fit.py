@@ -282,7 +282,7 @@ def _plan(
             )
     if start:
         notes += _changes(kept, merged, agent)
-    target = _target(recipe, flags, agent, start)
+    target = _target({**recipe, **flags}, "episodes" in flags, agent, start)
     if earlier and _group(earlier.settings, "env.") == _group(merged, "env."):
         environment = earlier.environment
     else:
@@ -389,16 +389,16 @@ def _changes(before: Settings, after: Settings, agent: str) -> list[str]:
     return lines
 
 
-def _target(recipe: Settings, flags: Settings, agent: str, start: _Start | None) -> int:
-    """Return the last episode of this session."""
+def _target(asked: Settings, by_flag: bool, agent: str, start: _Start | None) -> int:
+    """Return the last episode of this session; `by_flag` says that --episodes was given."""
     done = start.episode if start else 0
-    if flags.get("total_episodes") is not None:
-        if "episodes" in flags:
+    if asked.get("total_episodes") is not None:
+        if by_flag:
             raise UserError("--episodes and --total_episodes: give one of them")
-        return flags["total_episodes"]
-    if "episodes" not in flags and start and start.target_episode > done:
+        return asked["total_episodes"]
+    if not by_flag and start and start.target_episode > done:
         return start.target_episode
-    target = done + complete({**recipe, **flags}, agent)["episodes"]
+    target = done + complete(asked, agent)["episodes"]
     if target > MAX_EPISODES:
         raise UserError(f"--episodes: a run has at most {MAX_EPISODES:,} episodes")
     return target
