@@ -8,6 +8,7 @@ Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from co2lightning.errors import UserError
 from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
-from co2lightning.physics import Flows, State, begin_day, build_model, step
+from co2lightning.physics import State, begin_day, build_model, step
 from co2lightning.rules import run_days, uncontrolled
 from co2lightning.site import STEP_H, Site, T, load_site
 
 N_ACTIONS = 2
+_COUNTED: tuple[str, ...] = ("co2_kg", "grid_import_kw", "curtailed_kwh", "unmet_kwh")
 
 
 class Step(NamedTuple):
@@ -70,6 +72,7 @@ class SiteDays:
         self.site = site
         self.num_envs = num_envs
         self._uncontrolled_kg: Tensor | None = None
+        self.state: State | None = None
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
@@ -79,6 +82,7 @@ class SiteDays:
 
     def to(self, device: torch.device) -> None:
         """Move the site's tables; a running day is dropped."""
+        device = torch.empty(0, device=device).device  # cuda becomes cuda:0
         if device != self.model.device:
             self._build(device)
             self._uncontrolled_kg = None
@@ -107,65 +111,50 @@ class SiteDays:
 
     def begin(self, days: Tensor, soc_start: Tensor) -> Tensor:
         """Begin given days [B] with given battery starts [B]; returns observations [B, O]."""
-        device = self.model.device
-        self.state: State | None = begin_day(
-            self.model, days.to(device), soc_start.to(device, torch.float32)
-        )
-        self._day = self.state.day
-        self._totals = torch.zeros(5, len(days), device=device)
-        return self._observe()
-
-    def _observe(self) -> Tensor:
-        assert self.state is not None
+        self._day = days.to(self.model.device)
+        self.state = begin_day(self.model, self._day, soc_start.to(self.model.device))
+        self._past: list[tuple[Tensor, ...]] = []
+        self._ones = torch.ones_like(self.state.soc)
+        self._zeros = torch.zeros_like(self.state.soc)
         return observe(self.observer, self.model, self.state)
 
     def step(self, action: Tensor) -> Step:
         """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
         if self.state is None:
-            raise RuntimeError("the day is over: call reset() or begin() first")
-        pv_kwh = self.state.pv_kw * STEP_H
-        self.state, flows = step(self.model, self.state, action)
-        self.flows: Flows = flows
-        self._totals = self._totals + torch.stack(
-            [
-                flows.co2_kg,
-                flows.grid_import_kw * STEP_H,
-                flows.curtailed_kwh,
-                flows.unmet_kwh,
-                pv_kwh,
-            ]
-        )
-        ones = torch.ones_like(flows.reward)
-        # The battery's settlement at midnight makes the day's end a real end.
+            raise RuntimeError("no day is running: call reset() or begin() first")
+        self.state, self.flows = step(self.model, self.state, action)
+        self._past.append(tuple(getattr(self.flows, name) for name in _COUNTED))
+        zeros, ones = self._zeros, self._ones
         if self.state is None:
-            obs = flows.reward.new_zeros(len(ones), self.observation_dim)
-            return Step(obs, flows.reward, ones, torch.zeros_like(ones), ones)
-        zeros = torch.zeros_like(ones)
-        return Step(self._observe(), flows.reward, zeros, zeros, ones)
+            # The battery's settlement at midnight makes the day's end a real end.
+            obs = zeros.new_zeros(len(zeros), self.observation_dim)
+            return Step(obs, self.flows.reward, ones, zeros, ones)
+        obs = observe(self.observer, self.model, self.state)
+        return Step(obs, self.flows.reward, zeros, zeros, ones)
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the days [B] added up to so far."""
-        co2_kg, grid_import_kwh, curtailed_kwh, unmet_kwh, pv_kwh = self._totals.unbind(0)
-        return {
-            "co2_kg": co2_kg,
-            "grid_import_kwh": grid_import_kwh,
-            "curtailed_kwh": curtailed_kwh,
-            "unmet_kwh": unmet_kwh,
-            "pv_kwh": pv_kwh,
-        }
+        if not self._past:
+            raise RuntimeError("no step was made yet")
+        sums = (torch.stack(column).sum(0) for column in zip(*self._past, strict=True))
+        totals = dict(zip(_COUNTED, sums, strict=True))
+        totals["grid_import_kwh"] = totals.pop("grid_import_kw") * STEP_H
+        pv_kwh = self.site.pv_kw[self._day.cpu(), : len(self._past)].sum(axis=1) * STEP_H
+        return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
 
     def metrics(self) -> dict[str, float]:
         """Return the means over the finished days, for the logs."""
-        co2_kg, grid_import_kwh, curtailed_kwh, unmet_kwh, pv_kwh = self._totals.mean(1).tolist()
-        uncontrolled_kg = self.uncontrolled_kg[self._day].mean().item()
+        totals = self.totals() | {"uncontrolled_kg": self.uncontrolled_kg[self._day]}
+        means = torch.stack(list(totals.values())).mean(1).tolist()
+        mean = dict(zip(totals, means, strict=True))
         return {
-            "site/co2_kg": co2_kg,
-            "site/uncontrolled_kg": uncontrolled_kg,
-            "site/co2_vs_uncontrolled": co2_kg / max(uncontrolled_kg, 1e-9),
-            "site/grid_import_kwh": grid_import_kwh,
-            "site/curtailment_kwh": curtailed_kwh,
-            "site/self_consumption": 1.0 - curtailed_kwh / max(pv_kwh, 1e-9),
-            "site/unmet_kwh": unmet_kwh,
+            "site/co2_kg": mean["co2_kg"],
+            "site/uncontrolled_kg": mean["uncontrolled_kg"],
+            "site/co2_vs_uncontrolled": mean["co2_kg"] / max(mean["uncontrolled_kg"], 1e-9),
+            "site/grid_import_kwh": mean["grid_import_kwh"],
+            "site/curtailment_kwh": mean["curtailed_kwh"],
+            "site/self_consumption": 1.0 - mean["curtailed_kwh"] / max(mean["pv_kwh"], 1e-9),
+            "site/unmet_kwh": mean["unmet_kwh"],
         }
 
 
@@ -181,26 +170,28 @@ def evaluation_soc(site: Site) -> Tensor:
 class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """B days of a charging site at once, for Gymnasium.
 
-        One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
-        charging power between what must and what could be charged now, and the battery's power as a
-        share of its rating, charging positive. A shield charges first what a vehicle's departure
-        demands, so no policy leaves energy unserved that charging on arrival would have served. The
-        reward is the kg CO2 avoided (see `co2lightning.physics.step`).
+    One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
+    charging power between what must and what could be charged now, and the battery's power as a
+    share of its rating, charging positive. A shield charges first what a vehicle's departure
+    demands, so no policy leaves energy unserved that charging on arrival would have served. The
+    reward is the kg CO2 avoided (see `co2lightning.physics.step`).
 
-        `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step.
+    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step. After
+    a day's last step the next call of `step` ignores its actions and begins new days (NEXT_STEP
+    autoreset).
 
-        Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
-        sockets' total power in kW; energy scale: two hours of it in kWh):
+    Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
+    sockets' total power in kW; energy scale: two hours of it in kWh):
 
     OBSERVATION_TABLE
 
-        Args:
-            num_envs: B, days at once.
-            site: Name of a shipped site, or a site folder.
-            render_mode: Only None; the report draws the days.
+    Args:
+        num_envs: B, days at once.
+        site: Name of a shipped site, or a site folder.
+        render_mode: Only None; the report draws the days.
 
-        Raises:
-            UserError: The site cannot be read; the message names file, row and column.
+    Raises:
+        UserError: The site cannot be read; the message names file, row and column.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
@@ -211,6 +202,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         self.days = SiteDays(load_site(site), num_envs)
         self.num_envs = num_envs
         self.render_mode = render_mode
+        self._over = False
         self.single_observation_space = gym.spaces.Box(
             np.array([f.low for f in FEATURES], dtype=np.float32),
             np.array([f.high for f in FEATURES], dtype=np.float32),
@@ -302,16 +294,16 @@ def day_index(site: Site, day: str) -> int:
 
 
 def _observation_table() -> str:
-    header = f"    {'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
+    header = f"{'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
     rows = [
-        f"    {i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
+        f"{i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
         for i, f in enumerate(FEATURES)
     ]
-    return "\n".join([header, *rows])
+    return "\n".join(f"    {line}".rstrip() for line in [header, *rows])
 
 
 if ChargingSiteVectorEnv.__doc__:
-    ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
+    ChargingSiteVectorEnv.__doc__ = inspect.cleandoc(ChargingSiteVectorEnv.__doc__).replace(
         "OBSERVATION_TABLE", _observation_table()
     )
 

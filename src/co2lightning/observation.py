@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.physics import SiteModel, State, battery_limits_kw
-from co2lightning.rules import greedy_battery, solar_following
+from co2lightning.physics import SiteModel, State
+from co2lightning.rules import solar_power_kw, solar_share
 from co2lightning.site import STEP_H, Site, T
 
 
@@ -70,8 +70,7 @@ FEATURES: tuple[Feature, ...] = _EXOGENOUS + _ENDOGENOUS
 RULE_FEATURES = (len(FEATURES) - 2, len(FEATURES) - 1)
 """Where RBC B's own action [2] stands in an observation."""
 
-_SURPLUS_AHEAD = [f.name for f in _EXOGENOUS].index("surplus_ahead")
-_DEFICIT_AHEAD = [f.name for f in _EXOGENOUS].index("deficit_ahead")
+_AHEAD = slice(len(_EXOGENOUS) - 2, None)  # surplus_ahead, deficit_ahead
 _SEASON_DAYS = 20
 _STEPS_2_H, _STEPS_5_H = 8.0, 20.0
 
@@ -79,63 +78,78 @@ _STEPS_2_H, _STEPS_5_H = 8.0, 20.0
 class Observer(NamedTuple):
     """The tables `observe` looks things up in, on the model's device."""
 
-    exogenous: Tensor  # [D * T, len(_EXOGENOUS)]
-    low: Tensor  # [O]
-    high: Tensor  # [O]
-    power_scale_kw: float
-    energy_scale_kwh: float
+    exogenous: Tensor  # [len(_EXOGENOUS), D * T]
+    scale: Tensor  # [len(_ENDOGENOUS), 1] from kW and shares to the units of the features
+    shift: Tensor  # [len(_ENDOGENOUS), 1]
+    low: Tensor  # [O, 1]
+    high: Tensor  # [O, 1]
+    wait_steps: Tensor  # [2, 1, 1] of "cannot wait 2 hours" and "5 hours"
+    ahead_sign: Tensor  # [2, 1] of surplus_ahead and deficit_ahead
+    per_kw: Tensor  # 0-dim, from the power of a step to the energy scale
 
 
-def build_observer(site: Site, device: torch.device | str = "cpu") -> Observer:
+def build_observer(
+    site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Observer:
     """Build the feature tables of a site."""
     sockets_kw = sum(sockets.count * sockets.max_kw for sockets in site.sockets)
-    power_scale_kw = max(site.battery.power_kw, sockets_kw)
-    energy_scale_kwh = 2.0 * power_scale_kw
-    exogenous = _exogenous_features(site, power_scale_kw, energy_scale_kwh)
+    power_kw = max(site.battery.power_kw, sockets_kw)
+    energy_kwh = 2.0 * power_kw
+    exogenous = _exogenous_features(site, power_kw, energy_kwh).reshape(-1, len(_EXOGENOUS))
+    scale = {f.name: 1.0 / power_kw if f.unit == _P else 1.0 for f in _ENDOGENOUS}
+    scale["discharge_limit"] = scale["surplus"] = -1.0 / power_kw
+    scale["owed_2_h"] = STEP_H / _STEPS_2_H / energy_kwh
+    scale["owed_5_h"] = STEP_H / _STEPS_5_H / energy_kwh
+    scale["rule_ev"] = -2.0
+    scale["rule_battery"] = -1.0 / site.battery.power_kw
+    shift = [-1.0 if f.name == "rule_ev" else 0.0 for f in _ENDOGENOUS]
+
+    def tensor(values: object) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
     return Observer(
-        exogenous=torch.tensor(exogenous.reshape(-1, len(_EXOGENOUS)), dtype=torch.float32).to(
-            device
-        ),
-        low=torch.tensor([f.low for f in FEATURES], dtype=torch.float32, device=device),
-        high=torch.tensor([f.high for f in FEATURES], dtype=torch.float32, device=device),
-        power_scale_kw=power_scale_kw,
-        energy_scale_kwh=energy_scale_kwh,
+        exogenous=tensor(np.ascontiguousarray(exogenous.T)),
+        scale=tensor(list(scale.values())).unsqueeze(1),
+        shift=tensor(shift).unsqueeze(1),
+        low=tensor([f.low for f in FEATURES]).unsqueeze(1),
+        high=tensor([f.high for f in FEATURES]).unsqueeze(1),
+        wait_steps=tensor([[[_STEPS_2_H]], [[_STEPS_5_H]]]),
+        ahead_sign=tensor([[1.0], [-1.0]]),
+        per_kw=tensor(STEP_H / energy_kwh),
     )
 
 
 def observe(observer: Observer, model: SiteModel, state: State) -> Tensor:
     """Return the observations [B, O] of a state, each feature within its bounds."""
-    power, energy = observer.power_scale_kw, observer.energy_scale_kwh
-    exogenous = observer.exogenous.index_select(0, state.day * T + state.step)
-    charge_limit_kw, discharge_limit_kw = battery_limits_kw(model, state.soc)
-    owed_kwh = state.owed_kwh.sum(1)
-    urgent_2_h = (1.0 - state.laxity / _STEPS_2_H).clamp(min=0.0)
-    urgent_5_h = (1.0 - state.laxity / _STEPS_5_H).clamp(min=0.0)
-    rule_ev = solar_following(state)
-    owed = owed_kwh / energy
-    room = (model.soc_max - state.soc) * (model.capacity_kwh / model.charge_efficiency / energy)
-    store = (state.soc - model.soc_min) * (model.capacity_kwh * model.discharge_efficiency / energy)
+    # Features come first until the end: [B] rows are quick to stack, scale and clamp.
+    exogenous = observer.exogenous.index_select(1, state.row)
+    owed = state.owed_kw.sum(1) * observer.per_kw
+    # A vehicle with laxity 0 cannot wait for any of its energy, one with 8 steps can 2 h for all.
+    hurry = (observer.wait_steps - state.laxity).relu()
+    owed_2_h, owed_5_h = (hurry * state.owed_kw).sum(2).unbind(0)
+    # Surplus - owed - room in the battery; energy in the battery - deficit - owed.
+    spare = exogenous[_AHEAD] * observer.ahead_sign - owed - state.reach_kw * observer.per_kw
+    spare_surplus, spare_store = spare.unbind(0)
     endogenous = torch.stack(
         [
             state.soc,
             state.soc - state.soc_start,
-            charge_limit_kw / power,
-            discharge_limit_kw / power,
-            state.must_total_kw / power,
-            state.could_total_kw / power,
-            (state.pv_kw - state.load_kw - state.must_total_kw) / power,
+            state.battery_max_kw,
+            state.battery_min_kw,
+            state.must_total_kw,
+            state.could_total_kw,
+            state.need_kw,
             owed,
-            (state.owed_kwh * urgent_2_h).sum(1) / energy,
-            (state.owed_kwh * urgent_5_h).sum(1) / energy,
-            exogenous[:, _SURPLUS_AHEAD] - owed - room,
-            store - exogenous[:, _DEFICIT_AHEAD] - owed,
-            rule_ev,
-            greedy_battery(model, state, rule_ev),
-        ],
-        dim=1,
+            owed_2_h,
+            owed_5_h,
+            spare_surplus,
+            spare_store,
+            solar_share(model, state),
+            state.net_kw + solar_power_kw(state),
+        ]
     )
-    obs = torch.cat([exogenous, endogenous], dim=1)
-    return torch.minimum(torch.maximum(obs, observer.low), observer.high)
+    endogenous = torch.addcmul(observer.shift, observer.scale, endogenous)
+    return torch.cat([exogenous, endogenous]).clamp(observer.low, observer.high).T
 
 
 def _exogenous_features(site: Site, power_kw: float, energy_kwh: float) -> np.ndarray:

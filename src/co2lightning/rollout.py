@@ -78,33 +78,33 @@ class RolloutDataset(IterableDataset[Rollout]):
         noise = agent.draw_noise(env.horizon, env.num_envs)
         length = agent.segment_steps(env.horizon)
         for start in range(0, env.horizon, length):
-            with torch.inference_mode():
-                obs, rollout = self._segment(obs, noise[start : start + length])
-            # Tensors made under inference_mode cannot be trained on; these copies can.
-            yield Rollout(*(tensor.clone() for tensor in rollout))
+            obs, rollout = self._segment(obs, noise[start : start + length])
+            yield rollout
 
+    @torch.no_grad()
     def _segment(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Rollout]:
-        observed: list[Tensor] = []
         actions: list[Tensor] = []
         results: list[Step] = []
-        for step_noise in noise.unbind(0):
-            action = self.agent.explore(obs, step_noise)
-            result = self.env.step(self.agent.environment_action(obs, action))
-            observed.append(obs)
-            actions.append(action)
-            results.append(result)
-            obs = result.obs
-        all_obs, all_actions = torch.stack(observed), torch.stack(actions)
+        first = obs
+        with torch.inference_mode():
+            for step_noise in noise.unbind(0):
+                action = self.agent.explore(obs, step_noise)
+                result = self.env.step(action)
+                actions.append(action)
+                results.append(result)
+                obs = result.obs
+        # What inference_mode made cannot be trained on; what is stacked outside of it can.
         next_obs, reward, terminated, truncated, valid = (
             torch.stack(column) for column in zip(*results, strict=True)
         )
+        observed, action = torch.cat([first.unsqueeze(0), next_obs[:-1]]), torch.stack(actions)
         return obs, Rollout(
-            obs=all_obs,
-            action=all_actions,
+            obs=observed,
+            action=action,
             reward=reward,
             next_obs=next_obs,
             terminated=terminated,
             truncated=truncated,
             valid=valid,
-            log_prob=self.agent.log_prob(all_obs, all_actions),
+            log_prob=self.agent.log_prob(observed, action),
         )

@@ -22,18 +22,26 @@ def charge_on_arrival(state: State) -> Tensor:
     return torch.ones_like(state.soc)
 
 
-def solar_following(state: State) -> Tensor:
-    """Return the EV action [B] that charges at max(must, PV - load)."""
+def solar_power_kw(state: State) -> Tensor:
+    """Return the EV power [B] of max(must, PV - load), as far as vehicles and grid allow."""
+    wanted_kw = torch.clamp(-state.net_kw, state.must_total_kw, state.could_total_kw)
+    return torch.minimum(wanted_kw, state.allowed_kw)
+
+
+def solar_share(model: SiteModel, state: State) -> Tensor:
+    """Return where [B] load - PV lies between -must (0) and -could (-1); it can lie beyond."""
     spread_kw = state.could_total_kw - state.must_total_kw
-    surplus_kw = state.pv_kw - state.load_kw - state.must_total_kw
-    share = (surplus_kw / spread_kw.clamp(min=1e-6)).clamp(0.0, 1.0)
-    return 2.0 * share - 1.0
+    return state.need_kw / torch.maximum(spread_kw, model.tiny)
 
 
-def greedy_battery(model: SiteModel, state: State, action_ev: Tensor) -> Tensor:
+def solar_following(model: SiteModel, state: State) -> Tensor:
+    """Return the EV action [B] that charges at max(must, PV - load)."""
+    return -2.0 * solar_share(model, state).clamp(-1.0, 0.0) - 1.0
+
+
+def greedy_battery(model: SiteModel, state: State, ev_kw: Tensor) -> Tensor:
     """Return the battery action [B] that stores any surplus and serves any deficit."""
-    deficit_kw = state.load_kw + ev_power_kw(model, state, action_ev) - state.pv_kw
-    return (-deficit_kw / max(model.battery_kw, 1e-6)).clamp(-1.0, 1.0)
+    return -((state.net_kw + ev_kw) / model.battery_kw).clamp(-1.0, 1.0)
 
 
 def uncontrolled(model: SiteModel, state: State) -> Tensor:
@@ -44,20 +52,21 @@ def uncontrolled(model: SiteModel, state: State) -> Tensor:
 
 def solar_only(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, leave the battery idle."""
-    action_ev = solar_following(state)
+    action_ev = solar_following(model, state)
     return torch.stack([action_ev, torch.zeros_like(action_ev)], dim=1)
 
 
 def rbc_a(model: SiteModel, state: State) -> Tensor:
     """Charge on arrival, greedy battery."""
     action_ev = charge_on_arrival(state)
-    return torch.stack([action_ev, greedy_battery(model, state, action_ev)], dim=1)
+    ev_kw = ev_power_kw(model, state, action_ev)
+    return torch.stack([action_ev, greedy_battery(model, state, ev_kw)], dim=1)
 
 
 def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
-    action_ev = solar_following(state)
-    return torch.stack([action_ev, greedy_battery(model, state, action_ev)], dim=1)
+    action_ev = solar_following(model, state)
+    return torch.stack([action_ev, greedy_battery(model, state, solar_power_kw(state))], dim=1)
 
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}
