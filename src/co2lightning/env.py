@@ -47,6 +47,7 @@ class Environment(Protocol):
     action_dim: int
     horizon: int
     rule_features: tuple[int, ...]
+    may_reset: bool  # whether a step can be a reset instead of a transition
 
     def to(self, device: torch.device) -> None: ...
     def reset(self, seed: int) -> Tensor: ...
@@ -67,6 +68,7 @@ class SiteDays:
     action_dim = N_ACTIONS
     horizon = T
     rule_features = RULE_FEATURES
+    may_reset = False
 
     def __init__(self, site: Site, num_envs: int, device: torch.device | str = "cpu") -> None:
         self.site = site
@@ -308,13 +310,21 @@ if ChargingSiteVectorEnv.__doc__:
     )
 
 
-def make_environment(site: str = "iquitos", num_envs: int = 64) -> Environment:
+def make_environment(
+    site: str = "iquitos", num_envs: int = 64, id: str | None = None
+) -> Environment:
     """Make the environment an agent trains in.
 
     Args:
         site: Name of a shipped site, or a site folder.
         num_envs: Days simulated at once; an episode is one day of each.
+        id: A Gymnasium environment instead of a site, such as Pendulum-v1, for checking the
+            algorithms; an episode is then one horizon of each of its copies.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
+    if id is not None:
+        from co2lightning.gym_env import GymEnvironment
+
+        return GymEnvironment(id, num_envs)
     return SiteDays(load_site(site), num_envs)

@@ -5,6 +5,8 @@ Shapes: N transitions of a rollout.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class A2C(ActorCritic):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
-        action: str = "direct",
+        action: Literal["direct", "correction"] = "direct",
         n_steps: int = 8,
         learning_rate: float = 7e-4,
         anneal_episodes: int = 0,

@@ -6,7 +6,8 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import Environment
+from co2lightning.errors import UserError
 from co2lightning.observation import RULE_FEATURES
 from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
 
@@ -123,7 +126,13 @@ class Agent(pl.LightningModule):
         """Take up what earlier episodes added to a replay buffer; agents without one ignore it."""
 
     def train_on(self, env: Environment) -> None:
-        """Set the environment the next `Trainer.fit` plays."""
+        """Set the environment the next `Trainer.fit` plays.
+
+        Raises:
+            UserError: The action is a correction of a rule that this environment does not have.
+        """
+        if self.hparams["action"] == "correction" and not env.rule_features:
+            raise UserError("--model.action correction: only a site has the rule it corrects")
         self.env = env
 
     def train_dataloader(self) -> RolloutDataset:
@@ -197,6 +206,36 @@ class Agent(pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
         optimizer.step()
         self.updates += 1
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Load an agent from an episode's file, verified, and without running anything in it.
+
+        Args:
+            checkpoint_path: A local file such as `checkpoints/PPO/episode_0010.pt`.
+            map_location: Where the weights go; the CPU by default.
+            overrides: Hyperparameters to replace.
+
+        Raises:
+            UserError: No such file, a damaged one, or one of another agent.
+        """
+        content = TrainingCheckpoint.read(checkpoint_path)
+        try:
+            agent, hyperparameters = content["run"]["agent"], dict(content["hyper_parameters"])
+            if agent != cls.__name__:
+                raise UserError(f"{checkpoint_path}: a checkpoint of {agent}, not of {cls.__name__}")
+            learner = cls(**{**hyperparameters, **overrides})
+            learner.load_state_dict(content["state_dict"])
+            learner.on_load_checkpoint(content)
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{checkpoint_path}: not an agent of this version ({reason})") from None
+        return learner.to(map_location or "cpu").eval()
 
     # -- use -----------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ Shapes: N transitions of a rollout, M of a minibatch.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class PPO(ActorCritic):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
-        action: str = "direct",
+        action: Literal["direct", "correction"] = "direct",
         n_steps: int = 0,
         n_epochs: int = 10,
         batch_size: int = 256,

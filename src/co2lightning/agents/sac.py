@@ -6,7 +6,7 @@ Shapes: M transitions of a minibatch, O features, A actions.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class SAC(Agent):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
-        action: str = "direct",
+        action: Literal["direct", "correction"] = "direct",
         train_freq: int = 4,
         gradient_steps: int = 16,
         learning_starts: int = 1536,
@@ -150,7 +150,7 @@ class SAC(Agent):
         """Keep the segment, then run its share of updates."""
         if self.replay is None:
             self.replay = Replay(self.hparams["buffer_size"], rollout)
-        self.replay.add(rollout, masked=getattr(self.env, "may_reset", False))
+        self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.hparams["learning_starts"]:
             return {}
         figures: list[dict[str, Tensor]] = []
