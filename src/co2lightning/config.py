@@ -340,6 +340,16 @@ def _refuse(key: str, prefix: str) -> None:
         )
 
 
+def given_trainer_flags(settings: Settings, agent: str) -> str:
+    """Return the Trainer flags that are not the default, as one types them."""
+    flags = [
+        as_flag(key, value)
+        for key, value in settings.items()
+        if key.startswith("trainer.") and value != _defaults(agent)[key]
+    ]
+    return " ".join(flags) or "--trainer"
+
+
 def _typehints(parser: ArgumentParser) -> dict[str, Any]:
     """Return the type of every setting."""
     return {
@@ -393,7 +403,7 @@ def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:
     text = " ".join(line.strip(" -\t") for line in message.splitlines())
     key = re.search(r'key "([^"]+)"|[Aa]rgument "?(?:--)?([\w.]+)', text)
     name = key and (key[1] or key[2])
-    value = re.search(r"(?:Got|Given) value: (.*)", text)
+    value = re.search(r"Given value: (.*)", text) or re.search(r"Got value: (.*)", text)
     wanted = _typehints(parser).get(name) if name else None
     if wanted is not None and value:
         return f"{prefix}{name} {value[1][:80]}: must be {_words(wanted)}"
@@ -420,6 +430,8 @@ def _words(wanted: Any) -> str:
         return " or ".join(str(choice) for choice in inner)
     if origin in (tuple, list) and inner[0] is int:
         return "a list of whole numbers, such as [64, 64]"
+    if origin is list:
+        return f"a list of {_words(inner[0])}"
     return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"
 
 

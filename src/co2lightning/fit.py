@@ -42,6 +42,7 @@ from co2lightning.config import (
     check_agent,
     check_settings,
     complete,
+    given_trainer_flags,
     instantiate_trainer_settings,
     read_recipe,
     unknown_settings,
@@ -475,14 +476,9 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
             )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"--trainer.accelerator {settings['trainer.accelerator']} "
-            f"--trainer.devices {settings['trainer.devices']}: {reason}"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--trainer: {' '.join(str(error).split())}") from None
+        raise UserError(f"{given_trainer_flags(settings, agent)}: {reason}") from None
 
 
 def _prepare_run(
