@@ -80,20 +80,17 @@ def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Tr
         day: [B] indices of the days to run, each once.
         soc_start: [B] state of charge at midnight.
     """
-    states: list[State] = []
     flows: list[Flows] = []
     state: State | None = begin_day(model, day.to(model.device), soc_start.to(model.device))
     while state is not None:
-        states.append(state)
         state, flow = step(model, state, rule(model, state))
         flows.append(flow)
-    return Trace(states, flows)
+    return Trace(flows)
 
 
 class Trace(NamedTuple):
-    """Days as they went: a state and its flows for each of the T steps."""
+    """Days as they went: the flows of each of the T steps."""
 
-    states: list[State]
     flows: list[Flows]
 
     def total(self, name: str) -> Tensor:

@@ -1,0 +1,214 @@
+"""What holds on any site, on any day, for any actions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from co2lightning.physics import Flows, SiteModel, State, begin_day, build_model, step
+from co2lightning.rules import RULES, Rule, run_days, uncontrolled
+from co2lightning.site import Site, T, load_site
+from small_site import H, day_by_hand, random_site
+
+seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=10, deadline=None, derandomize=True)
+
+
+def random_actions(seed: int, batch: int = 1) -> Tensor:
+    """Actions [T, B, 2]: in between, at the ends, and beyond them."""
+    rng = np.random.default_rng(seed)
+    actions = rng.uniform(-1.2, 1.2, (T, batch, 2))
+    extreme = rng.random((T, batch, 2)) < 0.3
+    return torch.tensor(np.where(extreme, np.sign(actions), actions), dtype=torch.float32)
+
+
+def play(
+    site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float32
+) -> tuple[list[State], list[Flows]]:
+    """Run day 0 of a site with actions [T, B, 2]."""
+    model = build_model(site, dtype=dtype)
+    batch = actions.shape[1]
+    day, soc = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), soc_start, dtype=dtype)
+    state: State | None = begin_day(model, day, soc)
+    states: list[State] = []
+    flows: list[Flows] = []
+    for action in actions.to(dtype):
+        assert state is not None
+        states.append(state)
+        state, flow = step(model, state, action)
+        flows.append(flow)
+    assert state is None
+    return states, flows
+
+
+@few
+@given(seed=seeds, sockets=st.integers(1, 9), grid_kw=st.sampled_from([1e6, 12.0, 6.0]))
+def test_every_step_balances_and_stays_within_bounds(
+    seed: int, sockets: int, grid_kw: float
+) -> None:
+    site = random_site(seed, sockets=sockets, grid_kw=grid_kw)
+    states, flows = play(site, random_actions(seed))
+    battery = site.battery
+    soc = [state.soc.item() for state in states]
+    for t, (state, flow) in enumerate(zip(states, flows, strict=True)):
+        ev_kw, battery_kw = flow.socket_kw.sum().item(), flow.battery_kw.item()
+        net_kwh = H * (site.load_kw[0, t] - site.pv_kw[0, t] + ev_kw + battery_kw)
+        meter_kwh = flow.grid_import_kw.item() * H - flow.curtailed_kwh.item()
+        assert meter_kwh == pytest.approx(net_kwh, abs=1e-4)
+        assert flow.ev_kw.item() == pytest.approx(ev_kw, abs=1e-4)
+        if t + 1 < T:
+            charged, given = max(battery_kw, 0.0), max(-battery_kw, 0.0)
+            stored = H * (
+                charged * battery.charge_efficiency - given / battery.discharge_efficiency
+            )
+            gained = (soc[t + 1] - soc[t]) * battery.capacity_kwh
+            assert gained == pytest.approx(stored, abs=1e-4)
+        assert battery.soc_min - 1e-6 <= soc[t] <= battery.soc_max + 1e-6
+        assert abs(battery_kw) <= battery.power_kw + 1e-5
+        assert flow.grid_import_kw.item() >= 0.0
+        assert flow.curtailed_kwh.item() >= 0.0
+        assert flow.co2_kg.item() >= 0.0
+        assert (flow.socket_kw >= state.must_kw).all()
+        assert (flow.socket_kw <= state.could_kw + 1e-5).all()
+        assert (state.must_kw <= state.could_kw).all()
+        # Nothing but the load and what must be charged can overload the connection, and only
+        # when the battery gives all it has.
+        if flow.grid_import_kw.item() > grid_kw + 1e-4:
+            assert battery_kw == pytest.approx(state.battery_min_kw.item(), abs=1e-4)
+            assert ev_kw == pytest.approx(state.must_total_kw.item(), abs=1e-4)
+
+
+@few
+@given(seed=seeds, sockets=st.integers(2, 20))
+def test_no_vehicle_goes_before_one_with_less_laxity(seed: int, sockets: int) -> None:
+    states, flows = play(random_site(seed, sockets=sockets), random_actions(seed))
+    for state, flow in zip(states, flows, strict=True):
+        extra = (flow.socket_kw - state.must_kw)[0]
+        more = (state.could_kw - flow.socket_kw)[0]
+        laxity = state.laxity[0]
+        served_early = (extra[:, None] > 1e-4) & (more[None, :] > 1e-4)
+        assert not (served_early & (laxity[:, None] > laxity[None, :] + 1e-4)).any()
+
+
+@few
+@given(seed=seeds, sockets=st.integers(1, 9), most=st.sampled_from([0.98, 1.3]))
+def test_no_policy_leaves_more_unserved_than_charging_on_arrival(
+    seed: int, sockets: int, most: float
+) -> None:
+    """Some sites ask for more than a window allows: that much is missing under every policy."""
+    site = random_site(seed, sockets=sockets, most=most)
+    _, flows = play(site, random_actions(seed))
+    _, on_arrival = play(site, torch.tensor([1.0, 0.0]).expand(T, 1, 2))
+    unmet = torch.stack([flow.unmet_kwh for flow in flows])
+    unavoidable = torch.stack([flow.unmet_kwh for flow in on_arrival])
+    torch.testing.assert_close(unmet, unavoidable, atol=1e-4, rtol=0.0)
+    rows = site.sessions
+    possible = rows.max_kw * H * (rows.departure_step - rows.arrival_step)
+    expected = np.maximum(rows.energy_kwh - possible, 0.0).sum()
+    assert unmet.sum().item() == pytest.approx(expected, abs=1e-3)
+
+
+@few
+@given(seed=seeds, sockets=st.integers(1, 9), action_ev=st.floats(-1.0, 1.0))
+def test_without_sun_and_battery_co2_is_intensity_times_energy(
+    seed: int, sockets: int, action_ev: float
+) -> None:
+    site = random_site(seed, sockets=sockets, pv=0.0, flat=True)
+    _, flows = play(site, torch.tensor([action_ev, 0.0]).expand(T, 1, 2))
+    energy_kwh = site.load_kw.sum() * H + site.sessions.energy_kwh.sum()
+    co2_kg = sum(flow.co2_kg.item() for flow in flows)
+    assert co2_kg == pytest.approx(0.5 * energy_kwh, rel=1e-5)
+
+
+@few
+@given(seed=seeds, soc_start=st.floats(0.1, 0.9))
+def test_the_days_reward_is_reference_minus_co2(seed: int, soc_start: float) -> None:
+    site = random_site(seed)
+    _, flows = play(site, random_actions(seed), soc_start)
+    carbon = site.carbon_kg_per_kwh[0]
+    own_kg = (np.maximum(site.load_kw - site.pv_kw, 0.0)[0] * carbon).sum() * H
+    reference_kg = own_kg + 0.5 * carbon.mean() * site.sessions.energy_kwh.sum()
+    reward = sum(flow.reward.item() for flow in flows)
+    co2_kg = sum(flow.co2_kg.item() for flow in flows)
+    assert reward == pytest.approx(reference_kg - co2_kg, abs=1e-3)
+
+
+@few
+@given(seed=seeds, sockets=st.integers(1, 9), grid_kw=st.sampled_from([1e6, 8.0]))
+def test_float32_agrees_with_a_day_worked_out_by_hand(
+    seed: int, sockets: int, grid_kw: float
+) -> None:
+    site = random_site(seed, sockets=sockets, grid_kw=grid_kw)
+    soc_start = float(np.float32(np.random.default_rng(seed).uniform(0.1, 0.9)))
+    actions = random_actions(seed)
+    expected = day_by_hand(site, 0, soc_start, actions[:, 0].double().clamp(-1.0, 1.0).numpy())
+    _, flows = play(site, actions, soc_start)
+    _, exact = play(site, actions, soc_start, dtype=torch.float64)
+    for name, values in expected.items():
+        if name == "soc":
+            continue
+        single = np.array([getattr(flow, name)[0].numpy() for flow in flows])
+        double = np.array([getattr(flow, name)[0].numpy() for flow in exact])
+        np.testing.assert_allclose(double, values, atol=1e-4, rtol=0.0, err_msg=name)
+        np.testing.assert_allclose(single, values, atol=2e-3, rtol=0.0, err_msg=name)
+    co2_kg = sum(flow.co2_kg.item() for flow in flows)
+    assert co2_kg == pytest.approx(expected["co2_kg"].sum(), rel=1e-5)
+
+
+@few
+@given(seed=seeds, batch=st.integers(2, 3))
+def test_a_single_day_is_a_row_of_the_batch(seed: int, batch: int) -> None:
+    site = random_site(seed)
+    actions = random_actions(seed, batch)
+    _, together = play(site, actions)
+    for row in range(batch):
+        _, alone = play(site, actions[:, row : row + 1])
+        for many, one in zip(together, alone, strict=True):
+            for name in Flows._fields:
+                assert torch.equal(getattr(many, name)[row], getattr(one, name)[0]), name
+
+
+def recorded(rule: Rule) -> tuple[list[Tensor], Rule]:
+    """Return a rule and the list that its actions go to."""
+    actions: list[Tensor] = []
+
+    def act(model: SiteModel, state: State) -> Tensor:
+        actions.append(rule(model, state))
+        return actions[-1]
+
+    return actions, act
+
+
+def test_a_day_of_the_shipped_site_worked_out_by_hand() -> None:
+    """128 sockets, where vehicles that tie to the last bit may swap."""
+    site = load_site("iquitos")
+    model = build_model(site)
+    days, soc_start = torch.tensor([5, 200]), torch.tensor([0.4, 0.65])
+    for name, rule in RULES.items():
+        actions, rule = recorded(rule)
+        trace = run_days(model, rule, days, soc_start)
+        for column, day in enumerate(days.tolist()):
+            own = torch.stack(actions)[:, column].double().numpy()
+            expected = day_by_hand(site, day, float(soc_start[column]), own)
+            for figure in ("co2_kg", "curtailed_kwh", "grid_import_kw"):
+                total = trace.total(figure)[column].item()
+                assert total == pytest.approx(expected[figure].sum(), rel=2e-4), (name, figure)
+            assert expected["unmet_kwh"].sum() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_random_policies_leave_nothing_unserved_on_the_shipped_site() -> None:
+    site = load_site("iquitos")
+    model = build_model(site)
+    generator = torch.Generator().manual_seed(0)
+
+    def anything(model: object, state: State) -> Tensor:
+        return 2.0 * torch.rand(len(state.soc), 2, generator=generator) - 1.0
+
+    days = torch.arange(0, len(site.days), 12)
+    soc_start = torch.full((len(days),), 0.5)
+    for policy in (anything, lambda model, state: anything(model, state).sign(), uncontrolled):
+        assert run_days(model, policy, days, soc_start).total("unmet_kwh").max() < 1e-4

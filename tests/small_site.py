@@ -1,0 +1,190 @@
+"""Small sites for tests, and a day of one worked out by hand: float64, vehicle by vehicle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from co2lightning.site import Battery, Sessions, Site, SocketType, T
+
+H = 0.25
+Row = tuple[int, int, int, int, float, float]
+"""Day, socket, arrival step, departure step, kWh, kW."""
+
+
+def small_site(
+    *,
+    days: int = 1,
+    sockets: int = 1,
+    sessions: Sequence[Row] = (),
+    pv_kw: object = 0.0,
+    load_kw: object = 0.0,
+    carbon: object = 0.4,
+    capacity_kwh: float = 40.0,
+    power_kw: float = 10.0,
+    charge_efficiency: float = 0.9,
+    discharge_efficiency: float = 0.8,
+    grid_kw: float = 1e6,
+    held_out: Sequence[int] = (),
+) -> Site:
+    """A site of a few sockets; series are anything that broadcasts to [D, T]."""
+    columns = [np.array(c) for c in zip(*sessions, strict=True)] or [np.zeros(0, int)] * 6
+    socket_kw = float(max(columns[5], default=1.0))
+
+    def series(values: object) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values, dtype=float), (days, T)).copy()
+
+    return Site(
+        name="small",
+        directory=Path(),
+        sha256="",
+        latitude=0.0,
+        longitude=0.0,
+        altitude_m=0.0,
+        timezone="UTC",
+        pv_kwp=float(np.max(series(pv_kw))),
+        grid_kw=grid_kw,
+        charger_efficiency=1.0,
+        seed=0,
+        battery=Battery(
+            capacity_kwh, power_kw, charge_efficiency, discharge_efficiency, 0.1, 0.9, 0.3, 0.7
+        ),
+        sockets=(SocketType("any", sockets, socket_kw),),
+        days=tuple(str(np.datetime64("2025-03-01") + day) for day in range(days)),
+        held_out=np.isin(np.arange(days), held_out),
+        pv_kw=series(pv_kw),
+        load_kw=series(load_kw),
+        carbon_kg_per_kwh=series(carbon),
+        sessions=Sessions(*columns[:4], *(c.astype(float) for c in columns[4:])),
+        turned_away=np.zeros(days, int),
+        notes=(),
+    )
+
+
+def random_site(
+    seed: int,
+    *,
+    sockets: int = 6,
+    pv: float = 1.0,
+    load: float = 1.0,
+    most: float = 0.98,
+    grid_kw: float = 1e6,
+    flat: bool = False,
+) -> Site:
+    """A site of one random day.
+
+    Args:
+        seed: Of everything drawn.
+        sockets: How many; each takes up to a few sessions after another.
+        pv: Factor on the PV, 0 for none.
+        load: Factor on the building's load.
+        most: A session asks for at most this share of what its window allows.
+        grid_kw: The connection.
+        flat: Whether the intensity is constant.
+    """
+    rng = np.random.default_rng(seed)
+    sessions: list[Row] = []
+    for socket in range(sockets):
+        step = int(rng.integers(0, 40))
+        while step < T - 2:
+            stay = int(rng.integers(2, 40))
+            departure = min(step + stay, T)
+            power_kw = float(rng.uniform(1.0, 4.0))
+            share = float(rng.uniform(0.05, most))
+            energy_kwh = share * power_kw * H * (departure - step)
+            sessions.append((0, socket, step, departure, energy_kwh, power_kw))
+            step = departure + int(rng.integers(0, 30))
+    sun = np.maximum(np.sin((np.arange(T) / T - 0.25) * 2 * np.pi), 0.0)
+    return small_site(
+        sockets=sockets,
+        sessions=sessions,
+        pv_kw=pv * 15.0 * sun * rng.uniform(0.3, 1.0, T),
+        load_kw=load * rng.uniform(1.0, 6.0, T),
+        carbon=0.5 if flat else rng.uniform(0.2, 0.9, T),
+        capacity_kwh=float(rng.uniform(5.0, 60.0)),
+        power_kw=float(rng.uniform(2.0, 15.0)),
+        charge_efficiency=float(rng.uniform(0.8, 1.0)),
+        discharge_efficiency=float(rng.uniform(0.8, 1.0)),
+        grid_kw=grid_kw,
+    )
+
+
+def day_by_hand(
+    site: Site, day: int, soc_start: float, actions: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Work out a day from site.md's words alone: per vehicle, per step, in float64.
+
+    Args:
+        actions: [T, 2] in [-1, 1].
+
+    Returns:
+        Per step [T]: `soc` at its end, `ev_kw`, `battery_kw`, `grid_import_kw`, `curtailed_kwh`,
+        `unmet_kwh` and `co2_kg` (the last with the settlement); `socket_kw` [T, S].
+    """
+    battery, rows = site.battery, site.sessions
+    mine = [i for i in range(len(rows.day)) if rows.day[i] == day]
+    owed = {i: float(rows.energy_kwh[i]) for i in mine}
+    soc = soc_start
+    out: dict[str, list] = {
+        name: []
+        for name in (
+            *("soc", "ev_kw", "battery_kw", "grid_import_kw", "curtailed_kwh", "unmet_kwh"),
+            *("co2_kg", "socket_kw"),
+        )
+    }
+    for t in range(T):
+        here = [i for i in mine if rows.arrival_step[i] <= t < rows.departure_step[i]]
+        left = {i: int(rows.departure_step[i]) - t for i in here}
+        power = {i: float(rows.max_kw[i]) for i in here}
+        must = {i: min(max(0.0, owed[i] / H - power[i] * (left[i] - 1)), power[i]) for i in here}
+        could = {i: min(power[i], owed[i] / H) for i in here}
+        room_kw = (battery.soc_max - soc) * battery.capacity_kwh / battery.charge_efficiency / H
+        store_kw = (soc - battery.soc_min) * battery.capacity_kwh * battery.discharge_efficiency / H
+        most_charge = min(max(room_kw, 0.0), battery.power_kw)
+        most_discharge = min(max(store_kw, 0.0), battery.power_kw)
+        pv, load = site.pv_kw[day, t], site.load_kw[day, t]
+
+        must_sum, could_sum = sum(must.values()), sum(could.values())
+        budget = must_sum + (actions[t, 0] + 1.0) / 2.0 * (could_sum - must_sum)
+        budget = min(budget, max(must_sum, site.grid_kw + pv + most_discharge - load))
+        rest = budget - must_sum
+        given = dict(must)
+        for i in sorted(here, key=lambda i: (left[i] - owed[i] / H / power[i], rows.socket[i])):
+            extra = min(rest, could[i] - must[i])
+            given[i] += extra
+            rest -= extra
+        ev = sum(given.values())
+
+        wanted = min(actions[t, 1] * battery.power_kw, most_charge, site.grid_kw + pv - load - ev)
+        flow = max(wanted, -most_discharge)
+        if flow >= 0:
+            soc += flow * H * battery.charge_efficiency / battery.capacity_kwh
+        else:
+            soc += flow * H / battery.discharge_efficiency / battery.capacity_kwh
+        meter = load + ev + flow - pv
+        unmet = 0.0
+        sockets_kw = np.zeros(site.n_sockets)
+        for i in here:
+            owed[i] -= given[i] * H
+            sockets_kw[rows.socket[i]] = given[i]
+            if left[i] == 1:
+                unmet += max(owed[i], 0.0)
+        carbon = site.carbon_kg_per_kwh[day]
+        co2 = max(meter, 0.0) * H * carbon[t]
+        if t == T - 1:
+            missing_kwh = max(0.0, soc_start - soc) * battery.capacity_kwh
+            co2 += carbon.mean() * missing_kwh / battery.charge_efficiency
+        for name, value in (
+            ("soc", soc),
+            ("ev_kw", ev),
+            ("battery_kw", flow),
+            ("grid_import_kw", max(meter, 0.0)),
+            ("curtailed_kwh", max(-meter, 0.0) * H),
+            ("unmet_kwh", unmet),
+            ("co2_kg", co2),
+            ("socket_kw", sockets_kw),
+        ):
+            out[name].append(value)
+    return {name: np.array(values) for name, values in out.items()}
