@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 f"{argument.partition('=')[0]}: fit-all trains each agent by its own recipe under "
                 "its own name; use fit for this"
             )
-    ckpt_path = [b for a, b in zip(passed_on, passed_on[1:], strict=False) if a == "--ckpt_path"]
+    ckpt_path = [b for a, b in itertools.pairwise(passed_on) if a == "--ckpt_path"]
     if any(path != "last" for path in ckpt_path):
         raise UserError(f"--ckpt_path {ckpt_path[0]}: fit-all takes last only; use fit for a file")
     return options, [*passed_on, "--checkpoints.dir", str(options.directory)]

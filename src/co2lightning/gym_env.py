@@ -43,7 +43,7 @@ class GymEnvironment:
         observation, action = self.vector.single_observation_space, self.vector.single_action_space
         for space, name in ((observation, "observations"), (action, "actions")):
             if not isinstance(space, Box) or len(space.shape) != 1:
-                raise UserError(f"--env.id {id}: its {name} are {space}; only flat Box spaces train")
+                raise UserError(f"--env.id {id}: its {name} are {space}, not a flat Box")
         assert isinstance(observation, Box)
         assert isinstance(action, Box)
         if not np.isfinite(action.low).all() or not np.isfinite(action.high).all():

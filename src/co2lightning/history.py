@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         width = None if os.isatty(1) else 120
         console = Console(width=width, markup=False, emoji=False, highlight=False)
-        console.print(_runs_table(runs))
+        console.print(runs_table(runs))
         if options.name:
             console.print(_sessions_table(runs[0]))
     return 0
@@ -94,13 +94,15 @@ def summarize(run: TrainingCheckpoint) -> Row:
     }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` instead of printing its usage."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.split()[-1]}: {message}; --help shows what there is")
 
 
 def _parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"co2lightning {command}",
         description=description,
         epilog=f"example: {example}",
@@ -132,7 +134,8 @@ def _find(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
     return chosen
 
 
-def _runs_table(runs: list[Row]) -> Table:
+def runs_table(runs: list[Row]) -> Table:
+    """Return the table of runs, each as `summarize` tells it."""
     table = Table(
         box=None,
         padding=(0, 2, 0, 0),

@@ -38,7 +38,7 @@ def mlp(
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         is_last = i == len(sizes) - 2
-        layer = nn.utils.skip_init(nn.Linear, a, b)
+        layer = nn.Linear(a, b)
         gain = output_gain if is_last else 2.0**0.5
         nn.init.orthogonal_(layer.weight, gain, generator=generator)
         nn.init.zeros_(layer.bias)
@@ -139,4 +139,5 @@ class TwinCritic(nn.Module):
     @torch.no_grad()
     def follow(self, other: TwinCritic, tau: float) -> None:
         """Move the weights towards another's: target = (1 - tau) target + tau other."""
-        torch._foreach_lerp_(list(self.parameters()), list(other.parameters()), tau)
+        for own, theirs in zip(self.parameters(), other.parameters(), strict=True):
+            own.lerp_(theirs, tau)

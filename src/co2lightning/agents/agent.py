@@ -208,7 +208,7 @@ class Agent(pl.LightningModule):
         self.updates += 1
 
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
         checkpoint_path: str | Path,
         map_location: torch.device | str | None = None,
@@ -228,7 +228,7 @@ class Agent(pl.LightningModule):
         try:
             agent, hyperparameters = content["run"]["agent"], dict(content["hyper_parameters"])
             if agent != cls.__name__:
-                raise UserError(f"{checkpoint_path}: a checkpoint of {agent}, not of {cls.__name__}")
+                raise UserError(f"{checkpoint_path}: trained by {agent}, not by {cls.__name__}")
             learner = cls(**{**hyperparameters, **overrides})
             learner.load_state_dict(content["state_dict"])
             learner.on_load_checkpoint(content)

@@ -150,6 +150,7 @@ class SAC(Agent):
         """Keep the segment, then run its share of updates."""
         if self.replay is None:
             self.replay = Replay(self.hparams["buffer_size"], rollout)
+        assert self.env is not None
         self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.hparams["learning_starts"]:
             return {}

@@ -1,0 +1,179 @@
+"""Losses of the three agents against numbers worked out by hand or by torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from co2lightning.agents.a2c import A2C
+from co2lightning.agents.actor_critic import Transitions
+from co2lightning.agents.ppo import PPO
+from co2lightning.agents.sac import SAC, Update
+from co2lightning.networks import (
+    TwinCritic,
+    gaussian_entropy,
+    gaussian_log_prob,
+    squashed_gaussian,
+    squashed_log_prob,
+)
+from co2lightning.replay import ReplayBatch
+
+
+def silence(module: nn.Module) -> None:
+    """Set every weight to 0, so that a network returns its last bias: 0."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+
+
+def number(tensor: torch.Tensor) -> float:
+    return float(tensor.detach())
+
+
+def transitions(action: list[float], old_log_prob: list[float], advantage: list[float]):
+    n = len(action)
+    return Transitions(
+        obs=torch.zeros(n, 3),
+        action=torch.tensor(action).unsqueeze(1),
+        log_prob=torch.tensor(old_log_prob),
+        advantage=torch.tensor(advantage),
+        value_target=torch.tensor([1.0, -2.0][:n]),
+        weight=torch.ones(n),
+    )
+
+
+LOG_NORMAL_0 = -0.5 * math.log(2 * math.pi)  # log density of N(0, 1) at 0
+
+
+def test_ppo_clips_only_where_it_would_gain() -> None:
+    agent = PPO(3, 1, hidden=(4,), clip_range=0.2, vf_coef=0.5, ent_coef=0.01)
+    silence(agent)
+    # Under the policy N(0, 1) both actions 0 have LOG_NORMAL_0; ratios 1.5 and 0.5.
+    old = [LOG_NORMAL_0 - math.log(1.5), LOG_NORMAL_0 - math.log(0.5)]
+    loss, parts = agent.loss(transitions([0.0, 0.0], old, [1.0, 1.0]))
+    # min(1.5, 1.2) = 1.2 and min(0.5, 0.8) = 0.5; value 0 against 1 and -2.
+    entropy = 0.5 + 0.5 * math.log(2 * math.pi)
+    assert number(parts["policy_loss"]) == pytest.approx(-(1.2 + 0.5) / 2)
+    assert number(parts["value_loss"]) == pytest.approx((1.0 + 4.0) / 2)
+    assert number(parts["entropy"]) == pytest.approx(entropy)
+    assert number(loss) == pytest.approx(-0.85 + 0.5 * 2.5 - 0.01 * entropy)
+    assert number(parts["clip_fraction"]) == pytest.approx(1.0)
+    kl = ((0.5 - math.log(1.5)) + (-0.5 - math.log(0.5))) / 2
+    assert number(parts["approx_kl"]) == pytest.approx(kl)
+
+
+def test_ppo_with_a_bad_action_takes_the_worse_of_both() -> None:
+    agent = PPO(3, 1, hidden=(4,), clip_range=0.2)
+    silence(agent)
+    old = [LOG_NORMAL_0 - math.log(1.5), LOG_NORMAL_0 - math.log(0.5)]
+    _, parts = agent.loss(transitions([0.0, 0.0], old, [-1.0, -1.0]))
+    # min(-1.5, -1.2) = -1.5 and min(-0.5, -0.8) = -0.8
+    assert number(parts["policy_loss"]) == pytest.approx((1.5 + 0.8) / 2)
+
+
+def test_a_reset_step_counts_for_nothing() -> None:
+    agent = PPO(3, 1, hidden=(4,))
+    silence(agent)
+    batch = transitions([0.0, 5.0], [LOG_NORMAL_0, -1.0], [1.0, 9.0])
+    loss, parts = agent.loss(batch._replace(weight=torch.tensor([1.0, 0.0])))
+    assert number(parts["policy_loss"]) == pytest.approx(-1.0)
+    assert number(loss) == pytest.approx(-1.0 + 0.5 * 1.0)
+
+
+def test_a2c_is_log_density_times_advantage() -> None:
+    agent = A2C(3, 1, hidden=(4,), vf_coef=0.5, ent_coef=0.01)
+    silence(agent)
+    loss, parts = agent.loss(transitions([1.0, 0.0], [0.0, 0.0], [2.0, -1.0]))
+    policy_loss = -((LOG_NORMAL_0 - 0.5) * 2.0 - LOG_NORMAL_0) / 2
+    entropy = 0.5 + 0.5 * math.log(2 * math.pi)
+    assert number(parts["policy_loss"]) == pytest.approx(policy_loss)
+    assert number(loss) == pytest.approx(policy_loss + 0.5 * 2.5 - 0.01 * entropy)
+
+
+def test_sac_losses_by_hand() -> None:
+    agent = SAC(3, 1, hidden=(4,), gamma=0.5, ent_coef_init=0.1, target_entropy=-1.0)
+    for network in (agent.actor, agent.critic, agent.target):
+        silence(network)
+    with torch.no_grad():
+        agent.critic.biases[-1].copy_(torch.tensor([2.0, 3.0]).reshape(2, 1, 1))
+        agent.target.biases[-1].copy_(torch.tensor([5.0, 4.0]).reshape(2, 1, 1))
+    batch = ReplayBatch(
+        obs=torch.zeros(2, 3),
+        action=torch.zeros(2, 1),
+        reward=torch.tensor([1.0, 1.0]),
+        next_obs=torch.zeros(2, 3),
+        terminated=torch.tensor([0.0, 1.0]),
+    )
+    zero = torch.zeros(2, 1)
+    _, parts = agent.loss(Update(batch, zero, zero))
+    # Noise 0 at mean 0: action 0, log density LOG_NORMAL_0, tanh's slope 1 there.
+    target_going_on = 1.0 + 0.5 * (4.0 - 0.1 * LOG_NORMAL_0)
+    errors = [(q - target_going_on) ** 2 + (q - 1.0) ** 2 for q in (2.0, 3.0)]
+    assert number(parts["critic_loss"]) == pytest.approx(sum(errors) / 2)
+    assert number(parts["actor_loss"]) == pytest.approx(0.1 * LOG_NORMAL_0 - 2.0)
+    assert number(parts["entropy"]) == pytest.approx(-LOG_NORMAL_0)
+
+
+def test_each_sac_loss_moves_its_own_part_only() -> None:
+    agent = SAC(3, 2, hidden=(8,))
+    batch = ReplayBatch(
+        torch.randn(6, 3), torch.rand(6, 2), torch.randn(6), torch.randn(6, 3), torch.zeros(6)
+    )
+    update = Update(batch, torch.randn(6, 2), torch.randn(6, 2))
+    loss, parts = agent.loss(update)
+    critic, actor = list(agent.critic.parameters()), list(agent.actor.parameters())
+    whole = torch.autograd.grad(loss, critic, retain_graph=True)
+    own = torch.autograd.grad(parts["critic_loss"], critic, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, own, strict=True))
+    whole = torch.autograd.grad(loss, actor, retain_graph=True)
+    own = torch.autograd.grad(parts["actor_loss"], actor, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, own, strict=True))
+    (temperature,) = torch.autograd.grad(loss, [agent.log_ent_coef])
+    assert number(temperature) == pytest.approx(number(parts["entropy"]) - agent.target_entropy)
+
+
+def test_gaussian_matches_torch() -> None:
+    mean, log_std, action = torch.randn(5, 2), torch.randn(2), torch.randn(5, 2)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    expected = normal.log_prob(action).sum(-1)
+    assert torch.allclose(gaussian_log_prob(action, mean, log_std), expected, atol=1e-5)
+    assert torch.allclose(gaussian_entropy(log_std), normal.entropy().sum(-1)[0], atol=1e-5)
+
+
+def test_squashed_gaussian_matches_torch_and_holds_in_saturation() -> None:
+    torch.manual_seed(5)
+    head = 0.5 * torch.randn(7, 4, dtype=torch.float64)
+    noise = torch.randn(7, 2, dtype=torch.float64)
+    action, log_prob = squashed_gaussian(head, noise)
+    mean, log_std = head.chunk(2, -1)
+    squashed = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()),
+        [torch.distributions.TanhTransform(cache_size=1)],
+    )
+    assert torch.allclose(log_prob, squashed.log_prob(action).sum(-1), atol=1e-6)
+    assert torch.allclose(squashed_log_prob(head, action), log_prob, atol=1e-4)
+    far = torch.tensor([[30.0, 0.0]])
+    _, log_prob = squashed_gaussian(far, torch.zeros(1, 1))
+    # log(1 - tanh(u)^2) is about 2 (log 2 - u) there, where 1 - tanh(30)^2 is 0 in float32.
+    assert number(log_prob) == pytest.approx(LOG_NORMAL_0 - 2 * (math.log(2) - 30.0), rel=1e-5)
+
+
+def test_twin_critic_is_two_networks_and_its_target_follows() -> None:
+    generator = torch.Generator().manual_seed(3)
+    critic = TwinCritic(4, (8, 8), "relu", generator=generator)
+    target = TwinCritic(4, (8, 8), "relu", generator=generator)
+    obs, action = torch.randn(5, 3), torch.randn(5, 1)
+    both = critic(obs, action)
+    for i in range(2):
+        x = torch.cat([obs, action], 1)
+        for layer in range(3):
+            x = x @ critic.weights[layer][i] + critic.biases[layer][i]
+            x = x.relu() if layer < 2 else x
+        assert torch.allclose(both[i], x.squeeze(1), atol=1e-6)
+    before = [p.clone() for p in target.parameters()]
+    target.follow(critic, 0.25)
+    for old, new, aim in zip(before, target.parameters(), critic.parameters(), strict=True):
+        assert torch.allclose(new, 0.75 * old + 0.25 * aim, atol=1e-7)

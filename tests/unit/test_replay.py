@@ -1,0 +1,78 @@
+"""The ring of transitions: wraps right, forgets the oldest, is rebuilt exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from co2lightning.replay import Replay
+from co2lightning.rollout import Rollout
+
+
+def segment(first: int, count: int) -> Rollout:
+    """Return `count` transitions of one environment whose reward is their running number."""
+    number = torch.arange(first, first + count, dtype=torch.float32).unsqueeze(1)
+    ones = torch.ones_like(number)
+    obs = number.unsqueeze(-1).repeat(1, 1, 3)
+    return Rollout(
+        obs=obs,
+        action=obs[..., :1],
+        reward=number,
+        next_obs=obs + 1,
+        terminated=0 * ones,
+        truncated=0 * ones,
+        valid=ones,
+        log_prob=0 * ones,
+    )
+
+
+def rewards(replay: Replay) -> list[float]:
+    return replay.table[:, 4].tolist()
+
+
+def test_it_wraps_and_forgets_the_oldest() -> None:
+    replay = Replay(5, segment(0, 1))
+    for first in (0, 3, 6):
+        replay.add(segment(first, 3), masked=False)
+    assert rewards(replay) == [5, 6, 7, 8, 4]
+    assert replay.total == 9
+
+
+def test_a_segment_larger_than_the_buffer_keeps_its_end_in_place() -> None:
+    replay = Replay(5, segment(0, 1))
+    replay.add(segment(0, 12), masked=False)
+    assert rewards(replay) == [10, 11, 7, 8, 9]
+
+
+@pytest.mark.parametrize(("capacity", "newest"), [(4, 1), (5, 2), (7, 2), (8, 3), (12, 4), (99, 4)])
+def test_pieces_rebuild_it_exactly(capacity: int, newest: int) -> None:
+    """The newest pieces that fill the buffer are enough, wherever the ring stood."""
+    replay = Replay(capacity, segment(0, 1))
+    pieces: list[dict[str, Any]] = []
+    first = 0
+    for count in (4, 3, 4, 4):
+        replay.add(segment(first, count), masked=False)
+        first += count
+        pieces.append(replay.piece())
+    rebuilt = Replay.rebuild(capacity, pieces[-newest:], torch.device("cpu"))
+    assert rebuilt is not None
+    assert torch.equal(rebuilt.table, replay.table)
+    assert rebuilt.total == replay.total
+    for buffer in (replay, rebuilt):  # and both go on alike
+        buffer.add(segment(first, 3), masked=False)
+    assert torch.equal(rebuilt.table, replay.table)
+    assert torch.equal(rebuilt.piece()["rows"], replay.piece()["rows"])
+
+
+def test_resets_are_left_out_and_samples_are_reproducible() -> None:
+    replay = Replay(10, segment(0, 1))
+    rollout = segment(0, 4)
+    rollout = rollout._replace(valid=torch.tensor([[1.0], [0.0], [1.0], [1.0]]))
+    replay.add(rollout, masked=True)
+    assert replay.total == 3
+    draws = [replay.sample(3, 8, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert all(torch.equal(a.reward, b.reward) for a, b in zip(*draws, strict=True))
+    seen = {float(r) for batch in draws[0] for r in batch.reward}
+    assert seen == {0.0, 2.0, 3.0}
