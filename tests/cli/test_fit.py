@@ -350,7 +350,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     monkeypatch.setattr(RolloutDataset, "_segment", watch_play)
     monkeypatch.setattr(Agent, "training_step", watch_learn)
     fit(agent, "--episodes", "2", "--model.n_steps", "24")
-    fit(agent, "--episodes", "1", "--ckpt_path", "last")
+    fit(agent, "--episodes", "1", "--model.n_steps", "24", "--ckpt_path", "last")
     assert learned == [True] * 12
     assert played == list(range(12)), "a segment was played before the last one was learned"
 

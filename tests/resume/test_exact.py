@@ -33,6 +33,10 @@ def shipped() -> list[str]:
     return names
 
 
+# A2C adds little to what the other two show here.
+QUICK = [pytest.param(n, marks=pytest.mark.slow) if n == "A2C" else n for n in shipped()]
+
+
 def digest(value: Any) -> str:
     """Return the SHA-256 of tensors and plain data."""
     state = hashlib.sha256()
@@ -119,11 +123,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(params=shipped())
-def agent(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def expected(
     agent: str, straight: Callable[[str], Path], place: Path
@@ -134,8 +133,7 @@ def expected(
     return state(str(source / "checkpoints" / agent)), curves("straight")
 
 
-@pytest.mark.parametrize("sessions", [[5, 5], [3, 7], [1] * N], ids=str)
-def test_a_split_run(
+def check_split(
     fit: Fit, agent: str, expected: tuple[dict[str, Any], Any], sessions: list[int]
 ) -> None:
     for episodes in sessions:
@@ -145,7 +143,19 @@ def test_a_split_run(
     check_history(f"checkpoints/{agent}", N)
 
 
+@pytest.mark.parametrize("agent", shipped())
+def test_five_and_five(fit: Fit, agent: str, expected: tuple[Any, Any]) -> None:
+    check_split(fit, agent, expected, [5, 5])
+
+
+@pytest.mark.parametrize("agent", QUICK)
+@pytest.mark.parametrize("sessions", [[3, 7], [1] * N], ids=str)
+def test_other_splits(fit: Fit, agent: str, expected: tuple[Any, Any], sessions: list[int]) -> None:
+    check_split(fit, agent, expected, sessions)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("agent", shipped())
 @pytest.mark.parametrize("cut", [1, 2, 4, 6, 7, 8, 9])
 def test_the_other_cuts(fit: Fit, agent: str, expected: tuple[Any, Any], cut: int) -> None:
     fit(agent, "--episodes", str(cut))
@@ -154,6 +164,7 @@ def test_the_other_cuts(fit: Fit, agent: str, expected: tuple[Any, Any], cut: in
     assert curves(agent) == expected[1]
 
 
+@pytest.mark.parametrize("agent", QUICK)
 def test_a_branch_and_its_archive(
     fit: Fit, agent: str, straight: Callable[[str], Path], expected: tuple[Any, Any]
 ) -> None:
@@ -172,6 +183,7 @@ def test_a_branch_and_its_archive(
     check_history(f"checkpoints/{agent}", N)
 
 
+@pytest.mark.parametrize("agent", QUICK)
 def test_a_damaged_newest_file_costs_its_episode_only(
     fit: Fit, agent: str, straight: Callable[[str], Path], expected: tuple[Any, Any]
 ) -> None:
@@ -185,6 +197,7 @@ def test_a_damaged_newest_file_costs_its_episode_only(
     assert curves(agent) == expected[1]
 
 
+@pytest.mark.parametrize("agent", QUICK)
 def test_a_disk_that_fills_in_mid_run(
     fit: Fit,
     agent: str,
