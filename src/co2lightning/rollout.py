@@ -23,7 +23,7 @@ class Rollout(NamedTuple):
     """A segment of one episode, on the agent's device."""
 
     obs: Tensor  # [n, B, O]
-    action: Tensor  # [n, B, A]
+    action: Tensor  # [n, B, A] the policy's output, before it became the environment's action
     reward: Tensor  # [n, B]
     next_obs: Tensor  # [n, B, O], before any reset
     terminated: Tensor  # [n, B] 1.0 at a real end
@@ -89,7 +89,7 @@ class RolloutDataset(IterableDataset[Rollout]):
         with torch.inference_mode():
             for step_noise in noise.unbind(0):
                 action = self.agent.explore(obs, step_noise)
-                result = self.env.step(action)
+                result = self.env.step(self.agent.environment_action(obs, action))
                 actions.append(action)
                 results.append(result)
                 obs = result.obs

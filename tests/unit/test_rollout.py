@@ -51,6 +51,7 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
         draw_noise=lambda horizon, num_envs: (
             torch.arange(horizon * num_envs).view(horizon, num_envs, 1) / 100.0
         ),
+        environment_action=lambda obs, output: output + obs[:, 1:],
         explore=lambda obs, noise: obs[:, :1] * weight + noise,
         log_prob=lambda obs, action: (obs.sum(-1) + action.sum(-1)) * weight,
     )
@@ -68,7 +69,10 @@ def test_a_rollout_holds_what_happened() -> None:
     assert torch.equal(rollout.obs[:, :, 1], torch.arange(3.0).expand(10, 3))
     noise = torch.arange(30.0).view(10, 3, 1) / 100.0
     torch.testing.assert_close(rollout.action, rollout.obs[..., :1] + noise)
-    torch.testing.assert_close(rollout.reward, rollout.action[..., 0] * 2.0)
+    # The environment got the output plus the copy's number and pays twice that.
+    torch.testing.assert_close(
+        rollout.reward, rollout.action[..., 0] * 2.0 + 2.0 * rollout.obs[..., 1]
+    )
     torch.testing.assert_close(rollout.log_prob, rollout.obs.sum(-1) + rollout.action.sum(-1))
     assert rollout.terminated.nonzero().tolist() == [[3, 0], [7, 0]]
     assert (rollout.valid == 0.0).nonzero().tolist() == [[4, 0], [8, 0]]
