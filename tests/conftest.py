@@ -40,7 +40,7 @@ def tree(place: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True, scope="session")
 def _quick_sites() -> Any:
     """Build a shipped site's tables once, not in every session that a test starts."""
-    import co2lightning.fit as fit
+    import co2lightning.session as fit
 
     make = fit.make_environment
     known = functools.cache(make)

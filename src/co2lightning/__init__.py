@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from co2lightning.env import ChargingSiteEnv as ChargingSiteEnv
     from co2lightning.env import ChargingSiteVectorEnv as ChargingSiteVectorEnv
     from co2lightning.errors import UserError as UserError
-    from co2lightning.fit import fit as fit
+    from co2lightning.session import fit as fit
     from co2lightning.site import load_site as load_site
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOME = {
     "ChargingSiteVectorEnv": "env",
     "TrainingCheckpoint": "checkpoints",
     "UserError": "errors",
-    "fit": "fit",
+    "fit": "session",
     "load_site": "site",
 }
 """Public name -> the module it lives in."""

@@ -25,6 +25,8 @@ charging sockets. Every episode is checkpointed; training can be cut anywhere an
 commands:
   fit       train an agent           co2lightning fit --config ppo.yaml
                                      co2lightning fit --config ppo.yaml --ckpt_path last
+  fit-all   train all agents         co2lightning fit-all --episodes 5
+  test      compare on held-out days co2lightning test PPO
   history   what was trained so far  co2lightning history
   verify    check a run's files      co2lightning verify PPO
 
@@ -81,7 +83,7 @@ def _fit(argv: list[str]) -> int:
         config.build_parser(config.read_recipe(recipe)[0] if recipe else named).print_help()
         return 0
     from co2lightning.callbacks import Interrupted, Signals
-    from co2lightning.fit import run_fit, which_agent
+    from co2lightning.session import run_fit, which_agent
 
     agent = which_agent(agent, recipe, given.get("ckpt_path"))
     flags = config.parse_flags(rest, agent)
@@ -111,8 +113,22 @@ def _verify(argv: list[str]) -> int:
     return verify_main(argv)
 
 
+def _fit_all(argv: list[str]) -> int:
+    from co2lightning.fit_all import main
+
+    return main(argv)
+
+
+def _test(argv: list[str]) -> int:
+    from co2lightning.evaluate import main
+
+    return main(argv)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
+    "fit-all": _fit_all,
+    "test": _test,
     "history": _history,
     "verify": _verify,
 }

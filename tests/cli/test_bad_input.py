@@ -20,7 +20,7 @@ Command = Callable[..., Outcome]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train two episodes of PPO, once."""
     from co2lightning.config import parse_flags
-    from co2lightning.fit import run_fit
+    from co2lightning.session import run_fit
 
     place = tmp_path_factory.mktemp("trained")
     dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
@@ -235,7 +235,7 @@ def test_a_command_that_is_not_there(command: Command) -> None:
 
 def test_from_python(place: Path) -> None:
     from co2lightning.errors import UserError
-    from co2lightning.fit import fit
+    from co2lightning.session import fit
 
     for options, says in (
         ({"config": "ppo.yaml", "episods": 5}, "fit: episods is not a setting of PPO; did you"),

@@ -262,7 +262,7 @@ def test_changed_site_data_are_told(fit: Fit, place: Path) -> None:
 
 
 def test_from_python(place: Path) -> None:
-    from co2lightning.fit import fit
+    from co2lightning.session import fit
 
     tiny = {"env.num_envs": 4, "model": {"n_epochs": 1, "hidden": [8]}}
     result = fit({"config": "ppo.yaml", "episodes": 2, **tiny})

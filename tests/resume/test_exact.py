@@ -103,7 +103,7 @@ def check_history(directory: str, last: int) -> None:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return an uninterrupted run of N episodes, trained once per agent."""
     from co2lightning.config import parse_flags
-    from co2lightning.fit import run_fit
+    from co2lightning.session import run_fit
     from conftest import TINY
 
     made: dict[str, Path] = {}

@@ -24,7 +24,7 @@ if sys.platform == "win32":
 
 # Every process below is forked from one that has imported torch and Lightning already.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["co2lightning.fit", "co2lightning.cli"])
+SERVER.set_forkserver_preload(["co2lightning.session", "co2lightning.cli"])
 PATIENCE = 120.0
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 

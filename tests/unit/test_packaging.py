@@ -181,7 +181,6 @@ def test_public_names() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.xfail(reason="the module co2lightning.fit hides the function of that name")
 def test_no_module_hides_a_public_name() -> None:
     """Importing `co2lightning.x` would put the module where the public name x was."""
     modules = {path.stem for path in (ROOT / "src/co2lightning").iterdir()}

@@ -295,6 +295,7 @@ def _plan(
         seed=merged["seed_everything"],
         **_group(merged, "model."),
     )
+    learner.train_on(environment)
     replay: list[dict[str, Any]] = []
     if start:
         _check_fit(learner, start)
