@@ -184,9 +184,8 @@ def build_parser(agent: str) -> ArgumentParser:
     )
     parser.add_argument(
         "--allow_partial_replay",
-        type=bool,
-        default=False,
-        help="true: resume SAC although pieces of its replay buffer are missing",
+        action="store_true",
+        help="resume SAC although pieces of its replay buffer are missing",
     )
     parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="of TensorBoard")
     parser.add_function_arguments(make_environment, "env")

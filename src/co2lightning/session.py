@@ -52,7 +52,7 @@ from co2lightning.errors import UserError
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
-_RUN_GROUPS = ("env.", "model.", "seed_everything")
+_RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def run_fit(
         logs=Path(session["logs.dir"]) / name,
         keep_last=session["checkpoints.keep_last"],
     )
-    torch.set_num_threads(session["threads"])
     _check_trainer(session, agent)
     _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
     _check_place("--logs.dir", session["logs.dir"], name)
@@ -550,6 +549,7 @@ def _train(
 ) -> FitResult:
     learner, settings, done, target = plan.learner, plan.settings, plan.done, plan.target
     agent = type(learner).__name__
+    torch.set_num_threads(settings["threads"])
     logger = Curves(settings["logs.dir"], run.name, done)
     progress = ProgressLine(target, echo)
     history = History(run, _info(agent, plan.environment, settings, target))
