@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,18 @@ from torch import Tensor, nn
 _LOG_2 = math.log(2.0)
 _HALF_LOG_2_PI = 0.5 * math.log(2.0 * math.pi)
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "silu": nn.functional.silu,
+}
 
 
-def mlp(
-    n_in: int,
-    hidden: Sequence[int],
-    n_out: int,
-    *,
-    activation: str,
-    output_gain: float,
-    generator: torch.Generator,
-) -> nn.Sequential:
-    """Build a multilayer perceptron whose weights are drawn from `generator`.
+class MLP(nn.Module):
+    """A multilayer perceptron whose weights are drawn from a generator.
+
+    Its forward pass is a loop over plain tensors: while acting, the calls between layers of
+    `nn.Sequential` cost as much as the layers.
 
     Args:
         n_in: Input features.
@@ -34,18 +33,34 @@ def mlp(
         output_gain: Gain of the last layer: 0.01 starts a policy near its mean action.
         generator: Source of the weights, so that a seed means the same network.
     """
-    sizes = [n_in, *hidden, n_out]
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        is_last = i == len(sizes) - 2
-        layer = nn.Linear(a, b)
-        gain = output_gain if is_last else 2.0**0.5
-        nn.init.orthogonal_(layer.weight, gain, generator=generator)
-        nn.init.zeros_(layer.bias)
-        layers.append(layer)
-        if not is_last:
-            layers.append(ACTIVATIONS[activation]())
-    return nn.Sequential(*layers)
+
+    def __init__(
+        self,
+        n_in: int,
+        hidden: Sequence[int],
+        n_out: int,
+        *,
+        activation: str,
+        output_gain: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for a, b in itertools.pairwise([n_in, *hidden, n_out]):
+            is_last = len(self.weights) == len(hidden)
+            weight = torch.empty(b, a)
+            nn.init.orthogonal_(weight, output_gain if is_last else 2.0**0.5, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(b)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs [..., n_out] for inputs [..., n_in]."""
+        *inner, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in inner:
+            x = self.activation(nn.functional.linear(x, weight, bias))
+        return nn.functional.linear(x, *last)
 
 
 def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -115,7 +130,7 @@ class TwinCritic(nn.Module):
         self, n_in: int, hidden: Sequence[int], activation: str, *, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for a, b in itertools.pairwise([n_in, *hidden, 1]):

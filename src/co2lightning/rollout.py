@@ -29,7 +29,6 @@ class Rollout(NamedTuple):
     terminated: Tensor  # [n, B] 1.0 at a real end
     truncated: Tensor  # [n, B] 1.0 where a time limit cut
     valid: Tensor  # [n, B] 0.0 where an environment was only resetting
-    log_prob: Tensor  # [n, B] of the action under the policy that took it
 
 
 def episode_seed(seed: int, episode: int, rank: int, stream: str) -> int:
@@ -106,5 +105,4 @@ class RolloutDataset(IterableDataset[Rollout]):
             terminated=terminated,
             truncated=truncated,
             valid=valid,
-            log_prob=self.agent.log_prob(observed, action),
         )

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from co2lightning import agents
 from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
+from co2lightning.agents.ppo import PPO
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import find_recipe, read_recipe
 from co2lightning.errors import UserError
@@ -345,16 +346,32 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
         return play(self, *rest)
 
     def watch_learn(self: Agent, rollout: Rollout, batch_idx: int) -> Any:
-        with torch.no_grad():
-            now = self.log_prob(rollout.obs, rollout.action)
-        learned.append(torch.equal(now, rollout.log_prob))
+        noise = self.draw_noise(96, rollout.obs.shape[1])[24 * batch_idx :]
+        with torch.inference_mode():
+            now = [self.explore(*each) for each in zip(rollout.obs, noise, strict=False)]
+        learned.append(torch.allclose(torch.stack(now), rollout.action, rtol=0.0, atol=2e-6))
         return learn(self, rollout, batch_idx)
 
     monkeypatch.setattr(RolloutDataset, "_segment", watch_play)
     monkeypatch.setattr(Agent, "training_step", watch_learn)
+    first_ratios: list[float] = []
+    if agent == "PPO":
+        loss = PPO.loss
+
+        def watch_loss(self: PPO, batch: Any) -> Any:
+            if len(first_ratios) < len(learned):
+                with torch.no_grad():
+                    log_ratio = self.log_prob(batch.obs, batch.action) - batch.log_prob
+                first_ratios.append(float(log_ratio.abs().max()))
+            return loss(self, batch)
+
+        monkeypatch.setattr(PPO, "loss", watch_loss)
     fit(agent, "--episodes", "2", "--model.n_steps", "24")
     fit(agent, "--episodes", "1", "--model.n_steps", "24", "--ckpt_path", "last")
     assert learned == [True] * 12
+    # Only a matrix product's rounding lies between a minibatch and the whole.
+    assert all(log_ratio < 1e-5 for log_ratio in first_ratios)
+    assert len(first_ratios) == (12 if agent == "PPO" else 0)
     assert played == list(range(12)), "a segment was played before the last one was learned"
 
 

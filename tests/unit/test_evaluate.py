@@ -16,10 +16,10 @@ from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import SiteDays, evaluation_soc
 from co2lightning.errors import UserError
 from co2lightning.evaluate import Evaluation, Figures, evaluate, main, summarise, violations
-from co2lightning.session import run_fit
 from co2lightning.optimum import Optimum
 from co2lightning.physics import build_model
 from co2lightning.rules import rbc_b, run_days
+from co2lightning.session import run_fit
 from co2lightning.site import load_site
 
 SITE = """\

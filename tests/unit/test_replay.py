@@ -24,7 +24,6 @@ def segment(first: int, count: int) -> Rollout:
         terminated=0 * ones,
         truncated=0 * ones,
         valid=ones,
-        log_prob=0 * ones,
     )
 
 

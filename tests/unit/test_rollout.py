@@ -41,7 +41,7 @@ class Counter:
 
 
 def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
-    """Acts with gain * obs + noise; its log density is the sum of what it is asked about."""
+    """Acts with gain * obs + noise."""
     weight = torch.tensor(gain, requires_grad=True)
     return SimpleNamespace(
         device=torch.device("cpu"),
@@ -53,7 +53,6 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
         ),
         environment_action=lambda obs, output: output + obs[:, 1:],
         explore=lambda obs, noise: obs[:, :1] * weight + noise,
-        log_prob=lambda obs, action: (obs.sum(-1) + action.sum(-1)) * weight,
     )
 
 
@@ -73,7 +72,6 @@ def test_a_rollout_holds_what_happened() -> None:
     torch.testing.assert_close(
         rollout.reward, rollout.action[..., 0] * 2.0 + 2.0 * rollout.obs[..., 1]
     )
-    torch.testing.assert_close(rollout.log_prob, rollout.obs.sum(-1) + rollout.action.sum(-1))
     assert rollout.terminated.nonzero().tolist() == [[3, 0], [7, 0]]
     assert (rollout.valid == 0.0).nonzero().tolist() == [[4, 0], [8, 0]]
     assert not rollout.truncated.any()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent
-from co2lightning.networks import gaussian_log_prob, mlp
+from co2lightning.networks import MLP, gaussian_log_prob
 from co2lightning.returns import gae
 from co2lightning.rollout import Rollout
 
@@ -21,7 +21,7 @@ class Transitions(NamedTuple):
 
     obs: Tensor  # [N, O]
     action: Tensor  # [N, A]
-    log_prob: Tensor  # [N] under the policy that acted
+    log_prob: Tensor  # [N] under the policy that acted: no update came between
     advantage: Tensor  # [N]
     value_target: Tensor  # [N]
     weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
@@ -42,8 +42,8 @@ class ActorCritic(Agent):
             "activation": self.hparams["activation"],
             "generator": generator,
         }
-        self.actor = mlp(n_in, n_out=n_actions, output_gain=0.01, **shape)
-        self.critic = mlp(n_in, n_out=1, output_gain=1.0, **shape)
+        self.actor = MLP(n_in, n_out=n_actions, output_gain=0.01, **shape)
+        self.critic = MLP(n_in, n_out=1, output_gain=1.0, **shape)
         self.log_std = nn.Parameter(torch.full((n_actions,), float(self.hparams["log_std_init"])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -93,7 +93,7 @@ class ActorCritic(Agent):
         transitions = Transitions(
             obs=rollout.obs.flatten(0, 1),
             action=rollout.action.flatten(0, 1),
-            log_prob=rollout.log_prob.flatten(),
+            log_prob=self.log_prob(rollout.obs, rollout.action).flatten(),
             advantage=advantage.flatten(),
             value_target=target.flatten(),
             weight=rollout.valid.flatten(),

@@ -28,12 +28,12 @@ class PPO(ActorCritic):
         n_epochs: Passes over a rollout.
         batch_size: Transitions of a minibatch.
         learning_rate: Of Adam, at episode 1.
-        anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
-        anneal_to: Share of the learning rate that is left after them.
+        anneal_episodes: Episodes over which learning rate and clip range shrink; 0 keeps them.
+        anneal_to: Share of them that is left then.
         gamma: Discount per step.
         gae_lambda: 0 trusts the value function, 1 the rollout.
         normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
-        clip_range: How far the probability ratio may move from 1.
+        clip_range: How far the probability ratio may move from 1, at episode 1.
         ent_coef: Weight of the entropy bonus.
         vf_coef: Weight of the value loss.
         max_grad_norm: The gradient's norm is clipped to this.
@@ -73,7 +73,7 @@ class PPO(ActorCritic):
 
     def loss(self, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a minibatch and its parts: eqs. 7 and 9 of the paper."""
-        clip_range = self.hparams["clip_range"]
+        clip_range = self.annealed(self.hparams["clip_range"])
         log_ratio = self.log_prob(batch.obs, batch.action) - batch.log_prob
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent, mean_figures
-from co2lightning.networks import TwinCritic, mlp, squashed_gaussian, squashed_log_prob
+from co2lightning.networks import MLP, TwinCritic, squashed_gaussian, squashed_log_prob
 from co2lightning.replay import Replay, ReplayBatch
 from co2lightning.rollout import Rollout
 
@@ -76,7 +76,7 @@ class SAC(Agent):
         super().__init__()
         self.save_hyperparameters()
         generator = self.weights_generator()
-        self.actor = mlp(
+        self.actor = MLP(
             observation_dim,
             hidden,
             2 * action_dim,
