@@ -97,15 +97,6 @@ def squashed_gaussian(head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return u.tanh(), (log_normal - _log_slope(u)).sum(-1)
 
 
-def squashed_log_prob(head: Tensor, action: Tensor) -> Tensor:
-    """Return the log density [...] of actions [..., A] in (-1, 1); head is [..., 2 A]."""
-    mean, log_std = _split(head)
-    u = action.clamp(-1.0 + 1e-6, 1.0 - 1e-6).atanh()
-    noise = (u - mean) * (-log_std).exp()
-    log_normal = -0.5 * noise.square() - log_std - _HALF_LOG_2_PI
-    return (log_normal - _log_slope(u)).sum(-1)
-
-
 def _split(head: Tensor) -> tuple[Tensor, Tensor]:
     mean, log_std = head.chunk(2, dim=-1)
     return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)

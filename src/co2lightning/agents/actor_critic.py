@@ -62,6 +62,7 @@ class ActorCritic(Agent):
         return self.actor(obs)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
         return gaussian_log_prob(action, self.actor(obs), self.log_std)
 
     @torch.no_grad()

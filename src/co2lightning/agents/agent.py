@@ -55,10 +55,6 @@ class Agent(pl.LightningModule):
         """Return the policy's deterministic output [..., A] for obs [..., O]."""
         raise NotImplementedError
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
-        raise NotImplementedError
-
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Run all updates of one segment; return their mean figures, on the device."""
         raise NotImplementedError
@@ -96,14 +92,6 @@ class Agent(pl.LightningModule):
         return episode_generator(
             self.hparams["seed"], self.episode, self.global_rank, stream, self.device
         )
-
-    def update_generator(self) -> torch.Generator:
-        """Return the generator of this episode's updates, the same object within an episode."""
-        return self._update_generator
-
-    def shuffle(self, count: int) -> Tensor:
-        """Return a permutation [count] drawn for this episode's updates."""
-        return torch.randperm(count, generator=self.update_generator(), device=self.device)
 
     def weights_generator(self) -> torch.Generator:
         """Return the generator the first weights are drawn from, the same on every rank."""
@@ -145,7 +133,7 @@ class Agent(pl.LightningModule):
         self._began = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
         self._learned: list[dict[str, Tensor]] = []
-        self._update_generator = self.episode_generator("updates")
+        self.update_generator = self.episode_generator("updates")
         rate = self.annealed(self.hparams["learning_rate"])
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:

@@ -102,7 +102,9 @@ class PPO(ActorCritic):
         transitions, explained_variance = self.evaluate_rollout(rollout)
         figures: list[dict[str, Tensor]] = []
         for _ in range(self.hparams["n_epochs"]):
-            order = self.shuffle(len(transitions.weight))
+            order = torch.randperm(
+                len(transitions.weight), generator=self.update_generator, device=self.device
+            )
             shuffled = (column[order].split(self.hparams["batch_size"]) for column in transitions)
             for columns in zip(*shuffled, strict=True):
                 loss, parts = self.loss(Transitions(*columns))

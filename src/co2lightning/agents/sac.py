@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent, mean_figures
-from co2lightning.networks import MLP, TwinCritic, squashed_gaussian, squashed_log_prob
+from co2lightning.networks import MLP, TwinCritic, squashed_gaussian
 from co2lightning.replay import Replay, ReplayBatch
 from co2lightning.rollout import Rollout
 
@@ -109,9 +109,6 @@ class SAC(Agent):
     def policy_mean(self, obs: Tensor) -> Tensor:
         return self.actor(obs).chunk(2, dim=-1)[0].tanh()
 
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        return squashed_log_prob(self.actor(obs), action)
-
     def loss(self, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
 
@@ -166,7 +163,7 @@ class SAC(Agent):
         """Draw the minibatches and the noise of a round at once."""
         assert self.replay is not None
         count, size = self.hparams["gradient_steps"], self.hparams["batch_size"]
-        generator = self.update_generator()
+        generator = self.update_generator
         batches = self.replay.sample(count, size, generator)
         shape = (count, 2, size, self.hparams["action_dim"])
         noise = torch.randn(shape, generator=generator, device=self.device)
