@@ -13,7 +13,7 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"
