@@ -56,7 +56,7 @@ _OWN_TRAINER_SETTINGS = {
 
 
 # What the environment and --seed_everything say.
-_OWN_MODEL_SETTINGS = ("observation_dim", "action_dim", "seed")
+_OWN_MODEL_SETTINGS = ("observation_dim", "action_dim", "seed", "hindsight_dim")
 # What Lightning says about its own flags, shorter.
 _TRAINER_HELP = {
     "accelerator": "auto, cpu or gpu",

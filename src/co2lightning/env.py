@@ -20,6 +20,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from co2lightning.errors import UserError
+from co2lightning.hindsight import HINDSIGHT, measure_against_rule
 from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
 from co2lightning.physics import State, begin_day, build_model, step
 from co2lightning.rules import run_days, uncontrolled
@@ -32,7 +33,7 @@ _COUNTED: tuple[str, ...] = ("co2_kg", "grid_import_kw", "curtailed_kwh", "unmet
 class Step(NamedTuple):
     """What one step of B environments gave."""
 
-    obs: Tensor  # [B, O] after the step; of the finished episode where one ended
+    obs: Tensor  # [B, O + K] after the step; of the finished episode where one ended
     reward: Tensor  # [B]
     terminated: Tensor  # [B] 1.0 where the future is worth nothing
     truncated: Tensor  # [B] 1.0 where only the clock stopped it
@@ -40,10 +41,14 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """What a rollout needs of an environment: B copies in lockstep, tensors on one device."""
+    """What a rollout needs of an environment: B copies in lockstep, tensors on one device.
+
+    Observations are [B, O + K]: what the policy sees, then what only a critic may see (K may be 0).
+    """
 
     num_envs: int
     observation_dim: int
+    hindsight_dim: int
     action_dim: int
     horizon: int
     rule_features: tuple[int, ...]
@@ -62,6 +67,7 @@ class SiteDays:
         site: The site.
         num_envs: B, days simulated at once.
         device: Where the tables and the state live.
+        hindsight: Whether observations end with the K features for critics, see `hindsight.py`.
     """
 
     observation_dim = len(FEATURES)
@@ -70,15 +76,24 @@ class SiteDays:
     rule_features = RULE_FEATURES
     may_reset = False
 
-    def __init__(self, site: Site, num_envs: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        site: Site,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        hindsight: bool = False,
+    ) -> None:
         self.site = site
         self.num_envs = num_envs
+        self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._uncontrolled_kg: Tensor | None = None
         self.state: State | None = None
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
-        self.model = build_model(self.site, device)
+        self.model, self._hindsight = measure_against_rule(
+            build_model(self.site, device), self.site
+        )
         self.observer = build_observer(self.site, device)
         self._training_days = torch.as_tensor(self.site.training_days)
 
@@ -118,7 +133,13 @@ class SiteDays:
         self._past: list[tuple[Tensor, ...]] = []
         self._ones = torch.ones_like(self.state.soc)
         self._zeros = torch.zeros_like(self.state.soc)
-        return observe(self.observer, self.model, self.state)
+        return self._observe(self.state)
+
+    def _observe(self, state: State) -> Tensor:
+        obs = observe(self.observer, self.model, state)
+        if not self.hindsight_dim:
+            return obs
+        return torch.cat([obs, self._hindsight.index_select(0, state.row)], dim=1)
 
     def step(self, action: Tensor) -> Step:
         """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
@@ -129,9 +150,9 @@ class SiteDays:
         zeros, ones = self._zeros, self._ones
         if self.state is None:
             # The battery's settlement at midnight makes the day's end a real end.
-            obs = zeros.new_zeros(len(zeros), self.observation_dim)
+            obs = zeros.new_zeros(len(zeros), self.observation_dim + self.hindsight_dim)
             return Step(obs, self.flows.reward, ones, zeros, ones)
-        obs = observe(self.observer, self.model, self.state)
+        obs = self._observe(self.state)
         return Step(obs, self.flows.reward, zeros, zeros, ones)
 
     def totals(self) -> dict[str, Tensor]:
@@ -176,7 +197,8 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     charging power between what must and what could be charged now, and the battery's power as a
     share of its rating, charging positive. A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
-    reward is the kg CO2 avoided (see `co2lightning.physics.step`).
+    reward is the kg CO2 by which the rule RBC B is beaten on that day (see
+    `co2lightning.physics.step`).
 
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step. After
     a day's last step the next call of `step` ignores its actions and begins new days (NEXT_STEP
@@ -311,13 +333,15 @@ if ChargingSiteVectorEnv.__doc__:
 
 
 def make_environment(
-    site: str = "iquitos", num_envs: int = 64, id: str | None = None
+    site: str = "iquitos", num_envs: int = 64, hindsight: bool = False, id: str | None = None
 ) -> Environment:
     """Make the environment an agent trains in.
 
     Args:
         site: Name of a shipped site, or a site folder.
         num_envs: Days simulated at once; an episode is one day of each.
+        hindsight: Let critics see how the rest of a training day goes; policies never do. A
+            Gymnasium environment has no hindsight.
         id: A Gymnasium environment instead of a site, such as Pendulum-v1, for checking the
             algorithms; an episode is then one horizon of each of its copies.
     """
@@ -327,4 +351,4 @@ def make_environment(
         from co2lightning.gym_env import GymEnvironment
 
         return GymEnvironment(id, num_envs)
-    return SiteDays(load_site(site), num_envs)
+    return SiteDays(load_site(site), num_envs, hindsight=hindsight)

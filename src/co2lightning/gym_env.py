@@ -31,6 +31,7 @@ class GymEnvironment:
         UserError: No such environment, spaces other than Box, or no time limit.
     """
 
+    hindsight_dim = 0
     rule_features: tuple[int, ...] = ()
     may_reset = True
 

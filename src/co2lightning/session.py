@@ -292,6 +292,7 @@ def _plan(
         environment.observation_dim,
         environment.action_dim,
         seed=merged["seed_everything"],
+        hindsight_dim=environment.hindsight_dim,
         **_group(merged, "model."),
     )
     learner.train_on(environment)
@@ -409,7 +410,11 @@ def _check_fit(learner: Agent, start: _Start) -> None:
     """Refuse a checkpoint that does not fit the agent, by trying it on."""
     stored = start.content.get("hyper_parameters")
     stored = stored if isinstance(stored, dict) else {}
-    for key, word in (("observation_dim", "observations"), ("action_dim", "actions")):
+    for key, word in (
+        ("observation_dim", "observations"),
+        ("hindsight_dim", "features of hindsight"),
+        ("action_dim", "actions"),
+    ):
         if stored.get(key, learner.hparams[key]) != learner.hparams[key]:
             raise UserError(
                 f"{start.path}: trained on {stored[key]} {word}, the environment has "

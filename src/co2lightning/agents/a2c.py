@@ -22,6 +22,7 @@ class A2C(ActorCritic):
         observation_dim: O; set by the environment.
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
+        hindsight_dim: K, what only critics observe; set by the environment.
         action: direct, or correction: what is added to the action of the rule RBC B.
         n_steps: Steps of the episode between two updates; 0 is the whole episode.
         learning_rate: Of Adam, at episode 1.
@@ -44,6 +45,7 @@ class A2C(ActorCritic):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
+        hindsight_dim: int = 0,
         action: Literal["direct", "correction"] = "direct",
         n_steps: int = 8,
         learning_rate: float = 7e-4,

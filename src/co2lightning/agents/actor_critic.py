@@ -1,6 +1,7 @@
 """What the on-policy agents share: a Gaussian policy, a value function, advantages.
 
-Shapes: n steps of a rollout, B environments, N = n * B transitions, O features, A actions.
+Shapes: n steps of a rollout, B environments, N = n * B transitions, O features, A actions, K
+features that only the critic observes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from co2lightning.rollout import Rollout
 class Transitions(NamedTuple):
     """Transitions of a rollout, or a minibatch of them, with what they teach."""
 
-    obs: Tensor  # [N, O]
+    obs: Tensor  # [N, O + K]
     action: Tensor  # [N, A]
     log_prob: Tensor  # [N] under the policy that acted: no update came between
     advantage: Tensor  # [N]
@@ -37,13 +38,14 @@ class ActorCritic(Agent):
         """Make the networks the hyperparameters ask for."""
         generator = self.weights_generator()
         n_in, n_actions = self.hparams["observation_dim"], self.hparams["action_dim"]
+        n_seen = n_in + self.hparams["hindsight_dim"]
         shape = {
             "hidden": self.hparams["hidden"],
             "activation": self.hparams["activation"],
             "generator": generator,
         }
         self.actor = MLP(n_in, n_out=n_actions, output_gain=0.01, **shape)
-        self.critic = MLP(n_in, n_out=1, output_gain=1.0, **shape)
+        self.critic = MLP(n_seen, n_out=1, output_gain=1.0, **shape)
         self.log_std = nn.Parameter(torch.full((n_actions,), float(self.hparams["log_std_init"])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -56,14 +58,14 @@ class ActorCritic(Agent):
         return min(self.hparams["n_steps"] or horizon, horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.actor(obs) + self.log_std.exp() * noise
+        return self.actor(self.policy_obs(obs)) + self.log_std.exp() * noise
 
     def policy_mean(self, obs: Tensor) -> Tensor:
-        return self.actor(obs)
+        return self.actor(self.policy_obs(obs))
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
-        return gaussian_log_prob(action, self.actor(obs), self.log_std)
+        return gaussian_log_prob(action, self.actor(self.policy_obs(obs)), self.log_std)
 
     @torch.no_grad()
     def evaluate_rollout(self, rollout: Rollout) -> tuple[Transitions, Tensor]:

@@ -61,6 +61,10 @@ class Agent(pl.LightningModule):
 
     # -- acting ---------------------------------------------------------------------------------
 
+    def policy_obs(self, obs: Tensor) -> Tensor:
+        """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
+        return obs[..., : self.hparams["observation_dim"]]
+
     def environment_action(self, obs: Tensor, output: Tensor) -> Tensor:
         """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A].
 

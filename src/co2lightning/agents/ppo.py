@@ -23,6 +23,7 @@ class PPO(ActorCritic):
         observation_dim: O; set by the environment.
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
+        hindsight_dim: K, what only critics observe; set by the environment.
         action: direct, or correction: what is added to the action of the rule RBC B.
         n_steps: Steps of the episode between two updates; 0 is the whole episode.
         n_epochs: Passes over a rollout.
@@ -48,6 +49,7 @@ class PPO(ActorCritic):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
+        hindsight_dim: int = 0,
         action: Literal["direct", "correction"] = "direct",
         n_steps: int = 0,
         n_epochs: int = 10,

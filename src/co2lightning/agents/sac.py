@@ -32,6 +32,7 @@ class SAC(Agent):
         observation_dim: O; set by the environment.
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
+        hindsight_dim: K, what only critics observe; set by the environment.
         action: direct, or correction: what is added to the action of the rule RBC B.
         train_freq: Steps of the episode between two rounds of updates.
         gradient_steps: Updates in a round.
@@ -56,6 +57,7 @@ class SAC(Agent):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
+        hindsight_dim: int = 0,
         action: Literal["direct", "correction"] = "direct",
         train_freq: int = 4,
         gradient_steps: int = 16,
@@ -84,7 +86,7 @@ class SAC(Agent):
             output_gain=0.01,
             generator=generator,
         )
-        shape = (observation_dim + action_dim, hidden, activation)
+        shape = (observation_dim + hindsight_dim + action_dim, hidden, activation)
         self.critic = TwinCritic(*shape, generator=generator)
         self.target = TwinCritic(*shape, generator=generator)
         self.target.load_state_dict(self.critic.state_dict())
@@ -104,10 +106,10 @@ class SAC(Agent):
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         if self.env_steps < self.hparams["learning_starts"]:
             return torch.erf(noise / math.sqrt(2.0))  # uniform in (-1, 1)
-        return squashed_gaussian(self.actor(obs), noise)[0]
+        return squashed_gaussian(self.actor(self.policy_obs(obs)), noise)[0]
 
     def policy_mean(self, obs: Tensor) -> Tensor:
-        return self.actor(obs).chunk(2, dim=-1)[0].tanh()
+        return self.actor(self.policy_obs(obs)).chunk(2, dim=-1)[0].tanh()
 
     def loss(self, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
@@ -119,7 +121,7 @@ class SAC(Agent):
         ent_coef = self.log_ent_coef.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = squashed_gaussian(
-                self.actor(batch.next_obs), update.next_noise
+                self.actor(self.policy_obs(batch.next_obs)), update.next_noise
             )
             next_value = self.target(batch.next_obs, next_action).amin(0) - ent_coef * next_log_prob
             reward = batch.reward * self.hparams["reward_scale"]
@@ -127,7 +129,7 @@ class SAC(Agent):
         value = self.critic(batch.obs, batch.action)
         critic_loss = (value - target).square().mean(1).sum()
 
-        action, log_prob = squashed_gaussian(self.actor(batch.obs), update.noise)
+        action, log_prob = squashed_gaussian(self.actor(self.policy_obs(batch.obs)), update.noise)
         soft_value = self.critic(batch.obs, action, frozen=True).amin(0)
         actor_loss = (ent_coef * log_prob - soft_value).mean()
 
