@@ -427,8 +427,10 @@ class TrainingCheckpoint:
         """Return the episode after the newest good one, 1 for a new run."""
         return 1 + (self._ledger.last if self._ledger else self._newest()[0])
 
-    def load_replay(self, episodes: Iterable[int], allow_partial: bool = False) -> list[Row]:
-        """Return the replay pieces of `episodes`, verified, oldest first.
+    def load_replay(
+        self, episodes: Iterable[int], allow_partial: bool = False
+    ) -> Generator[tuple[int, Row]]:
+        """Yield each of `episodes` with its replay piece, verified; read when it is asked for.
 
         Args:
             episodes: Episodes whose additions to the buffer are wanted.
@@ -438,13 +440,11 @@ class TrainingCheckpoint:
             UserError: A piece is missing or damaged and `allow_partial` is off.
         """
         known = self._current().episodes
-        pieces: list[Row] = []
-        for number in sorted(episodes):
+        for number in episodes:
             path = self.replay_path(number)
             try:
                 content, record, data = storage.load_sealed(path)
                 self._check(path, record, data, number, "replay", known.get(number), None)
-                pieces.append(content)
             except (Damaged, FileNotFoundError) as error:
                 if allow_partial:
                     continue
@@ -453,14 +453,14 @@ class TrainingCheckpoint:
                     f"{reason}: the replay buffer cannot be restored exactly; "
                     "--allow_partial_replay goes on without it"
                 ) from None
-        return pieces
+            yield number, content
 
     def verify(self) -> list[str]:
         """Check every file and say what is wrong.
 
         Returns:
-            One line for each problem; empty if all is well. During a run, history.json may be
-            behind the files.
+            One line for each problem; empty if all is well. That the JSON files are behind the
+            episodes is none: see `leftovers`.
         """
         running = self.is_running()
         problems: list[str] = []
@@ -486,9 +486,6 @@ class TrainingCheckpoint:
                 continue  # pruned while we looked
             except Damaged as error:
                 problems.append(f"{path.name} is damaged ({error.reason})")
-                continue
-            if stored and number not in known and not running:
-                problems.append(f"{path.name} is not in history.json; the next start adds it")
         ledger = self._current()
         for number in range(1, ledger.last + 1):
             entry = ledger.episodes.get(number)
@@ -497,20 +494,38 @@ class TrainingCheckpoint:
         if stored and not running:
             lost = sorted(n for n in stored.kept() if n > ledger.last and n not in files)
             problems += [f"{self.path(n).name} is in history.json but missing" for n in lost]
-            if any(session.status == "running" for session in stored.sessions):
-                problems.append("a session is marked running but no process holds the run")
         problems += self._verify_replay(ledger, running)
         problems += self._verify_metadata(ledger, running)
-        if not running:
-            for directory in (self._directory, self._directory / "replay"):
-                problems += [
-                    f"{name} is a stray temporary file" for name in storage.stray(directory)
-                ]
         return problems
+
+    def leftovers(self) -> list[str]:
+        """Say what a session that was cut off, as by SIGKILL, left to the next start.
+
+        Returns:
+            A few words for each thing; empty if there is nothing, or a process holds the run. No
+            episode is lost by any of them.
+        """
+        if self.is_running():
+            return []
+        found: list[str] = []
+        with contextlib.suppress(FileNotFoundError, ValueError):  # which `verify` tells
+            stored = self._stored_history()
+            if any(session.status == "running" for session in stored.sessions):
+                found.append("session not closed")
+            if late := [n for n in self.episodes() if n not in stored.episodes]:
+                found.append(f"history.json {_plural(len(late), 'episode')} behind")
+        last = self._current().last
+        if self._stored_metadata().get("last_episode", last) < last:
+            found.append("metadata.json behind")
+        if last + 1 in _listing(self._directory / "replay"):
+            found.append("replay piece of the next episode")
+        strays = [storage.stray(d) for d in (self._directory, self._directory / "replay")]
+        if count := len([*itertools.chain(*strays), *self._staged()]):
+            found.append(_plural(count, "temporary file"))
+        return found
 
     def _verify_replay(self, ledger: _Ledger, running: bool) -> list[str]:
         problems: list[str] = []
-        pieces = set(_listing(self._directory / "replay"))
         for number, entry in ledger.episodes.items():
             if entry.file.get("replay") is None or number <= ledger.replay_pruned_to:
                 continue
@@ -522,8 +537,9 @@ class TrainingCheckpoint:
                 problems.append(f"replay/{path.name} is missing")
             except Damaged as error:
                 problems.append(f"replay/{path.name} is damaged ({error.reason})")
-        orphans = sorted(pieces - set(ledger.episodes))
-        if orphans and not running:
+        pieces = _listing(self._directory / "replay")
+        orphans = [n for n in pieces if n not in ledger.episodes and n != ledger.last + 1]
+        if not running:
             problems += [f"replay/{self.path(n).name} belongs to no episode" for n in orphans]
         return problems
 
@@ -534,8 +550,8 @@ class TrainingCheckpoint:
             return ["metadata.json is missing"]
         except ValueError as error:
             return [f"metadata.json is damaged ({error})"]
-        if metadata.get("last_episode") != ledger.last and not running:
-            return ["metadata.json is behind the episode files; the next start corrects it"]
+        if metadata["last_episode"] > ledger.last and not running:
+            return [f"metadata.json tells of episode {metadata['last_episode']}, which is missing"]
         return []
 
     # --- a session --------------------------------------------------------------------------

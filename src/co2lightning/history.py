@@ -65,6 +65,11 @@ def verify_main(argv: Sequence[str]) -> int:
         if not problems:
             files = len(run.episodes())
             print(f"{run.name}: ok, {files} checkpoint{'' if files == 1 else 's'}")
+        if left := run.leftovers():
+            print(
+                f"{run.name}: the last session was cut off ({', '.join(left)}); "
+                "the next start puts that in order"
+            )
     return 1 if found else 0
 
 

@@ -23,7 +23,8 @@ class MLP(nn.Module):
     """A multilayer perceptron whose weights are drawn from a generator.
 
     Its forward pass is a loop over plain tensors: while acting, the calls between layers of
-    `nn.Sequential` cost as much as the layers.
+    `nn.Sequential`, or the iteration of a `ParameterList`, cost as much as the layers. `layers`
+    holds the parameters themselves, which keep their identity under `to` and `load_state_dict`.
 
     Args:
         n_in: Input features.
@@ -54,13 +55,13 @@ class MLP(nn.Module):
             nn.init.orthogonal_(weight, output_gain if is_last else 2.0**0.5, generator=generator)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(b)))
+        *self.layers, self.last = zip(self.weights, self.biases, strict=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs [..., n_out] for inputs [..., n_in]."""
-        *inner, last = zip(self.weights, self.biases, strict=True)
-        for weight, bias in inner:
+        for weight, bias in self.layers:
             x = self.activation(nn.functional.linear(x, weight, bias))
-        return nn.functional.linear(x, *last)
+        return nn.functional.linear(x, *self.last)
 
 
 def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -129,18 +130,18 @@ class TwinCritic(nn.Module):
             bound = a**-0.5
             self.weights.append(nn.Parameter(weight.uniform_(-bound, bound, generator=generator)))
             self.biases.append(nn.Parameter(torch.zeros(2, 1, b)))
+        *self.layers, self.last = zip(self.weights, self.biases, strict=True)
 
     def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
         """Return Q [2, M] of obs [M, O] and action [M, A]; `frozen` weights get no gradient."""
         x = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
-        last = len(self.weights) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if frozen:
-                weight, bias = weight.detach(), bias.detach()
-            x = torch.baddbmm(bias, x, weight)
-            if i < last:
-                x = self.activation(x)
-        return x.squeeze(-1)
+        layers = [*self.layers, self.last]
+        if frozen:
+            layers = [(weight.detach(), bias.detach()) for weight, bias in layers]
+        *inner, (weight, bias) = layers
+        for w, b in inner:
+            x = self.activation(torch.baddbmm(b, x, w))
+        return torch.baddbmm(bias, x, weight).squeeze(-1)
 
     @torch.no_grad()
     def follow(self, other: TwinCritic, tau: float) -> None:

@@ -33,7 +33,7 @@ class Replay:
     """
 
     def __init__(self, capacity: int, like: Rollout) -> None:
-        sizes = (like.obs.shape[-1], like.action.shape[-1], 1, like.obs.shape[-1], 1)
+        sizes = _columns(like.obs.shape[-1], like.action.shape[-1])
         self._allocate(capacity, sizes, like.obs.device)
 
     def _allocate(self, capacity: int, sizes: tuple[int, ...], device: torch.device) -> None:
@@ -105,3 +105,23 @@ class Replay:
         self._added = []
         self._began = self.total
         return piece
+
+
+def is_piece(piece: dict[str, Any], observation_dim: int, action_dim: int) -> bool:
+    """Say whether a file's content is a piece that `Replay.rebuild` can take, of these sizes."""
+    began, rows = piece.get("began"), piece.get("rows")
+    sizes = _columns(observation_dim, action_dim)
+    return (
+        piece.get("sizes") == list(sizes)
+        and type(began) is int
+        and began >= 0
+        and isinstance(rows, Tensor)
+        and rows.dtype == torch.float32
+        and rows.dim() == 2
+        and rows.shape[1] == sum(sizes)
+    )
+
+
+def _columns(observation_dim: int, action_dim: int) -> tuple[int, ...]:
+    """Return the widths of a row's parts: obs, action, reward, next_obs, terminated."""
+    return observation_dim, action_dim, 1, observation_dim, 1

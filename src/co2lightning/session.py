@@ -49,6 +49,7 @@ from co2lightning.config import (
 )
 from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
+from co2lightning.replay import is_piece
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
@@ -443,15 +444,17 @@ def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dic
     if capacity is None:
         return []
     source = TrainingCheckpoint(start.path.parent)
+    sizes = (learner.hparams["observation_dim"], learner.hparams["action_dim"])
     pieces: list[dict[str, Any]] = []
     rows = 0
-    for episode in range(start.episode, 0, -1):
-        for piece in source.load_replay([episode], allow_partial):
-            pieces.insert(0, piece)
-            rows += len(piece["rows"])
+    for episode, piece in source.load_replay(range(start.episode, 0, -1), allow_partial):
+        if not is_piece(piece, *sizes):
+            raise UserError(f"{source.replay_path(episode)}: not a replay piece of this run")
+        pieces.append(piece)
+        rows += len(piece["rows"])
         if rows >= capacity:
             break
-    return pieces
+    return pieces[::-1]
 
 
 def _check_trainer(settings: Settings, agent: str) -> None:

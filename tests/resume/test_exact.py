@@ -74,7 +74,7 @@ def state(directory: str, last: int = N) -> dict[str, Any]:
             found[f"{key} {episode}"] = digest(content[key])
         found[f"metrics {episode}"] = timeless(content["metrics"])
         if run.replay_path(episode).exists():
-            found[f"replay {episode}"] = digest(run.load_replay([episode]))
+            found[f"replay {episode}"] = digest(list(run.load_replay([episode])))
     return found
 
 
@@ -92,7 +92,7 @@ def curves(run: str) -> dict[str, dict[int, float]]:
 
 def check_history(directory: str, last: int) -> None:
     run = TrainingCheckpoint(directory)
-    assert run.verify() == []
+    assert run.verify() == run.leftovers() == []
     history = json.loads((Path(directory) / "history.json").read_text())
     assert sum(s["episodes_count"] for s in history["trainings"]) == last
     assert history["total_episodes"] == last == len(history["checkpoints"])
@@ -162,6 +162,7 @@ def test_the_other_cuts(fit: Fit, agent: str, expected: tuple[Any, Any], cut: in
     fit(agent, "--total_episodes", str(N), "--ckpt_path", "last")
     assert state(f"checkpoints/{agent}") == expected[0]
     assert curves(agent) == expected[1]
+    check_history(f"checkpoints/{agent}", N)
 
 
 @pytest.mark.parametrize("agent", QUICK)

@@ -157,8 +157,8 @@ def rezip(
     torch.save({"weight": torch.zeros(3)}, source)
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for entry in old.namelist():
-            replace = code is not None and entry == "archive/data.pkl"
-            new.writestr(entry, code if replace else old.read(entry))
+            replacement = code if entry == "archive/data.pkl" else None
+            new.writestr(entry, old.read(entry) if replacement is None else replacement)
         for name, data in extra.items():
             new.writestr(f"archive/{name}", data)
     return target.getvalue()
@@ -475,13 +475,21 @@ def test_a_killed_session_is_closed_and_counted_from_the_files(tmp_path: Path) -
     run = train(tmp_path, 3, status=None)
     assert json.loads((run.directory / "history.json").read_text())["total_episodes"] == 0
     assert run.load_history()["total_episodes"] == 3  # readers see the files
-    assert "a session is marked running but no process holds the run" in run.verify()
     for stray in (".episode_0004.pt.99.tmp", "replay/.episode_0004.pt.99.tmp"):
         (run.directory / "replay").mkdir(exist_ok=True)
         (run.directory / stray).write_bytes(b"torn")
     run.replay_path(4).write_bytes(b"written before its episode")
-    assert run.recover() == []
     assert run.verify() == []
+    assert run.leftovers() == [
+        *("session not closed", "history.json 3 episodes behind", "metadata.json behind"),
+        *("replay piece of the next episode", "2 temporary files"),
+    ]
+    run.replay_path(5).write_bytes(b"which no kill leaves")
+    assert run.verify() == ["replay/episode_0005.pt belongs to no episode"]
+    with run.lock():
+        assert run.leftovers() == []
+    assert run.recover() == []
+    assert run.verify() == run.leftovers() == []
     assert run.load_history()["trainings"][0]["status"] == "killed"
     assert not list(run.directory.rglob(".*"))
     assert not run.replay_path(4).exists()
@@ -493,15 +501,34 @@ def test_a_killed_session_is_closed_and_counted_from_the_files(tmp_path: Path) -
 
 def test_replay_pieces_come_back_in_order_and_a_missing_one_is_named(tmp_path: Path) -> None:
     run = train(tmp_path, 4, replay=True)
-    pieces = run.load_replay([3, 2, 4])
-    assert [piece["obs"][0].item() for piece in pieces] == [2.0, 3.0, 4.0]
+    pieces = list(run.load_replay([3, 2, 4]))
+    assert [number for number, _ in pieces] == [3, 2, 4]
+    assert [piece["obs"][0].item() for _, piece in pieces] == [3.0, 2.0, 4.0]
     shutil.copy(run.replay_path(2), run.replay_path(3))
     with pytest.raises(UserError, match=r"replay/episode_0003.pt.*--allow_partial_replay"):
-        run.load_replay(range(2, 5))
+        list(run.load_replay(range(2, 5)))
     run.replay_path(3).unlink()
     with pytest.raises(UserError, match=r"episode_0003.pt is missing.*--allow_partial_replay"):
-        run.load_replay(range(2, 5))
-    assert len(run.load_replay(range(2, 5), allow_partial=True)) == 2
+        list(run.load_replay(range(2, 5)))
+    assert [n for n, _ in run.load_replay(range(2, 5), allow_partial=True)] == [2, 4]
+
+
+def test_replay_is_read_as_it_is_asked_for_and_the_history_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tmp_path, 6, replay=True)
+    read: list[str] = []
+    for function in (storage.read_json, storage.load_sealed):
+
+        def spy(path: Path, function: Any = function) -> Any:
+            read.append(path.name)
+            return function(path)
+
+        monkeypatch.setattr(storage, function.__name__, spy)
+    pieces = run.load_replay(range(6, 0, -1))
+    for _ in range(3):
+        next(pieces)
+    assert read == ["history.json", "episode_0006.pt", "episode_0005.pt", "episode_0004.pt"]
 
 
 def test_keep_last_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
@@ -578,7 +605,7 @@ def test_branch_archives_the_old_future_as_a_whole_run(tmp_path: Path) -> None:
     old = TrainingCheckpoint(target)
     assert old.verify() == []
     assert old.load_history() == before
-    assert len(old.load_replay(range(1, 11))) == 10
+    assert len(list(old.load_replay(range(1, 11)))) == 10
     assert (run.episodes(), run.get_next_episode()) == ([1, 2, 3], 4)
     assert run.verify() == []
     assert_sums(run)
@@ -599,7 +626,7 @@ def test_adopt_takes_the_episodes_up_to_an_archived_file(tmp_path: Path) -> None
     run.adopt(target / "episode_0005.pt")
     assert run.episodes() == [1, 2, 3, 4, 5]
     assert run.verify() == []
-    assert len(run.load_replay(range(1, 6))) == 5
+    assert len(list(run.load_replay(range(1, 6)))) == 5
     assert train(tmp_path, 1, replay=True).verify() == []
     assert TrainingCheckpoint(target).verify() == []
     with pytest.raises(UserError, match="archive it first"):
@@ -654,7 +681,7 @@ def test_sums_hold_after_every_chain(tmp_path: Path) -> None:
             case _:
                 pass
         run.recover()
-        assert run.verify() == []
+        assert run.verify() == run.leftovers() == []
         assert_sums(run)
         assert run.load_history()["total_episodes"] == run.get_next_episode() - 1
 

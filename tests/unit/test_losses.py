@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from co2lightning.agents.actor_critic import Transitions
 from co2lightning.agents.ppo import PPO
 from co2lightning.agents.sac import SAC, Update
 from co2lightning.networks import (
+    MLP,
     TwinCritic,
     gaussian_entropy,
     gaussian_log_prob,
@@ -175,3 +177,22 @@ def test_twin_critic_is_two_networks_and_its_target_follows() -> None:
     target.follow(critic, 0.25)
     for old, new, aim in zip(before, target.parameters(), critic.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * aim, atol=1e-7)
+
+
+def test_a_network_computes_with_its_own_parameters_wherever_they_come_from() -> None:
+    def network(seed: int) -> MLP:
+        generator = torch.Generator().manual_seed(seed)
+        return MLP(3, (4,), 2, activation="tanh", output_gain=1.0, generator=generator)
+
+    x, original, other = torch.randn(5, 3), network(1), network(2)
+    expected = original(x)
+    twin = copy.deepcopy(original)
+    other.load_state_dict(original.state_dict())
+    with torch.no_grad():
+        original.weights[0].zero_()
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(other(x), expected)
+    assert not torch.equal(original(x), expected)
+    double = twin.double()(x.double())
+    assert torch.allclose(double, expected.double(), atol=1e-6)
+    assert list(twin.state_dict()) == ["weights.0", "weights.1", "biases.0", "biases.1"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from co2lightning.replay import Replay
+from co2lightning.replay import Replay, is_piece
 from co2lightning.rollout import Rollout
 
 
@@ -75,3 +75,20 @@ def test_resets_are_left_out_and_samples_are_reproducible() -> None:
     assert all(torch.equal(a.reward, b.reward) for a, b in zip(*draws, strict=True))
     seen = {float(r) for batch in draws[0] for r in batch.reward}
     assert seen == {0.0, 2.0, 3.0}
+
+
+def test_what_is_no_piece_is_told() -> None:
+    replay = Replay(10, segment(0, 1))
+    replay.add(segment(0, 4), masked=False)
+    good = replay.piece()
+    assert is_piece(good, 3, 1)
+    assert is_piece({**good, "rows": good["rows"][:0]}, 3, 1)
+    assert not is_piece(good, 4, 1)
+    assert not is_piece({}, 3, 1)
+    for bad in (
+        *({"began": -1}, {"began": True}, {"began": 1.5}),
+        *({"sizes": [10**12, 1, 1, 3, 1]}, {"sizes": [3, 1, 1]}, {"sizes": 3}),
+        *({"rows": [[0.0] * 9]}, {"rows": good["rows"][0]}, {"rows": good["rows"][:, 1:]}),
+        {"rows": good["rows"].double()},
+    ):
+        assert not is_piece({**good, **bad}, 3, 1), bad
