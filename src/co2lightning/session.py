@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -283,6 +284,13 @@ def _plan(
             )
     if start:
         notes += _changes(kept, merged, agent)
+    environment_id = str(kept.get("env.id"))
+    if ":" in environment_id and environment_id not in (flags.get("env.id"), recipe.get("env.id")):
+        assert start
+        raise UserError(
+            f"{start.path}: its env.id names a module to import; if you trust it, give it "
+            f"yourself: --env.id {environment_id[:80]}"
+        )
     target = _target({**recipe, **flags}, "episodes" in flags, agent, start)
     if earlier and _group(earlier.settings, "env.") == _group(merged, "env."):
         environment = earlier.environment
@@ -576,7 +584,10 @@ def _train(
     learner.train_on(plan.environment)
     try:
         with _quiet():
-            trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
+            try:
+                trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
+            finally:
+                logger.finalize("success")
     except (UserError, OSError, Interrupted):
         raise
     except Exception as error:
@@ -584,8 +595,6 @@ def _train(
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be restored ({reason})") from error
-    finally:
-        logger.finalize("success")
     signals.check()
     echo(
         f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
@@ -631,7 +640,13 @@ def site_description(environment: SiteDays) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advertisements and its own deprecations off the screen."""
+    """Keep Lightning's advertisements and its own deprecations off the screen.
+
+    Nor does the thread that writes TensorBoard's files print a traceback on a full disk: its
+    error is raised where the next figures are written, too.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -642,5 +657,6 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
             yield
     finally:
+        threading.excepthook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
