@@ -26,6 +26,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
+from co2lightning.agents.descent import worth_compiling
 from co2lightning.callbacks import (
     Curves,
     EpisodeCheckpoint,
@@ -277,12 +278,14 @@ def _plan(
     kept = start.settings if start else {}
     merged = complete({**recipe, **kept, **flags}, agent)
     for key, value in recipe.items():
-        if key in kept and kept[key] != value and key not in flags:
+        if key in kept and kept[key] != value and key not in flags and value != "auto":
             flag = as_flag(key, value)
             notes.append(
                 f"{config} has {key} {value}, the run keeps {kept[key]}; {flag} applies it"
             )
     if start:
+        if merged["model.compile"] == "auto":
+            merged["model.compile"] = kept["model.compile"]
         notes += _changes(kept, merged, agent)
     environment_id = str(kept.get("env.id"))
     if ":" in environment_id and environment_id not in (flags.get("env.id"), recipe.get("env.id")):
@@ -303,6 +306,9 @@ def _plan(
         seed=merged["seed_everything"],
         **_group(merged, "model."),
     )
+    if merged["model.compile"] == "auto":  # from here on the run's own, whatever a resume adds
+        worth = worth_compiling(target * learner.updates_per_episode(environment))
+        merged["model.compile"] = learner.hparams["compile"] = worth
     learner.train_on(environment)
     replay: list[dict[str, Any]] = []
     if start:
@@ -359,8 +365,9 @@ def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
         notes.append(
             f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
         )
-    # What the checkpoint does not know yet had the default's effect.
-    settings = _run_settings(complete(check_settings(stored, agent, str(path)), agent))
+    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled.
+    known = {"model.compile": False, **check_settings(stored, agent, str(path))}
+    settings = _run_settings(complete(known, agent))
     target = run.get("target_episode")
     site = run.get("site")
     return _Start(
@@ -582,6 +589,7 @@ def _train(
     else:
         echo(f"Training {agent} for {_count(target)} (seed {settings['seed_everything']})")
     learner.train_on(plan.environment)
+    learner.say = echo
     try:
         with _quiet():
             try:
