@@ -6,6 +6,9 @@ Runs of 50, 500 and 5,000 episodes are made, then continued in turns, so that a 
 alike: by saves without pause, and by saves with a pause like that of training, between which the
 session's thread writes the JSON files. `save` is save_checkpoint as a whole (serialise, check,
 hash, write, fsync, history); `plain` is torch.save to a file and fsync.
+
+Then SAC itself trains 200 episodes in small, and the files of some of them are weighed: what an
+episode adds to the disk must not grow with the replay buffer.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.session import run_fit
 
 METRICS = [
     *("co2_kg", "reward", "time_seconds", "unmet_kwh", "co2_vs_uncontrolled", "grid_import_kwh"),
@@ -62,14 +66,31 @@ def save(run: TrainingCheckpoint, content: dict[str, Any], count: int, pause: fl
     return seconds
 
 
+def weigh_sac(place: Path, episodes: int) -> TrainingCheckpoint:
+    """Train SAC in small; its buffer is full after 50 episodes."""
+    settings = {
+        "env.num_envs": 4,
+        "model.hidden": [8],
+        "model.train_freq": 24,
+        "model.gradient_steps": 1,
+        "model.batch_size": 16,
+        "model.buffer_size": 50 * 4 * 96,
+    }
+    places = {"checkpoints.dir": str(place / "runs"), "logs.dir": str(place / "logs")}
+    flags = {**settings, **places, "episodes": episodes}
+    run_fit(flags, agent="SAC", echo=lambda line: None)
+    return TrainingCheckpoint(place / "runs" / "SAC")
+
+
 def main() -> None:
-    """Measure and print the table."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Measure the cost of saving episodes.")
     parser.add_argument("--lengths", default="50,500,5000", help="episodes of the runs")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each run")
     parser.add_argument("--saves", type=int, default=15, help="saves in a turn")
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between paced saves")
     parser.add_argument("--width", type=int, default=64, help="hidden units of the agent")
+    parser.add_argument("--sac_episodes", type=int, default=200, help="episodes of SAC")
     parser.add_argument("--directory", default=".", help="disk to measure")
     arguments = parser.parse_args()
     content = checkpoint(arguments.width)
@@ -103,6 +124,19 @@ def main() -> None:
                 f"{median:9.2f} {mean:8.2f} {mean / statistics.fmean(first) / 1000:6.2f}"
             )
         print(" | ".join(columns))
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
+        run = weigh_sac(Path(place), arguments.sac_episodes)
+        print("\nSAC     | checkpoint  replay piece       sum | since the start")
+        print("episode |      bytes         bytes     bytes |        megabytes")
+        total = 0
+        for episode in run.episodes():
+            file, piece = (p(episode).stat().st_size for p in (run.path, run.replay_path))
+            total += file + piece
+            if episode in (1, 10, 50, 100, arguments.sac_episodes):
+                print(
+                    f"{episode:7d} | {file:10,d} {piece:13,d} {file + piece:9,d} "
+                    f"| {total / 1e6:16.2f}"
+                )
 
 
 if __name__ == "__main__":

@@ -103,6 +103,13 @@ def memory(site: Site, batch: int) -> tuple[float, float]:
         return held.bytes / batch, held.peak / batch
 
 
+def nbytes(part: object) -> int:
+    """Return the bytes of a tensor, or of the tensors in a tuple."""
+    if isinstance(part, tuple):
+        return sum(map(nbytes, part))
+    return part.nbytes if isinstance(part, torch.Tensor) else 0
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Measure the environment.")
@@ -122,7 +129,7 @@ def main() -> None:
     median, best = steps_per_second(lambda: list(dataset), 64, arguments.seconds)
     print(f"  rollout 64 | {median:9,.0f} ({best:,.0f})")
     between, within = memory(site, 64)
-    tables = sum(t.nbytes for t in (*env.model, *env.observer) if isinstance(t, torch.Tensor))
+    tables = sum(nbytes(part) for part in (*env.model, *env.observer))
     print(f"memory of an environment: {between / 1000:.1f} kB kept between steps,", end=" ")
     print(f"{within / 1000:.1f} kB at the peak of one;", end=" ")
     print(f"{tables / 1e6:.0f} MB of tables for all")

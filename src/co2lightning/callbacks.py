@@ -230,17 +230,20 @@ def _order_event_files(directory: Path) -> None:
     """Give a run's event files names that sort before the next one's.
 
     TensorBoard reads them by name, which begins with the second of their making: two sessions
-    within one second, or a clock that was set back, would have their order reversed.
+    within one second, or a clock that was set back, would have their order reversed. Names only
+    move to earlier seconds and the oldest file's first, so a kill in between leaves the order.
     """
     if not directory.is_dir():
         return
-    files = sorted(directory.glob("events.out.tfevents.*"), key=_made)
-    newest = int(time.time()) - 1
-    if not files or _made(files[-1])[0] <= newest:
-        return
-    for number, path in enumerate(files):
-        seconds = newest - len(files) + number
-        path.rename(directory / f"events.out.tfevents.{seconds:010d}.{path.name.split('.', 4)[4]}")
+    moves: list[tuple[Path, int]] = []
+    second = int(time.time())
+    for path in sorted(directory.glob("events.out.tfevents.*"), key=_made, reverse=True):
+        second = min(_made(path)[0], second - 1)
+        moves.append((path, second))
+    for path, second in reversed(moves):
+        if second != _made(path)[0]:
+            rest = path.name.split(".", 4)[4]
+            path.rename(directory / f"events.out.tfevents.{second:010d}.{rest}")
 
 
 def _made(path: Path) -> tuple[int, int]:

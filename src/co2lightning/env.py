@@ -27,7 +27,6 @@ from co2lightning.rules import run_days, uncontrolled
 from co2lightning.site import STEP_H, Site, T, load_site
 
 N_ACTIONS = 2
-_COUNTED: tuple[str, ...] = ("co2_kg", "grid_import_kw", "curtailed_kwh", "unmet_kwh")
 
 
 class Step(NamedTuple):
@@ -146,7 +145,8 @@ class SiteDays:
         if self.state is None:
             raise RuntimeError("no day is running: call reset() or begin() first")
         self.state, self.flows = step(self.model, self.state, action)
-        self._past.append(tuple(getattr(self.flows, name) for name in _COUNTED))
+        flows = self.flows
+        self._past.append((flows.co2_kg, flows.grid_kw, flows.unmet_kw))
         zeros, ones = self._zeros, self._ones
         if self.state is None:
             # The battery's settlement at midnight makes the day's end a real end.
@@ -159,9 +159,13 @@ class SiteDays:
         """Return what the days [B] added up to so far."""
         if not self._past:
             raise RuntimeError("no step was made yet")
-        sums = (torch.stack(column).sum(0) for column in zip(*self._past, strict=True))
-        totals = dict(zip(_COUNTED, sums, strict=True))
-        totals["grid_import_kwh"] = totals.pop("grid_import_kw") * STEP_H
+        co2_kg, grid_kw, unmet_kw = (torch.stack(c) for c in zip(*self._past, strict=True))
+        totals = {
+            "co2_kg": co2_kg.sum(0),
+            "grid_import_kwh": grid_kw.relu().sum(0) * STEP_H,
+            "curtailed_kwh": (-grid_kw).relu().sum(0) * STEP_H,
+            "unmet_kwh": unmet_kw.sum(0) * STEP_H,
+        }
         pv_kwh = self.site.pv_kw[self._day.cpu(), : len(self._past)].sum(axis=1) * STEP_H
         return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from co2lightning.physics import SiteModel, State
-from co2lightning.rules import solar_power_kw, solar_share
+from co2lightning.rules import after_solar_kw, solar_share
 from co2lightning.site import STEP_H, Site, T
 
 
@@ -78,14 +78,12 @@ _STEPS_2_H, _STEPS_5_H = 8.0, 20.0
 class Observer(NamedTuple):
     """The tables `observe` looks things up in, on the model's device."""
 
-    exogenous: Tensor  # [len(_EXOGENOUS), D * T]
-    scale: Tensor  # [len(_ENDOGENOUS), 1] from kW and shares to the units of the features
-    shift: Tensor  # [len(_ENDOGENOUS), 1]
+    exogenous: tuple[Tensor, ...]  # T of [len(_EXOGENOUS) + 2, D]
+    scale: Tensor  # [O, 1] from kW and shares to the units of the features
+    shift: Tensor  # [O, 1]
     low: Tensor  # [O, 1]
     high: Tensor  # [O, 1]
     wait_steps: Tensor  # [2, 1, 1] of "cannot wait 2 hours" and "5 hours"
-    ahead_sign: Tensor  # [2, 1] of surplus_ahead and deficit_ahead
-    per_kw: Tensor  # 0-dim, from the power of a step to the energy scale
 
 
 def build_observer(
@@ -95,61 +93,60 @@ def build_observer(
     sockets_kw = sum(sockets.count * sockets.max_kw for sockets in site.sockets)
     power_kw = max(site.battery.power_kw, sockets_kw)
     energy_kwh = 2.0 * power_kw
-    exogenous = _exogenous_features(site, power_kw, energy_kwh).reshape(-1, len(_EXOGENOUS))
-    scale = {f.name: 1.0 / power_kw if f.unit == _P else 1.0 for f in _ENDOGENOUS}
+    exogenous = _exogenous_features(site, power_kw, energy_kwh)
+    per_kw = STEP_H / energy_kwh
+    ahead_kw = exogenous[..., _AHEAD] * [1.0 / per_kw, -1.0 / per_kw]
+    table = np.concatenate([exogenous, ahead_kw], axis=-1).transpose(1, 2, 0)
+    scale = {f.name: {_P: 1.0 / power_kw, _E: per_kw}.get(f.unit, 1.0) for f in FEATURES}
+    scale |= {f.name: 1.0 for f in _EXOGENOUS}
     scale["discharge_limit"] = scale["surplus"] = -1.0 / power_kw
-    scale["owed_2_h"] = STEP_H / _STEPS_2_H / energy_kwh
-    scale["owed_5_h"] = STEP_H / _STEPS_5_H / energy_kwh
+    scale["owed_2_h"] /= _STEPS_2_H
+    scale["owed_5_h"] /= _STEPS_5_H
     scale["rule_ev"] = -2.0
     scale["rule_battery"] = -1.0 / site.battery.power_kw
-    shift = [-1.0 if f.name == "rule_ev" else 0.0 for f in _ENDOGENOUS]
+    shift = [-1.0 if f.name == "rule_ev" else 0.0 for f in FEATURES]
 
     def tensor(values: object) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     return Observer(
-        exogenous=tensor(np.ascontiguousarray(exogenous.T)),
+        exogenous=tensor(table.copy()).unbind(0),
         scale=tensor(list(scale.values())).unsqueeze(1),
         shift=tensor(shift).unsqueeze(1),
         low=tensor([f.low for f in FEATURES]).unsqueeze(1),
         high=tensor([f.high for f in FEATURES]).unsqueeze(1),
         wait_steps=tensor([[[_STEPS_2_H]], [[_STEPS_5_H]]]),
-        ahead_sign=tensor([[1.0], [-1.0]]),
-        per_kw=tensor(STEP_H / energy_kwh),
     )
 
 
 def observe(observer: Observer, model: SiteModel, state: State) -> Tensor:
     """Return the observations [B, O] of a state, each feature within its bounds."""
     # Features come first until the end: [B] rows are quick to stack, scale and clamp.
-    exogenous = observer.exogenous.index_select(1, state.row)
-    owed = state.owed_kw.sum(1) * observer.per_kw
+    table = observer.exogenous[state.step].index_select(1, state.day)
+    exogenous, ahead_kw = table.split_with_sizes([len(_EXOGENOUS), 2])
+    owed_kw = state.owed_kw.sum(1)
     # A vehicle with laxity 0 cannot wait for any of its energy, one with 8 steps can 2 h for all.
     hurry = (observer.wait_steps - state.laxity).relu()
-    owed_2_h, owed_5_h = (hurry * state.owed_kw).sum(2).unbind(0)
-    # Surplus - owed - room in the battery; energy in the battery - deficit - owed.
-    spare = exogenous[_AHEAD] * observer.ahead_sign - owed - state.reach_kw * observer.per_kw
-    spare_surplus, spare_store = spare.unbind(0)
-    endogenous = torch.stack(
+    features = torch.vstack(
         [
+            exogenous,
             state.soc,
             state.soc - state.soc_start,
-            state.battery_max_kw,
-            state.battery_min_kw,
+            state.limits_kw,
             state.must_total_kw,
             state.could_total_kw,
             state.need_kw,
-            owed,
-            owed_2_h,
-            owed_5_h,
-            spare_surplus,
-            spare_store,
+            owed_kw,
+            (hurry * state.owed_kw).sum(2),  # owed_2_h, owed_5_h
+            # Surplus - owed - room in the battery; energy in the battery - deficit - owed.
+            ahead_kw - state.reach_kw - owed_kw,
             solar_share(model, state),
-            state.net_kw + solar_power_kw(state),
+            after_solar_kw(model, state),
         ]
     )
-    endogenous = torch.addcmul(observer.shift, observer.scale, endogenous)
-    return torch.cat([exogenous, endogenous]).clamp(observer.low, observer.high).T
+    return (
+        torch.addcmul(observer.shift, observer.scale, features).clamp(observer.low, observer.high).T
+    )
 
 
 def _exogenous_features(site: Site, power_kw: float, energy_kwh: float) -> np.ndarray:

@@ -4,10 +4,11 @@ Pure functions on torch tensors: no Gymnasium, no Lightning, no in-place write, 
 differentiated from its CO2 back to every action. Everything lives on one device; the step number
 is a Python int, so nothing here waits for a GPU.
 
-A step of 64 days costs some 60 tensor operations of a few microseconds, most of it their overhead.
-Hence a few liberties: tables hold what depends on the day alone, the equipment's numbers are
-tensors (arithmetic with a Python float takes twice as long), and a state carries what both step
-and observation need.
+A step of 64 days is bounded by the number of tensor operations, a few microseconds each whatever
+their size. Hence a few liberties: tables hold what depends on the day alone, the equipment's
+numbers are tensors (arithmetic with a Python float takes twice as long), two rows go through one
+operation where they can, a state carries what both step and observation need, and what is only
+reported is worked out when it is asked for.
 
 Shapes: T = 96 steps a day, D days of the site, B days at once, S sockets, A = 2 actions.
 Signs: grid import and battery charging are positive. Units are in the names.
@@ -31,55 +32,56 @@ class SiteModel(NamedTuple):
     """A site as tensors on one device. Build it with `build_model`.
 
     Who stands where and for how long is a fact of the day that no controller changes, so it is
-    looked up, not simulated: entry `day * T + step` of both tables belongs to that step.
+    looked up, not simulated. Each table is one tensor, cut into T views.
     """
 
-    series: Tensor  # [4, D * T]: net kW, carbon kg/kW, baseline kg, credit kg/kW, see `State`
-    sockets: Tensor  # [D * T, 4, S]: session kW, steps left, 1.0 in the last of them, kW owed
+    series: tuple[Tensor, ...]  # T of [5, D]: what `State` calls net_kw ... room_kw
+    sockets: tuple[Tensor, ...]  # T of [D, 4, S]: later kW, session kW, 1.0 if it stays, owed kW
     soc_bounds: Tensor  # [2, 1] soc_max, soc_min
     kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
-    highest_kw: Tensor  # [2, 1] rating, 0
-    lowest_kw: Tensor  # [2, 1] 0, -rating
+    action_scale: Tensor  # [2] from actions to the share of the EV power and to the battery's kW
+    action_shift: Tensor  # [2]
+    soc_per_kw: float  # what a kW at the AC side charges within a step
     # The rest is 0-dim.
     charge_kw_per_soc: Tensor
-    discharge_kw_per_soc: Tensor
+    losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
-    soc_min: Tensor
-    soc_max: Tensor
-    grid_kw: Tensor
-    step_h: Tensor
+    least_battery_kw: Tensor  # minus that
     zero: Tensor
-    half: Tensor
+    one: Tensor
+    minus_one: Tensor
     tiny: Tensor
 
     @property
     def device(self) -> torch.device:
-        return self.series.device
+        return self.zero.device
 
 
 class State(NamedTuple):
     """The site at the beginning of a step, arrivals of that step included."""
 
     step: int
-    row: Tensor  # [B] of the model's tables: day * T + step
+    day: Tensor  # [B]
     soc: Tensor  # [B] 0-1
     soc_start: Tensor  # [B] 0-1, at midnight
     net_kw: Tensor  # [B] building load - PV
     carbon_kg_per_kw: Tensor  # [B] CO2 of a kW imported throughout this step
     baseline_kg: Tensor  # [B] CO2 of this step without battery and vehicles
     credit_kg_per_kw: Tensor  # [B] what a kW charged throughout this step earns, see `step`
+    room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
     reach_kw: Tensor  # [2, B] what would fill the battery within this step, what would empty it
-    battery_max_kw: Tensor  # [B] what it can take in this step, >= 0
-    battery_min_kw: Tensor  # [B] what it can give, <= 0
+    limits_kw: Tensor  # [2, B] what the battery can take in this step, >= 0, and give, <= 0
+    battery_max_kw: Tensor  # [B] the first of them
+    battery_min_kw: Tensor  # [B] the second
     owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
     laxity: Tensor  # [B, S] steps a vehicle can still wait at full power afterwards
     must_kw: Tensor  # [B, S] the shield's minimum
     could_kw: Tensor  # [B, S] what the vehicle can take
-    leaves: Tensor  # [B, S] 1.0 for a vehicle that leaves at the end of this step
     must_total_kw: Tensor  # [B]
     could_total_kw: Tensor  # [B]
+    spread_kw: Tensor  # [B] could - must
     need_kw: Tensor  # [B] load + must - PV
-    allowed_kw: Tensor  # [B] EV power the grid connection has room for, at least must
+    supply_kw: Tensor  # [B] EV power the grid connection has room for when the battery helps
 
 
 class Flows(NamedTuple):
@@ -87,12 +89,31 @@ class Flows(NamedTuple):
 
     ev_kw: Tensor  # [B]
     battery_kw: Tensor  # [B] at the AC side, charging positive
-    grid_import_kw: Tensor  # [B]
-    curtailed_kwh: Tensor  # [B] PV that found no use
-    unmet_kwh: Tensor  # [B] owed to vehicles that left at the end of this step
-    co2_kg: Tensor  # [B] of the grid import; the last step also carries the battery's settlement
+    grid_kw: Tensor  # [B] at the meter, import positive
+    unmet_kw: Tensor  # [B] owed to vehicles that left at the end of this step
+    meter_kg: Tensor  # [B] CO2 of the grid import
+    settlement_kg: Tensor | None  # [B] of the battery, in the day's last step
     reward: Tensor  # [B] kg CO2 avoided, see `step`
     socket_kw: Tensor  # [B, S]
+
+    @property
+    def grid_import_kw(self) -> Tensor:
+        return self.grid_kw.relu()
+
+    @property
+    def curtailed_kwh(self) -> Tensor:
+        """PV [B] that found no use."""
+        return (-self.grid_kw).relu() * STEP_H
+
+    @property
+    def unmet_kwh(self) -> Tensor:
+        """Energy [B] owed to vehicles that left at the end of this step."""
+        return self.unmet_kw * STEP_H
+
+    @property
+    def co2_kg(self) -> Tensor:
+        """CO2 [B] of the grid import; in the day's last step also of the battery's settlement."""
+        return self.meter_kg if self.settlement_kg is None else self.meter_kg + self.settlement_kg
 
 
 def build_model(
@@ -103,101 +124,111 @@ def build_model(
     sessions = site.sessions
     exact = np.float64 if dtype == torch.float64 else np.float32
     sockets = np.zeros((days, T, 4, n_sockets), dtype=exact)
-    sockets[:, :, 0] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
+    sockets[:, :, 1] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
     window = sessions.departure_step - sessions.arrival_step
     session = np.repeat(np.arange(len(window)), window)
     first = np.repeat(np.cumsum(window) - window, window)
-    step = sessions.arrival_step[session] + np.arange(len(session)) - first
-    day, socket = sessions.day[session], sessions.socket[session]
-    sockets[day, step, 0, socket] = sessions.max_kw[session]
-    sockets[day, step, 1, socket] = sessions.departure_step[session] - step
-    sockets[sessions.day, sessions.departure_step - 1, 2, sessions.socket] = 1.0
-    sockets[sessions.day, sessions.arrival_step, 3, sessions.socket] = sessions.energy_kwh / STEP_H
+    since = np.arange(len(session)) - first
+    step, day = sessions.arrival_step[session] + since, sessions.day[session]
+    socket, power_kw = sessions.socket[session], sessions.max_kw[session]
+    later = sessions.departure_step[session] - step - 1
+    sockets[day, step, 0, socket] = power_kw * later
+    sockets[day, step, 1, socket] = power_kw
+    sockets[day, step, 2, socket] = since > 0
+    owed_kw = sessions.energy_kwh / STEP_H
+    sockets[sessions.day, sessions.arrival_step, 3, sessions.socket] = owed_kw
 
     net_kw = site.load_kw - site.pv_kw
     carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
     baseline_kg = np.maximum(net_kw, 0.0) * carbon_kg_per_kw
     credit_kg_per_kw = _REWARD_SHARE * carbon_kg_per_kw.mean(axis=1, keepdims=True)
     credit_kg_per_kw = np.broadcast_to(credit_kg_per_kw, net_kw.shape)
-    series = np.stack([net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw])
+    room_kw = site.grid_kw - net_kw
+    series = np.stack([net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw])
     battery = site.battery
     charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / STEP_H
     discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / STEP_H
 
-    def tensor(*values: float) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
-    def scalar(value: float) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device=device)
+    def tensor(values: object) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype, device=device)
 
     return SiteModel(
-        series=torch.as_tensor(series.reshape(4, days * T), dtype=dtype, device=device),
-        sockets=torch.as_tensor(
-            sockets.reshape(days * T, 4, n_sockets), dtype=dtype, device=device
-        ),
-        soc_bounds=tensor(battery.soc_max, battery.soc_min),
-        kw_per_soc=tensor(charge_kw_per_soc, discharge_kw_per_soc),
-        highest_kw=tensor(battery.power_kw, 0.0),
-        lowest_kw=tensor(0.0, -battery.power_kw),
-        charge_kw_per_soc=scalar(charge_kw_per_soc),
-        discharge_kw_per_soc=scalar(discharge_kw_per_soc),
-        battery_kw=scalar(battery.power_kw),
-        soc_min=scalar(battery.soc_min),
-        soc_max=scalar(battery.soc_max),
-        grid_kw=scalar(site.grid_kw),
-        step_h=scalar(STEP_H),
-        zero=scalar(0.0),
-        half=scalar(0.5),
-        tiny=scalar(1e-6),
+        series=tensor(series.transpose(2, 0, 1).copy()).unbind(0),
+        sockets=tensor(sockets).unbind(1),
+        soc_bounds=tensor([[battery.soc_max], [battery.soc_min]]),
+        kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
+        action_scale=tensor([0.5, battery.power_kw]),
+        action_shift=tensor([0.5, 0.0]),
+        soc_per_kw=1.0 / charge_kw_per_soc,
+        charge_kw_per_soc=tensor(charge_kw_per_soc),
+        losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
+        battery_kw=tensor(battery.power_kw),
+        least_battery_kw=tensor(-battery.power_kw),
+        zero=tensor(0.0),
+        one=tensor(1.0),
+        minus_one=tensor(-1.0),
+        tiny=tensor(1e-6),
     )
 
 
 def begin_day(model: SiteModel, day: Tensor, soc_start: Tensor) -> State:
     """Return the state at midnight of `day` [B] with the battery at `soc_start` [B]."""
-    nothing_owed = model.sockets.new_zeros(len(day), model.sockets.shape[2])
-    soc_start = soc_start.to(model.sockets.dtype)
-    return _arrive(model, 0, day * T, soc_start, soc_start, nothing_owed)
+    soc_start = soc_start.to(model.zero.dtype)
+    nobody = model.zero.new_zeros(len(day), model.sockets[0].shape[2])
+    return _arrive(model, 0, day, soc_start, soc_start, nobody)[0]
 
 
 def _arrive(
-    model: SiteModel, step: int, row: Tensor, soc: Tensor, soc_start: Tensor, owed_kw: Tensor
-) -> State:
-    """Let the vehicles of `step` plug in and work out what can be done in it."""
-    series = model.series.index_select(1, row)
-    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw = series.unbind(0)
-    power_kw, steps_left, leaves, arriving_kw = model.sockets.index_select(0, row).unbind(1)
-    owed_kw = owed_kw + arriving_kw
+    model: SiteModel, step: int, day: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
+) -> tuple[State, Tensor]:
+    """Let vehicles leave and arrive before `step` and work out what can be done in it.
+
+    Args:
+        left_kw: [B, S] what the vehicles of the step before are still owed.
+
+    Returns:
+        The state and what those that left are still owed [B].
+    """
+    series = model.series[step].index_select(1, day)
+    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw = series.unbind(0)
+    later_kw, power_kw, stays, arriving_kw = model.sockets[step].index_select(0, day).unbind(1)
+    staying_kw = left_kw * stays
+    unmet_kw = (left_kw - staying_kw).sum(1)
+    owed_kw = staying_kw + arriving_kw
     could_kw = torch.minimum(owed_kw, power_kw)
-    laxity = torch.addcdiv(steps_left, owed_kw, power_kw, value=-1.0)
-    # A vehicle whose laxity is below one step must take what later steps cannot deliver:
-    # owed_kw - power_kw * (steps_left - 1), which is power_kw * (1 - laxity).
-    must_kw = torch.addcmul(power_kw, power_kw, laxity, value=-1.0).clamp(model.zero, could_kw)
-    must_total_kw = must_kw.sum(1)
+    # What the steps after this one cannot deliver at full power must be charged now.
+    pressing_kw = owed_kw - later_kw
+    must_kw = pressing_kw.clamp(model.zero, could_kw)
+    laxity = torch.addcdiv(model.one, pressing_kw, power_kw, value=-1.0)
+    must_total_kw, could_total_kw = must_kw.sum(1), could_kw.sum(1)
     reach_kw = (model.soc_bounds - soc) * model.kw_per_soc
-    battery_max_kw, battery_min_kw = reach_kw.clamp(model.lowest_kw, model.highest_kw).unbind(0)
-    supply_kw = model.grid_kw - net_kw - battery_min_kw
-    return State(
+    limits_kw = reach_kw.clamp(model.least_battery_kw, model.battery_kw)
+    battery_max_kw, battery_min_kw = limits_kw.unbind(0)
+    state = State(
         step=step,
-        row=row,
+        day=day,
         soc=soc,
         soc_start=soc_start,
         net_kw=net_kw,
         carbon_kg_per_kw=carbon_kg_per_kw,
         baseline_kg=baseline_kg,
         credit_kg_per_kw=credit_kg_per_kw,
+        room_kw=room_kw,
         reach_kw=reach_kw,
+        limits_kw=limits_kw,
         battery_max_kw=battery_max_kw,
         battery_min_kw=battery_min_kw,
         owed_kw=owed_kw,
         laxity=laxity,
         must_kw=must_kw,
         could_kw=could_kw,
-        leaves=leaves,
         must_total_kw=must_total_kw,
-        could_total_kw=could_kw.sum(1),
+        could_total_kw=could_total_kw,
+        spread_kw=could_total_kw - must_total_kw,
         need_kw=net_kw + must_total_kw,
-        allowed_kw=torch.maximum(supply_kw, must_total_kw),
+        supply_kw=room_kw - battery_min_kw,
     )
+    return state, unmet_kw
 
 
 def laxity_order(laxity: Tensor) -> Tensor:
@@ -210,14 +241,15 @@ def laxity_order(laxity: Tensor) -> Tensor:
     n_sockets = laxity.shape[1]
     socket_bits = (n_sockets - 1).bit_length()
     per_step = 1 << (31 - _LAXITY_BITS - socket_bits)
-    if laxity.device.type == "cpu":
-        key = (laxity.detach().numpy() * np.float32(per_step)).astype(np.int32)
+    laxity = laxity.detach() if laxity.requires_grad else laxity
+    if laxity.is_cpu:
+        key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
         key <<= socket_bits
         key |= np.arange(n_sockets, dtype=np.int32)
         key.sort(axis=1)
         key &= (1 << socket_bits) - 1
         return torch.as_tensor(key.astype(np.int64))
-    key = (laxity.detach() * per_step).to(torch.int32) << socket_bits
+    key = (laxity * per_step).to(torch.int32) << socket_bits
     key = key | torch.arange(n_sockets, dtype=torch.int32, device=laxity.device)
     return (key.sort(dim=1).values & ((1 << socket_bits) - 1)).long()
 
@@ -225,35 +257,31 @@ def laxity_order(laxity: Tensor) -> Tensor:
 def dispatch(model: SiteModel, state: State, ev_kw: Tensor) -> Tensor:
     """Share the EV budget `ev_kw` [B] among the sockets [B, S]: must first, then least laxity."""
     order = laxity_order(state.laxity)
-    extra_kw = (state.could_kw - state.must_kw).gather(1, order)
+    # What a vehicle goes without, negative: what those up to it could take beyond the budget, at
+    # most what it could take itself.
+    spare_kw = (state.must_kw - state.could_kw).gather(1, order)
     rest_kw = (ev_kw - state.must_total_kw).unsqueeze(1)
-    # What the vehicles before it leave of the rest, at most what it can take.
-    granted_kw = (extra_kw - extra_kw.cumsum(1) + rest_kw).clamp(model.zero, extra_kw)
-    return state.must_kw.scatter_add(1, order, granted_kw)
+    without_kw = (spare_kw.cumsum(1) + rest_kw).clamp(spare_kw, model.zero)
+    return state.could_kw.scatter_add(1, order, without_kw)
 
 
-def ev_power_kw(model: SiteModel, state: State, action_ev: Tensor) -> Tensor:
-    """Return the EV budget [B] in kW that an action in [-1, 1] asks for.
+def ev_power_kw(state: State, share: Tensor) -> Tensor:
+    """Return the EV budget [B] in kW for a share [B] of the way from must (0) to could (1).
 
-    -1 is what the shield demands, 1 is everything the vehicles can take. Where the grid
-    connection is too small the budget yields, but never below what must be charged.
+    Where the grid connection is too small the budget yields, but never below what must be charged.
     """
-    share = torch.addcmul(model.half, model.half, action_ev)
-    wanted_kw = torch.lerp(state.must_total_kw, state.could_total_kw, share)
-    return torch.minimum(wanted_kw, state.allowed_kw)
+    wanted_kw = torch.addcmul(state.must_total_kw, state.spread_kw, share)
+    return state.supply_kw.clamp(state.must_total_kw, wanted_kw)
 
 
-def battery_power_kw(
-    model: SiteModel, state: State, action_battery: Tensor, others_kw: Tensor
-) -> Tensor:
-    """Return the battery's power [B] in kW for an action in [-1, 1], charging positive.
+def battery_power_kw(state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:
+    """Return the battery's power [B] in kW, charging positive, as near to `wanted_kw` as can be.
 
-    Args:
-        others_kw: [B] load + vehicles - PV. Where they leave the grid connection too little room
-            charging yields first, and then the battery gives what the connection cannot.
+    Where load and vehicles leave the grid connection too little room charging yields first, and
+    then the battery gives what the connection cannot.
     """
-    wanted_kw = torch.minimum(action_battery * model.battery_kw, model.grid_kw - others_kw)
-    return torch.maximum(torch.minimum(wanted_kw, state.battery_max_kw), state.battery_min_kw)
+    wanted_kw = torch.minimum(wanted_kw, state.room_kw - ev_kw)
+    return wanted_kw.clamp(state.battery_min_kw, state.battery_max_kw)
 
 
 def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, Flows]:
@@ -275,46 +303,39 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
     it and leaves the sum over the day as it is. At half the price, storing a surplus pays at once
     and storing grid power does not, whatever the hour.
     """
-    action_ev, action_battery = action.clamp(-1.0, 1.0).unbind(1)
-    ev_kw = ev_power_kw(model, state, action_ev)
+    action = action.clamp(model.minus_one, model.one)
+    action = torch.addcmul(model.action_shift, model.action_scale, action)
+    ev_share, wanted_kw = action.unbind(1)
+    ev_kw = ev_power_kw(state, ev_share)
     socket_kw = dispatch(model, state, ev_kw)
-    others_kw = state.net_kw + ev_kw
-    battery_kw = battery_power_kw(model, state, action_battery, others_kw)
-    # Of the two the lesser is right: a kW taken lifts the SoC less than a kW given lowers it.
-    gain = torch.minimum(
-        battery_kw / model.charge_kw_per_soc, battery_kw / model.discharge_kw_per_soc
-    )
-    # The clamp only removes rounding.
-    soc = (state.soc + gain).clamp(model.soc_min, model.soc_max)
-
-    net_kw = others_kw + battery_kw
-    grid_import_kw = net_kw.relu()
-    curtailed_kwh = (grid_import_kw - net_kw) * model.step_h
-
-    left_kw = (state.owed_kw - socket_kw).relu()
-    unmet_kw = left_kw * state.leaves
-    unmet_kwh = unmet_kw.sum(1) * model.step_h
-
-    co2_kg = grid_import_kw * state.carbon_kg_per_kw
-    stored_kw = (soc - state.soc) * model.charge_kw_per_soc
-    reward = state.baseline_kg - co2_kg + (ev_kw + stored_kw) * state.credit_kg_per_kw
-    last = state.step == T - 1
-    if last:
+    battery_kw = battery_power_kw(state, wanted_kw, ev_kw)
+    # Of the two the lesser is right: a kW given takes more out than a kW taken puts in.
+    # Rounding may carry the SoC past a bound by 1e-7; the next step's limits bring it back.
+    stored_kw = torch.minimum(battery_kw, battery_kw * model.losses)
+    soc = torch.add(state.soc, stored_kw, alpha=model.soc_per_kw)
+    grid_kw = state.net_kw + ev_kw + battery_kw
+    meter_kg = grid_kw.relu() * state.carbon_kg_per_kw
+    left_kw = state.owed_kw - socket_kw
+    credited_kw = ev_kw + stored_kw
+    reward = torch.addcmul(state.baseline_kg - meter_kg, state.credit_kg_per_kw, credited_kw)
+    following, settlement_kg = None, None
+    if state.step == T - 1:
+        unmet_kw = left_kw.sum(1)
         gained_kw = (soc - state.soc_start) * model.charge_kw_per_soc
         settlement_kg = (-gained_kw).relu() * (state.credit_kg_per_kw / _REWARD_SHARE)
-        co2_kg = co2_kg + settlement_kg
         reward = reward - settlement_kg - gained_kw * state.credit_kg_per_kw
+    else:
+        following, unmet_kw = _arrive(
+            model, state.step + 1, state.day, soc, state.soc_start, left_kw
+        )
     flows = Flows(
         ev_kw=ev_kw,
         battery_kw=battery_kw,
-        grid_import_kw=grid_import_kw,
-        curtailed_kwh=curtailed_kwh,
-        unmet_kwh=unmet_kwh,
-        co2_kg=co2_kg,
+        grid_kw=grid_kw,
+        unmet_kw=unmet_kw,
+        meter_kg=meter_kg,
+        settlement_kg=settlement_kg,
         reward=reward,
         socket_kw=socket_kw,
     )
-    if last:
-        return None, flows
-    owed_kw = left_kw - unmet_kw
-    return _arrive(model, state.step + 1, state.row + 1, soc, state.soc_start, owed_kw), flows
+    return following, flows

@@ -22,26 +22,27 @@ def charge_on_arrival(state: State) -> Tensor:
     return torch.ones_like(state.soc)
 
 
-def solar_power_kw(state: State) -> Tensor:
-    """Return the EV power [B] of max(must, PV - load), as far as vehicles and grid allow."""
-    wanted_kw = torch.clamp(-state.net_kw, state.must_total_kw, state.could_total_kw)
-    return torch.minimum(wanted_kw, state.allowed_kw)
-
-
 def solar_share(model: SiteModel, state: State) -> Tensor:
     """Return where [B] load - PV lies between -must (0) and -could (-1); it can lie beyond."""
-    spread_kw = state.could_total_kw - state.must_total_kw
-    return state.need_kw / torch.maximum(spread_kw, model.tiny)
+    return state.need_kw / torch.maximum(state.spread_kw, model.tiny)
 
 
 def solar_following(model: SiteModel, state: State) -> Tensor:
-    """Return the EV action [B] that charges at max(must, PV - load)."""
+    """Return the EV action [B] that charges at max(must, PV - load), as far as vehicles allow."""
     return -2.0 * solar_share(model, state).clamp(-1.0, 0.0) - 1.0
 
 
-def greedy_battery(model: SiteModel, state: State, ev_kw: Tensor) -> Tensor:
-    """Return the battery action [B] that stores any surplus and serves any deficit."""
-    return -((state.net_kw + ev_kw) / model.battery_kw).clamp(-1.0, 1.0)
+def after_solar_kw(model: SiteModel, state: State) -> Tensor:
+    """Return load + vehicles - PV [B] in kW under solar-following.
+
+    The grid connection does not matter: beyond must these vehicles take a surplus only.
+    """
+    return model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+
+
+def greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
+    """Return the battery action [B] for load + vehicles - PV: store a surplus, serve a deficit."""
+    return -(others_kw / model.battery_kw).clamp(-1.0, 1.0)
 
 
 def uncontrolled(model: SiteModel, state: State) -> Tensor:
@@ -59,14 +60,14 @@ def solar_only(model: SiteModel, state: State) -> Tensor:
 def rbc_a(model: SiteModel, state: State) -> Tensor:
     """Charge on arrival, greedy battery."""
     action_ev = charge_on_arrival(state)
-    ev_kw = ev_power_kw(model, state, action_ev)
-    return torch.stack([action_ev, greedy_battery(model, state, ev_kw)], dim=1)
+    others_kw = state.net_kw + ev_power_kw(state, action_ev)
+    return torch.stack([action_ev, greedy_battery(model, others_kw)], dim=1)
 
 
 def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
     action_ev = solar_following(model, state)
-    return torch.stack([action_ev, greedy_battery(model, state, solar_power_kw(state))], dim=1)
+    return torch.stack([action_ev, greedy_battery(model, after_solar_kw(model, state))], dim=1)
 
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}

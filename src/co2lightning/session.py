@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
+from co2lightning.agents.descent import worth_compiling
 from co2lightning.callbacks import (
     Curves,
     EpisodeCheckpoint,
@@ -276,13 +278,22 @@ def _plan(
     kept = start.settings if start else {}
     merged = complete({**recipe, **kept, **flags}, agent)
     for key, value in recipe.items():
-        if key in kept and kept[key] != value and key not in flags:
+        if key in kept and kept[key] != value and key not in flags and value != "auto":
             flag = as_flag(key, value)
             notes.append(
                 f"{config} has {key} {value}, the run keeps {kept[key]}; {flag} applies it"
             )
     if start:
+        if merged["model.compile"] == "auto":
+            merged["model.compile"] = kept["model.compile"]
         notes += _changes(kept, merged, agent)
+    environment_id = str(kept.get("env.id"))
+    if ":" in environment_id and environment_id not in (flags.get("env.id"), recipe.get("env.id")):
+        assert start
+        raise UserError(
+            f"{start.path}: its env.id names a module to import; if you trust it, give it "
+            f"yourself: --env.id {environment_id[:80]}"
+        )
     target = _target({**recipe, **flags}, "episodes" in flags, agent, start)
     if earlier and _group(earlier.settings, "env.") == _group(merged, "env."):
         environment = earlier.environment
@@ -296,6 +307,9 @@ def _plan(
         hindsight_dim=environment.hindsight_dim,
         **_group(merged, "model."),
     )
+    if merged["model.compile"] == "auto":  # from here on the run's own, whatever a resume adds
+        worth = worth_compiling(target * learner.updates_per_episode(environment))
+        merged["model.compile"] = learner.hparams["compile"] = worth
     learner.train_on(environment)
     replay: list[dict[str, Any]] = []
     if start:
@@ -352,8 +366,9 @@ def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
         notes.append(
             f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
         )
-    # What the checkpoint does not know yet had the default's effect.
-    settings = _run_settings(complete(check_settings(stored, agent, str(path)), agent))
+    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled.
+    known = {"model.compile": False, **check_settings(stored, agent, str(path))}
+    settings = _run_settings(complete(known, agent))
     target = run.get("target_episode")
     site = run.get("site")
     return _Start(
@@ -579,9 +594,13 @@ def _train(
     else:
         echo(f"Training {agent} for {_count(target)} (seed {settings['seed_everything']})")
     learner.train_on(plan.environment)
+    learner.say = echo
     try:
         with _quiet():
-            trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
+            try:
+                trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
+            finally:
+                logger.finalize("success")
     except (UserError, OSError, Interrupted):
         raise
     except Exception as error:
@@ -589,8 +608,6 @@ def _train(
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be restored ({reason})") from error
-    finally:
-        logger.finalize("success")
     signals.check()
     echo(
         f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
@@ -636,7 +653,13 @@ def site_description(environment: SiteDays) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's advertisements and its own deprecations off the screen."""
+    """Keep Lightning's advertisements and its own deprecations off the screen.
+
+    Nor does the thread that writes TensorBoard's files print a traceback on a full disk: its
+    error is raised where the next figures are written, too.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -647,5 +670,6 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
             yield
     finally:
+        threading.excepthook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -14,6 +14,10 @@ from co2lightning.rules import RULES, Rule, run_days, uncontrolled
 from co2lightning.site import Site, T, load_site
 from small_site import H, day_by_hand, random_site
 
+FIGURES = (
+    *("ev_kw", "battery_kw", "grid_kw", "grid_import_kw", "curtailed_kwh", "unmet_kwh"),
+    *("co2_kg", "reward", "socket_kw"),
+)
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=10, deadline=None, derandomize=True)
 
@@ -72,8 +76,8 @@ def test_every_step_balances_and_stays_within_bounds(
         assert flow.grid_import_kw.item() >= 0.0
         assert flow.curtailed_kwh.item() >= 0.0
         assert flow.co2_kg.item() >= 0.0
-        assert (flow.socket_kw >= state.must_kw).all()
-        assert (flow.socket_kw <= state.could_kw + 1e-5).all()
+        assert (flow.socket_kw >= state.must_kw - 1e-6).all()
+        assert (flow.socket_kw <= state.could_kw).all()
         assert (state.must_kw <= state.could_kw).all()
         # Nothing but the load and what must be charged can overload the connection, and only
         # when the battery gives all it has.
@@ -168,7 +172,7 @@ def test_a_single_day_is_a_row_of_the_batch(seed: int, batch: int) -> None:
     for row in range(batch):
         _, alone = play(site, actions[:, row : row + 1])
         for many, one in zip(together, alone, strict=True):
-            for name in Flows._fields:
+            for name in FIGURES:
                 assert torch.equal(getattr(many, name)[row], getattr(one, name)[0]), name
 
 

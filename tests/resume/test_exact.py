@@ -1,9 +1,14 @@
 """Any split of a run is the unsplit run, bit for bit: weights, optimizer, metrics, curves."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from co2lightning.agents import AGENTS
+from co2lightning.callbacks import Curves
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.cli import main
 from co2lightning.config import find_recipe
 from co2lightning.errors import UserError
 from conftest import Outcome
@@ -64,11 +71,11 @@ def timeless(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if k not in ("time_seconds", "env_steps_per_second")}
 
 
-def state(directory: str, last: int = N) -> dict[str, Any]:
-    """Return all that must be equal of every episode up to `last`."""
+def state(directory: str, last: int = N, episodes: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return all that must be equal of every episode up to `last`, or of `episodes`."""
     run = TrainingCheckpoint(directory)
     found: dict[str, Any] = {}
-    for episode in range(1, last + 1):
+    for episode in range(1, last + 1) if episodes is None else episodes:
         content = run.read(run.path(episode))
         for key in ("state_dict", "optimizer_states", "counters", "global_step", "epoch"):
             found[f"{key} {episode}"] = digest(content[key])
@@ -78,9 +85,10 @@ def state(directory: str, last: int = N) -> dict[str, Any]:
     return found
 
 
-def curves(run: str) -> dict[str, dict[int, float]]:
+def curves(run: str, place: Path | None = None) -> dict[str, dict[int, float]]:
     """Read the curves as TensorBoard does, times aside; no step may stand twice."""
-    reader = EventAccumulator(f"lightning_logs/{run}", size_guidance={"scalars": 0})
+    logs = (place or Path()) / "lightning_logs"
+    reader = EventAccumulator(str(logs / run), size_guidance={"scalars": 0})
     reader.Reload()
     found: dict[str, dict[int, float]] = {}
     for tag in reader.Tags()["scalars"]:
@@ -199,34 +207,72 @@ def test_a_damaged_newest_file_costs_its_episode_only(
 
 
 @pytest.mark.parametrize("agent", QUICK)
-def test_a_disk_that_fills_in_mid_run(
-    fit: Fit,
-    agent: str,
-    command: Fit,
-    expected: tuple[Any, Any],
-    monkeypatch: pytest.MonkeyPatch,
+def test_keep_last_changes_nothing_but_the_files_kept(
+    fit: Fit, agent: str, expected: tuple[dict[str, Any], Any]
 ) -> None:
-    import errno
-
-    from co2lightning import storage
-    from conftest import TINY
-
-    write = storage.write_atomic
-
-    def full(path: Path, data: bytes, *, durable: bool = True) -> None:
-        if path.name == "episode_0006.pt" and path.parent.name == agent:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, data, durable=durable)
-
-    tiny = ("--env.num_envs", "4", *TINY[agent])
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_atomic", full)
-        outcome = command("fit", "--model", agent, *tiny, "--total_episodes", str(N))
-    assert outcome.code == 1
-    assert outcome.err.count("\n") == 1
-    assert "No space left on device; the last whole episode is safe" in outcome.err
-    (session,) = TrainingCheckpoint(f"checkpoints/{agent}").load_history()["trainings"]
-    assert (session["end_episode"], session["status"]) == (5, "failed")
-    fit(agent, "--ckpt_path", "last")
-    assert state(f"checkpoints/{agent}") == expected[0]
+    for episodes in ("4", "5", "1"):
+        fit(agent, "--episodes", episodes, "--ckpt_path", "last", "--checkpoints.keep_last", "2")
+    run = TrainingCheckpoint(f"checkpoints/{agent}")
+    best = run.load_metadata()["best_episode"]["episode"]
+    assert run.episodes() == sorted({best, N - 1, N})
+    assert run.pruned() == [n for n in range(1, N + 1) if n not in run.episodes()]
+    kept = state(f"checkpoints/{agent}", episodes=run.episodes())
+    assert kept.items() <= expected[0].items()
     assert curves(agent) == expected[1]
+    check_history(f"checkpoints/{agent}", N)
+    # A buffer of 1,000 is full after three episodes of 384.
+    assert len(list(run.directory.glob("replay/*.pt"))) == (3 if agent == "SAC" else 0)
+
+
+def test_what_an_episode_of_sac_adds_to_the_disk_does_not_grow(
+    straight: Callable[[str], Path],
+) -> None:
+    run = TrainingCheckpoint(straight("SAC") / "checkpoints" / "SAC")
+    sizes = [
+        run.path(episode).stat().st_size + run.replay_path(episode).stat().st_size
+        for episode in range(2, N + 1)
+    ]
+    assert max(sizes) - min(sizes) < 200  # digits of figures, not transitions
+
+
+@pytest.mark.slow
+def test_fit_all_resumes_exactly(place: Path) -> None:
+    """All agents at once, in processes of their own, in two sessions; then each in one go."""
+    tiny = ["--env.num_envs", "2", "--model.hidden", "[8]"]
+    for episodes in ("2", "1"):
+        words = ["fit-all", "--episodes", episodes, "--ckpt_path", "last", *tiny]
+        command = [sys.executable, "-m", "co2lightning", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert ended.returncode == 0, ended.stderr
+    for agent in shipped():
+        words = ["fit", "--model", agent, "--name", "straight", "--episodes", "3", *tiny]
+        assert main(words) == 0
+        assert state(f"checkpoints/{agent}", 3) == state("checkpoints/straight", 3)
+        assert curves(agent) == curves("straight")
+        check_history(f"checkpoints/{agent}", 3)
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_event_files_keep_their_order_wherever_the_renaming_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    now = int(time.time())
+    seconds = [now - 40, now - 30, now, now, now + 100]  # the clock was set back since
+    for number, second in enumerate(seconds):
+        (tmp_path / f"events.out.tfevents.{second:010d}.host.{number}.{number}").touch()
+    rename, done = Path.rename, 0
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        nonlocal done
+        done += 1
+        if done > cut:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_die)
+    with contextlib.suppress(KeyboardInterrupt):
+        Curves(str(tmp_path.parent), tmp_path.name, done=1)
+    parts = [name.split(".") for name in sorted(os.listdir(tmp_path))]
+    assert [int(part[5]) for part in parts] == list(range(len(seconds)))
+    if cut >= len(seconds):
+        assert int(parts[-1][3]) < now

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import SERVER, fork
 
 if sys.platform == "win32":
     pytest.skip("POSIX processes, signals and limits", allow_module_level=True)
@@ -24,10 +24,6 @@ import resource
 
 from co2lightning.checkpoints import Locked, TrainingCheckpoint
 from co2lightning.errors import UserError
-
-# Every process below is forked from one clean server that has imported torch already.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "co2lightning.checkpoints"])
 
 
 def open_run(place: Path, **options: Any) -> TrainingCheckpoint:
@@ -83,8 +79,7 @@ def process(
     target: Callable[..., None], *arguments: Any
 ) -> Iterator[tuple[BaseProcess, Connection]]:
     here, there = SERVER.Pipe(duplex=False)
-    child = SERVER.Process(target=target, args=(there, *arguments), daemon=True)
-    child.start()
+    child = fork(target, there, *arguments)
     there.close()
     try:
         yield child, here

@@ -6,6 +6,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from co2lightning.agents.descent import Descent
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import Environment
 from co2lightning.errors import UserError
@@ -40,6 +42,7 @@ class Agent(pl.LightningModule):
         self.env_steps = 0
         self.updates = 0
         self.metrics: dict[str, float] = {}
+        self.say: Callable[[str], None] = print
 
     # -- what an agent defines -----------------------------------------------------------------
 
@@ -55,8 +58,19 @@ class Agent(pl.LightningModule):
         """Return the policy's deterministic output [..., A] for obs [..., O]."""
         raise NotImplementedError
 
+    def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of a minibatch and its figures; a compiled update runs it too."""
+        raise NotImplementedError
+
+    def follow(self) -> None:
+        """Move what follows the weights after each step of the optimizer."""
+
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Run all updates of one segment; return their mean figures, on the device."""
+        """Run all updates of one segment; return its figures beside the loss's, on the device."""
+        raise NotImplementedError
+
+    def updates_per_episode(self, env: Environment) -> int:
+        """Return the number of updates in an episode."""
         raise NotImplementedError
 
     # -- acting ---------------------------------------------------------------------------------
@@ -132,16 +146,23 @@ class Agent(pl.LightningModule):
         assert self.env is not None, "call train_on(env) before Trainer.fit"
         return RolloutDataset(self.env, self)
 
+    def on_train_start(self) -> None:
+        """Take hold of the weights and the optimizer, restored by now."""
+        self.descent = Descent(
+            self,
+            self.trainer.optimizers[0],
+            max_norm=self.hparams.get("max_grad_norm"),
+            compiled=self.hparams["compile"] is True,
+            say=self.say if self.trainer.is_global_zero else lambda line: None,
+        )
+
     def on_train_epoch_start(self) -> None:
         """Start the clock and the sums of an episode and set its learning rate."""
         self._began = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
         self._learned: list[dict[str, Tensor]] = []
         self.update_generator = self.episode_generator("updates")
-        rate = self.annealed(self.hparams["learning_rate"])
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        self.descent.begin(self.annealed(self.hparams["learning_rate"]))
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> None:
         """Learn from one segment."""
@@ -160,10 +181,9 @@ class Agent(pl.LightningModule):
         assert self.env is not None
         sums = {name: float(value) for name, value in self._sums.items()}
         learned = [figures for figures in self._learned if figures]
-        figures = {
-            name: float(torch.stack([f[name] for f in learned]).mean())
-            for name in (learned[0] if learned else ())
-        }
+        figures = {name: float(figure) for name, figure in self.descent.end().items()}
+        for name in learned[0] if learned else ():
+            figures[name] = float(torch.stack([segment[name] for segment in learned]).mean())
         seconds = time.perf_counter() - self._began
         self.metrics = {
             "rollout/ep_rew_mean": sums["reward"] / max(sums["episodes"], self.env.num_envs),
@@ -188,15 +208,9 @@ class Agent(pl.LightningModule):
         self.env_steps = int(checkpoint["counters"]["env_steps"])
         self.updates = int(checkpoint["counters"]["updates"])
 
-    def descend(self, loss: Tensor) -> None:
-        """Take one gradient step, the gradient's norm clipped."""
-        optimizer = self.trainer.optimizers[0]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        max_norm = self.hparams.get("max_grad_norm")
-        if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters(), max_norm)
-        optimizer.step()
+    def descend(self, batch: Any) -> None:
+        """Take one gradient step on a minibatch."""
+        self.descent(batch)
         self.updates += 1
 
     @classmethod
@@ -250,8 +264,3 @@ class Agent(pl.LightningModule):
             noise = torch.randn(len(batch), self.hparams["action_dim"], device=self.device)
             action = self.environment_action(batch, self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None
-
-
-def mean_figures(figures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each figure over a segment's updates."""
-    return {name: torch.stack([f[name].detach() for f in figures]).mean() for name in figures[0]}

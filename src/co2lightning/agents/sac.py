@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from co2lightning.agents.agent import Agent, mean_figures
+from co2lightning.agents.agent import Agent
+from co2lightning.env import Environment
 from co2lightning.networks import MLP, TwinCritic, squashed_gaussian
 from co2lightning.replay import Replay, ReplayBatch
 from co2lightning.rollout import Rollout
@@ -50,6 +51,7 @@ class SAC(Agent):
         hidden: Width of each hidden layer, of actor and critics alike.
         activation: tanh, relu or silu.
         reward_scale: Factor on rewards before they reach the critics.
+        compile: Updates as one compiled graph; auto: in runs that repay some 20 s of compiling.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SAC(Agent):
         hidden: tuple[int, ...] = (256, 256),
         activation: str = "relu",
         reward_scale: float = 1.0,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -111,7 +114,7 @@ class SAC(Agent):
     def policy_mean(self, obs: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)).chunk(2, dim=-1)[0].tanh()
 
-    def loss(self, update: Update) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, update: Update, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
 
         The sum descends each on its own: the critics' weights are constants to the actor's loss,
@@ -153,13 +156,16 @@ class SAC(Agent):
         self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.hparams["learning_starts"]:
             return {}
-        figures: list[dict[str, Tensor]] = []
         for update in self._updates():
-            loss, parts = self.loss(update)
-            self.descend(loss)
-            self.target.follow(self.critic, self.hparams["tau"])
-            figures.append(parts)
-        return mean_figures(figures)
+            self.descend(update)
+        return {}
+
+    def follow(self) -> None:
+        """Let the target critics follow the critics."""
+        self.target.follow(self.critic, self.hparams["tau"])
+
+    def updates_per_episode(self, env: Environment) -> int:
+        return -(-env.horizon // self.segment_steps(env.horizon)) * self.hparams["gradient_steps"]
 
     def _updates(self) -> list[Update]:
         """Draw the minibatches and the noise of a round at once."""

@@ -1,0 +1,190 @@
+"""One update of an agent on a minibatch, eager or as one compiled graph.
+
+Shapes: none of its own; gradients have the shapes of the parameters.
+"""
+# pyright: reportPrivateImportUsage=false
+# torch's foreach functions bear underscores, and are in its documentation.
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Measured on one core of a server: what an update saves, what the first one waits for.
+_SAVED_SECONDS, _WARM_UP_SECONDS = 1e-3, 20.0
+
+
+def worth_compiling(updates: int) -> bool:
+    """Say whether so many updates repay the wait for the compiler, twice over to be sure."""
+    return updates * _SAVED_SECONDS >= 2.0 * _WARM_UP_SECONDS
+
+
+class Learner(Protocol):
+    """What is needed of an agent."""
+
+    def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def follow(self) -> None: ...
+
+
+class Descent:
+    """Takes an agent's parameters down its loss: gradient, clipping, Adam, what follows.
+
+    Eager and compiled run the same lines but for Adam's: eager, that is torch's fused kernel;
+    compiled, the formula stands here, since the kernel would be a call out of the graph. Both move
+    the parameters and the optimizer's own state in place, so a checkpoint does not know which
+    it was. What changes from episode to episode is a tensor, for a graph takes numbers for
+    constants.
+
+    `step` needs nothing of `gradient` but the gradients: ranks can average them between the two.
+
+    Args:
+        agent: Has the loss, and `follow`, which is called after each step.
+        optimizer: Adam with one group of parameters.
+        max_norm: The gradient's norm is clipped to this; None leaves it.
+        compiled: As one graph, for the shape of the first minibatch; others run eagerly.
+        say: Receives a line for the user.
+    """
+
+    def __init__(
+        self,
+        agent: Learner,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float | None,
+        compiled: bool,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.agent = agent
+        self.optimizer = optimizer
+        (self.group,) = optimizer.param_groups
+        self.parameters: list[nn.Parameter] = self.group["params"]
+        self.max_norm = max_norm
+        self.compiled = compiled
+        self.say = say
+        self._graph: Callable[[Any], dict[str, Tensor]] | None = None
+        self._shape: torch.Size | None = None
+        self._rate = torch.tensor(0.0, device=self.parameters[0].device)
+        if compiled:
+            self._take_up_state()
+        self.begin(self.group["lr"])
+
+    def begin(self, rate: float) -> None:
+        """Begin an episode with a learning rate."""
+        self.group["lr"] = rate
+        self._rate.fill_(rate)
+        self._sums: dict[str, Tensor] = {}
+        self._updates = 0
+
+    def end(self) -> dict[str, Tensor]:
+        """Bring the optimizer's state up to date; return the mean figures of the episode."""
+        if self.compiled:
+            for step in self._steps[1:]:
+                step.copy_(self._steps[0])
+        return {name: total / self._updates for name, total in self._sums.items()}
+
+    def __call__(self, batch: Any) -> None:
+        """Take one step on a minibatch, a tuple of tensors."""
+        figures = self._update(batch)
+        if self._sums:
+            torch._foreach_add_(list(self._sums.values()), list(figures.values()))
+        else:
+            self._sums = {name: figure.clone() for name, figure in figures.items()}
+        self._updates += 1
+
+    def _update(self, batch: Any) -> dict[str, Tensor]:
+        if self.compiled and self._shape is None:
+            return self._compile(batch)
+        if self._graph and batch[-1].shape == self._shape:
+            return self._graph(batch)
+        return self.update(batch)
+
+    def update(self, batch: Any) -> dict[str, Tensor]:
+        """Take one step; return the loss's figures."""
+        gradients, figures = self.gradient(batch)
+        self.step(gradients)
+        return figures
+
+    def gradient(self, batch: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the gradients of the loss and its figures."""
+        loss, figures = self.agent.loss(batch)
+        gradients = list(torch.autograd.grad(loss, self.parameters))
+        return gradients, {name: figure.detach() for name, figure in figures.items()}
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor]) -> None:
+        """Clip the gradients, take Adam's step, let the agent follow."""
+        if self.max_norm is not None:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.compiled:
+            self._adam(gradients)
+        else:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+        self.agent.follow()
+
+    def _adam(self, gradients: list[Tensor]) -> None:
+        """Take the step of Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1."""
+        beta1, beta2 = self.group["betas"]
+        t = self._steps[0].add_(1.0)
+        # 1 - beta^t, which loses its digits in float32 while t is small.
+        size = self._rate / -torch.expm1(t * math.log(beta1))
+        spread = (-torch.expm1(t * math.log(beta2))).sqrt()
+        columns = zip(self.parameters, gradients, self._means, self._squares, strict=True)
+        for parameter, gradient, mean, square in columns:
+            mean.lerp_(gradient, 1.0 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+            parameter.sub_(size * mean / (square.sqrt() / spread + self.group["eps"]))
+
+    def _take_up_state(self) -> None:
+        """Take hold of the optimizer's state, made as torch makes it at the first step."""
+        for parameter in self.parameters:
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # Their data, not the tensors themselves: compiling marks what it takes for its own, and a
+        # checkpoint refuses tensors with marks.
+        states = [self.optimizer.state[parameter] for parameter in self.parameters]
+        self._steps: list[Tensor] = [state["step"].data for state in states]
+        self._means: list[Tensor] = [state["exp_avg"].data for state in states]
+        self._squares: list[Tensor] = [state["exp_avg_sq"].data for state in states]
+
+    def _compile(self, batch: Any) -> dict[str, Tensor]:
+        """Take the first step, compiled if the machine can."""
+        import torch._dynamo.config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        self._shape = batch[-1].shape
+        self.say("Compiling the update (some 20 s, once)")
+        torch._dynamo.config.trace_autograd_ops = True
+        for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
+        options: dict[str, Any] = {
+            "fullgraph": True,
+            "dynamic": False,
+            "isolate_recompiles": True,  # agents of one process would share one limit
+            "mode": "reduce-overhead" if self._rate.is_cuda else None,
+        }
+        try:
+            get_cpp_compiler()  # raises at once where there is none
+            graph = torch.compile(self.update, **options)
+            with warnings.catch_warnings(action="ignore"):  # torch's about itself
+                figures = graph(batch)
+        except Exception as error:  # a compiler that is missing or fails; nothing was changed yet
+            reason = " ".join(str(error).split())
+            missing = "C++ compiler" in reason or "is not found" in reason
+            why = "no C++ compiler was found" if missing else reason[:200]
+            self.say(f"The update cannot be compiled: {why}; training goes on without")
+            self.compiled = False
+            return self.update(batch)
+        self._graph = graph
+        return figures

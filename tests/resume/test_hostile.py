@@ -1,0 +1,195 @@
+"""A run whose files an attacker has rewritten, seals and all: one line, and nothing of it runs."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import co2lightning
+from co2lightning import storage
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.errors import UserError
+from conftest import TINY, Outcome, tree
+
+Command = Callable[..., Outcome]
+MARKER = "os.makedirs('RAN')"
+
+
+class Payload:
+    """Pickles to a call that leaves a marker."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"import os; {MARKER}",)
+
+
+def seal(content: Any, record: dict[str, Any]) -> bytes:
+    """Do as `storage.seal_checkpoint`, but with whatever content."""
+    trusting = pytest.MonkeyPatch()
+    with trusting.context() as patch:
+        patch.setattr(storage, "_foreign_content", lambda buffer: None)
+        return storage.seal_checkpoint(content, record)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train three episodes of SAC, once."""
+    from co2lightning.config import parse_flags
+    from co2lightning.session import run_fit
+
+    place = tmp_path_factory.mktemp("trained")
+    dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
+    words = ["--env.num_envs", "4", *TINY["SAC"], "--episodes", "3", *dirs]
+    run_fit(parse_flags(words, "SAC"), agent="SAC", echo=lambda line: None)
+    return place
+
+
+@pytest.fixture
+def run(trained: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingCheckpoint:
+    shutil.copytree(trained, place, dirs_exist_ok=True)
+    (place / "evil.py").write_text(f"import os; {MARKER}")
+    monkeypatch.syspath_prepend(str(place))  # a name in a file could import it
+    return TrainingCheckpoint("checkpoints/SAC")
+
+
+def resume(command: Command, *words: str) -> Outcome:
+    tiny = ("--env.num_envs", "4", *TINY["SAC"])
+    words = words or ("--ckpt_path", "last", "--episodes", "1")
+    outcome = command("fit", "--model", "SAC", *tiny, *words)
+    assert not Path("RAN").exists()
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("\n") == (outcome.code != 0)
+    return outcome
+
+
+def rewrite(run: TrainingCheckpoint, path: Path, changes: dict[str, Any]) -> None:
+    """Change the content of a file and make all hashes fit."""
+    content, record, _ = storage.load_sealed(path)
+    data = seal({**content, **changes}, record)
+    path.write_bytes(data)
+    history = storage.read_json(run.directory / "history.json")
+    row = history["checkpoints"][record["episode"] - 1]
+    entry = row["replay"] if record["kind"] == "replay" else row
+    entry |= {"sha256": storage.hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (run.directory / "history.json").write_bytes(storage.seal_json(json.dumps(history)))
+
+
+def test_an_honest_rewrite_is_resumed(run: TrainingCheckpoint, command: Command) -> None:
+    rewrite(run, run.path(3), {})
+    rewrite(run, run.replay_path(3), {})
+    assert run.verify() == []
+    assert "Resuming SAC at episode 4" in resume(command).out
+
+
+def test_a_pickle_in_the_newest_episode(run: TrainingCheckpoint, command: Command) -> None:
+    rewrite(run, run.path(3), {"callbacks": Payload()})
+    assert "episode_0003.pt is damaged (names '" in run.verify()[0]
+    outcome = resume(command)
+    assert outcome.code == 0
+    assert "episode_0003.pt is damaged (names '" in outcome.out
+    assert "1 episode lost, continuing after episode 2" in outcome.out
+    Path("other.pt").write_bytes((run.directory / "damaged" / "episode_0003.pt").read_bytes())
+    outcome = resume(command, "--ckpt_path", "other.pt")
+    assert outcome.code == 2
+    assert "other.pt is damaged" in outcome.err
+    for load in (co2lightning.SAC.load_from_checkpoint, TrainingCheckpoint.read):
+        with pytest.raises(UserError, match=r"other.pt is damaged"):
+            load("other.pt")
+    assert not Path("RAN").exists()
+
+
+PIECES: list[dict[str, Any]] = [
+    {"rows": Payload()},
+    {"rows": "many"},
+    {"rows": torch.zeros(3)},
+    {"rows": torch.zeros(1, 1).expand(10**12, 1)},
+    {"sizes": [10**12] * 5},
+    {"sizes": None},
+    {"began": -1},
+    {"began": {}},
+]
+
+
+@pytest.mark.parametrize("changes", PIECES, ids=lambda value: str(value)[:40])
+def test_a_replay_piece(run: TrainingCheckpoint, command: Command, changes: dict[str, Any]) -> None:
+    rewrite(run, run.replay_path(2), changes)
+    before = tree(Path())
+    outcome = resume(command)
+    assert outcome.code == 2
+    assert "replay/episode_0002.pt" in outcome.err
+    assert tree(Path()) == before
+
+
+CONTENTS: list[dict[str, Any]] = [
+    {"hyper_parameters": {"_class_path": "evil.Agent", "_instantiator": "evil.make"}},
+    {"hyper_parameters": {"observation_dim": Payload}},
+    {"run": {"agent": "evil.Agent", "config": {}}},
+    {"run": {"agent": "SAC", "config": {"env.id": "evil:Env-v0"}}},
+    {"run": {"agent": "SAC", "config": {"env.site": "https://example.org/site"}}},
+    {"run": {"agent": "SAC", "config": {"env.site": {"class_path": "evil.Site"}}}},
+    {"run": {"agent": "SAC", "config": {"model.gamma": float("nan")}}},
+    {"run": {"agent": "SAC", "config": {"model.hidden": [10**9] * 9}}},
+    {"state_dict": {"actor.0.weight": torch.zeros(1).expand(10**12)}},
+    {"loops": {"fit_loop": {"epoch_progress": "evil"}}},
+]
+
+
+@pytest.mark.parametrize("changes", CONTENTS, ids=lambda value: str(value)[:60])
+def test_an_episode_of_odd_content(
+    run: TrainingCheckpoint, command: Command, changes: dict[str, Any]
+) -> None:
+    """What could be imported or not be allocated is refused or has no effect."""
+    rewrite(run, run.path(3), changes)
+    resume(command)
+    with contextlib.suppress(UserError):
+        co2lightning.SAC.load_from_checkpoint(run.path(3))
+    assert not Path("RAN").exists()
+
+
+def test_an_environment_to_import_is_for_the_user_to_name(
+    run: TrainingCheckpoint, command: Command
+) -> None:
+    config = torch.load(run.path(3), weights_only=True)["run"]["config"]
+    evil = {"agent": "SAC", "config": {**config, "env.id": "evil:Env-v0"}}
+    rewrite(run, run.path(3), {"run": evil})
+    outcome = resume(command)
+    assert outcome.code == 2
+    assert "its env.id names a module to import" in outcome.err
+    assert "--env.id evil:Env-v0" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../victim.pt", "/victim.pt", "episode_0001.pt/../../../victim.pt", "a\0b"]
+)
+def test_names_in_the_history_lead_nowhere(
+    run: TrainingCheckpoint, command: Command, name: str
+) -> None:
+    Path("victim.pt").write_bytes(b"precious")
+    history = storage.read_json(run.directory / "history.json")
+    history["checkpoints"][0]["file"] = name
+    (run.directory / "history.json").write_bytes(storage.seal_json(json.dumps(history)))
+    outcome = resume(
+        command, "--ckpt_path", "last", "--episodes", "1", "--checkpoints.keep_last", "1"
+    )
+    assert outcome.code == 0
+    assert "history.json is damaged" in outcome.out
+    assert Path("victim.pt").read_bytes() == b"precious"
+    assert set(os.listdir()) == {"checkpoints", "lightning_logs", "evil.py", "victim.pt"}
+
+
+def test_links_in_place_of_files_are_not_followed_to_write(
+    run: TrainingCheckpoint, command: Command
+) -> None:
+    Path("victim").write_bytes(b"precious")
+    for name in ("history.json", "metadata.json", "episode_0004.pt", "replay/episode_0004.pt"):
+        (run.directory / name).unlink(missing_ok=True)
+        (run.directory / name).symlink_to(Path("victim").resolve())
+    outcome = resume(command)
+    assert outcome.code == 0
+    assert Path("victim").read_bytes() == b"precious"
+    assert run.verify() == []

@@ -1,0 +1,182 @@
+"""Compiled updates: the same descent as the eager one, in one graph, kept by the run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.utils
+
+from co2lightning import storage
+from co2lightning.agents import AGENTS, agent_class, descent
+from co2lightning.agents.actor_critic import Transitions
+from co2lightning.agents.agent import Agent
+from co2lightning.agents.descent import Descent, worth_compiling
+from co2lightning.agents.sac import Update
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.config import complete, read_recipe
+from co2lightning.replay import ReplayBatch
+from conftest import TINY, Outcome
+
+Fit = Callable[..., Outcome]
+M = 32
+
+
+def minibatch(name: str, size: int) -> Any:
+    obs, action = torch.randn(size, 3), 2.0 * torch.rand(size, 2) - 1.0
+    if name == "SAC":
+        batch = ReplayBatch(obs, action, torch.randn(size), torch.randn(size, 3), torch.zeros(size))
+        return Update(batch, torch.randn(size, 2), torch.randn(size, 2))
+    log_prob = torch.randn(size) - 2.0
+    weight = (torch.rand(size) < 0.9).float()
+    return Transitions(obs, action, log_prob, torch.randn(size), torch.randn(size), weight)
+
+
+def pupil(name: str, compiled: bool) -> tuple[Agent, Descent, torch.optim.Optimizer]:
+    agent = agent_class(name)(3, 2, seed=1, hidden=(8,))
+    optimizer = agent.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    max_norm = agent.hparams.get("max_grad_norm")
+    return agent, Descent(agent, optimizer, max_norm=max_norm, compiled=compiled), optimizer
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_hundred_compiled_updates_are_the_eager_ones(name: str) -> None:
+    """Schedules move and a smaller minibatch ends each epoch, as in training."""
+    torch.manual_seed(2)
+    torch._dynamo.utils.counters.clear()
+    pupils = [pupil(name, compiled=compiled) for compiled in (False, True)]
+    before = [p.detach().clone() for p in pupils[0][0].parameters()]
+    for number in range(100):
+        batch = minibatch(name, 5 if number % 10 == 9 else M)
+        for agent, take, _ in pupils:
+            if number % 25 == 0:
+                take.begin(1e-3 / (1.0 + number))
+                if name == "PPO":
+                    agent.clip_range.fill_(0.3 / (1.0 + number))  # pyright: ignore
+            take(batch)
+    eager_figures, figures = (take.end() for _, take, _ in pupils)
+    (eager, _, eager_adam), (agent, take, adam) = pupils
+    assert take.compiled, "the compiler failed"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert list(figures) == list(eager_figures)
+    for key, figure in figures.items():
+        assert float(figure) == pytest.approx(float(eager_figures[key]), rel=1e-4, abs=1e-4), key
+    moved = 0.0
+    for old, a, b in zip(before, eager.parameters(), agent.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-5
+        moved = max(moved, float((a.detach() - old).abs().max()))
+    assert moved > 1e-2
+    a, b = eager_adam.state_dict(), adam.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    assert list(a["state"]) == list(b["state"])
+    for key in a["state"]:
+        assert list(a["state"][key]) == list(b["state"][key])
+        for part, value in a["state"][key].items():
+            torch.testing.assert_close(b["state"][key][part], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agent_knows_its_number_of_updates(fit: Fit, name: str) -> None:
+    fit(name, "--episodes", "2", "--env.num_envs", "5")
+    one, two = (
+        TrainingCheckpoint.read(Path(f"checkpoints/{name}/episode_{n:04d}.pt"))["counters"]
+        for n in (1, 2)
+    )
+    agent = agent_class(name).load_from_checkpoint(f"checkpoints/{name}/episode_0002.pt")
+    day: Any = SimpleNamespace(horizon=96, num_envs=5)
+    assert two["updates"] - one["updates"] == agent.updates_per_episode(day)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_auto_is_for_long_runs(name: str) -> None:
+    settings = complete(read_recipe(f"{name.lower()}.yaml")[1], name)
+    model = {k.removeprefix("model."): v for k, v in settings.items() if k.startswith("model.")}
+    agent = agent_class(name)(29, 2, **model)
+    assert agent.hparams["compile"] == "auto"
+    day: Any = SimpleNamespace(horizon=96, num_envs=settings["env.num_envs"])
+    updates = agent.updates_per_episode(day)
+    assert not worth_compiling(10 * updates)
+    assert worth_compiling(1000 * updates)
+
+
+def kept(name: str, episode: int) -> tuple[Any, Any]:
+    """Return what a checkpoint says about compiling, to a resume and to who loads the agent."""
+    content = TrainingCheckpoint.read(Path(f"checkpoints/{name}/episode_{episode:04d}.pt"))
+    return content["run"]["config"]["model.compile"], content["hyper_parameters"]["compile"]
+
+
+def test_a_short_run_stays_eager_however_it_goes_on(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("PPO", "--episodes", "1")
+    assert kept("PPO", 1) == (False, False)
+    monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)  # any run is long enough
+    for words in ((), ("--model.compile", "auto")):
+        outcome = fit("PPO", "--ckpt_path", "last", "--episodes", "1", *words)
+        assert "ompil" not in outcome.out
+    assert kept("PPO", 3) == (False, False)
+
+
+def test_a_long_run_compiles_however_it_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
+        outcome = fit("PPO", "--episodes", "2")
+    assert outcome.out.count("Compiling the update") == 1
+    assert "cannot" not in outcome.out
+    outcome = fit("PPO", "--ckpt_path", "last", "--episodes", "1")
+    assert "Compiling the update" in outcome.out
+    assert kept("PPO", 1) == kept("PPO", 3) == (True, True)
+    outcome = fit("PPO", "--ckpt_path", "last", "--episodes", "1", "--model.compile", "false")
+    assert "compile: True -> False" in outcome.out
+    assert "Compiling" not in outcome.out
+    assert kept("PPO", 4) == (False, False)
+
+
+def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("PPO", "--episodes", "1")
+    content, record, _ = storage.load_sealed(Path("checkpoints/PPO/episode_0001.pt"))
+    path = Path("old.pt")
+    del content["hyper_parameters"]["compile"], content["run"]["config"]["model.compile"]
+    path.write_bytes(storage.seal_checkpoint(content, record))
+    assert agent_class("PPO").load_from_checkpoint(path).hparams["compile"] == "auto"
+    monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
+    outcome = fit("PPO", "--ckpt_path", "old.pt", "--episodes", "1")
+    assert "Resuming PPO at episode 2" in outcome.out
+    assert "ompil" not in outcome.out
+    assert kept("PPO", 2) == (False, False)
+
+
+def test_without_a_compiler_a_run_goes_on_eagerly(
+    fit: Fit, place: Path, environment: dict[str, str]
+) -> None:
+    fit("PPO", "--episodes", "2")
+    without = {k: v for k, v in environment.items() if k != "CXX"}
+    without |= {"PATH": str(place), "TORCHINDUCTOR_CACHE_DIR": str(place / "cache")}
+    words = ["--env.num_envs", "4", *TINY["PPO"], "--episodes", "2", "--name", "without"]
+    done = subprocess.run(
+        [sys.executable, "-m", "co2lightning", "fit", "--model", "PPO", *words]
+        + ["--model.compile", "true"],
+        env=without,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    line = "The update cannot be compiled: no C++ compiler was found; training goes on without"
+    assert done.stdout.count(line) == 1
+    for episode in (1, 2):
+        own, other = (
+            TrainingCheckpoint.read(Path(f"checkpoints/{run}/episode_{episode:04d}.pt"))
+            for run in ("PPO", "without")
+        )
+        for key, value in own["state_dict"].items():
+            assert torch.equal(other["state_dict"][key], value), key
