@@ -138,7 +138,8 @@ class SiteDays:
         obs = observe(self.observer, self.model, state)
         if not self.hindsight_dim:
             return obs
-        return torch.cat([obs, self._hindsight.index_select(0, state.row)], dim=1)
+        ahead = self._hindsight[state.step].index_select(0, state.day)
+        return torch.cat([obs, ahead], dim=1)
 
     def step(self, action: Tensor) -> Step:
         """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""

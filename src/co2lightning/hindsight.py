@@ -36,16 +36,16 @@ HINDSIGHT = (
 """Energies as shares of the battery's capacity, CO2 as that of a charge at the mean intensity."""
 
 _STEPS_2_H, _STEPS_6_H = 8, 24
-_BASELINE_ROW = 2  # of `SiteModel.series`
+_BASELINE_ROW = 2  # of a step's series in the model
 
 
 @torch.no_grad()
-def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tensor]:
+def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, tuple[Tensor, ...]]:
     """Run RBC B through every day of the site, the battery starting in the middle of its range.
 
     Returns:
         The model with the rule's reward as its reference, so that a step's reward is what the
-        rule's is exceeded by, and the hindsight features [D * T, K].
+        rule's is exceeded by, and the hindsight features, T of [D, K].
     """
     days = torch.arange(len(site.days), device=model.device)
     middle = (site.battery.start_soc_min + site.battery.start_soc_max) / 2
@@ -75,11 +75,10 @@ def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tenso
         np.maximum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
         np.minimum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
     ]
-    table = np.stack(features, axis=-1).reshape(-1, len(HINDSIGHT))
-    return (
-        model._replace(series=_against(model.series, reward)),
-        torch.as_tensor(table).to(model.series),
-    )
+    table = torch.as_tensor(np.stack(features, axis=-1).transpose(1, 0, 2).copy())
+    series = torch.stack(model.series)
+    series[:, _BASELINE_ROW] -= torch.as_tensor(reward.T.copy()).to(series)
+    return model._replace(series=series.unbind(0)), table.to(series).unbind(0)
 
 
 def _ahead(values: np.ndarray, steps: int) -> np.ndarray:
@@ -87,10 +86,3 @@ def _ahead(values: np.ndarray, steps: int) -> np.ndarray:
     until = np.pad(values.cumsum(axis=1), ((0, 0), (1, 0)))
     end = np.minimum(np.arange(T) + steps, T)
     return until[:, end] - until[:, :-1]
-
-
-def _against(series: Tensor, reward: np.ndarray) -> Tensor:
-    """Return the model's series with their row of references lowered by the rule's reward."""
-    series = series.clone()
-    series[_BASELINE_ROW] -= torch.as_tensor(reward.reshape(-1)).to(series)
-    return series
