@@ -270,7 +270,8 @@ class TrainingCheckpoint:
         try:
             stored = self._stored_history()
         except FileNotFoundError:
-            problems.append("history.json is missing")
+            if self.episodes():  # without, a kill came before its first word
+                problems.append("history.json is missing")
         except ValueError as error:
             problems.append(f"history.json is damaged ({error})")
         files = self.episodes()
@@ -347,7 +348,7 @@ class TrainingCheckpoint:
         try:
             metadata = self._read_metadata()
         except FileNotFoundError:
-            return ["metadata.json is missing"]
+            return ["metadata.json is missing"] if ledger.episodes else []
         except ValueError as error:
             return [f"metadata.json is damaged ({error})"]
         if metadata["last_episode"] > ledger.last and not running:
