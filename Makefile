@@ -12,8 +12,12 @@ train: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -n 2
+	@# pyright beside pytest, whose processes wait now and then; heard only if it finds something.
+	@mkdir -p .pytest_cache; \
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python \
+	  > .pytest_cache/pyright.txt 2>&1 & typed=$$!; \
+	$(BIN)/pytest -n 2; tested=$$?; \
+	wait $$typed || { cat .pytest_cache/pyright.txt >&2; exit 1; }; exit $$tested
 
 test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"

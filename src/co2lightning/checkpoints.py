@@ -24,237 +24,37 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from co2lightning import storage
 from co2lightning.errors import UserError
+from co2lightning.ledger import (
+    EPISODE_PATTERN,
+    STATUSES,
+    Episode,
+    Ledger,
+    Metrics,
+    Row,
+    Session,
+    parse_count,
+    parse_hash,
+    parse_history,
+    parse_metrics,
+    parse_session,
+    parse_text,
+    score,
+)
 from co2lightning.storage import Damaged, Locked
 
 __all__ = ["EPISODE_PATTERN", "Damaged", "Locked", "TrainingCheckpoint"]
 
-EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
-STATUSES = ("running", "completed", "interrupted", "failed", "killed")
-BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
 COMPUTED = {  # what metadata.json has beyond the run's info
     *("last_episode", "total_episodes_trained", "last_training", "final_metrics"),
     *("best_episode", "device", "session_timestamp", "status"),
 }
 WRITE_INTERVAL = 1.0  # seconds the JSON files may be behind during a session
-
-Row = dict[str, Any]
-Metrics = dict[str, float | None]
-
-
-@dataclass(eq=False)
-class _Session:
-    """One entry of `trainings`."""
-
-    timestamp: str
-    start: int
-    device: str
-    duration: float = 0.0
-    status: str = "running"
-
-
-@dataclass
-class _Episode:
-    """One row of `checkpoints` and, unless history was lost after pruning, one of `metrics`."""
-
-    session: _Session
-    metrics: Metrics | None
-    file: Row
-    text: tuple[str, str] | None = None  # both rows encoded: a long run encodes each once
-
-    @property
-    def pruned(self) -> bool:
-        return bool(self.file.get("pruned"))
-
-
-@dataclass
-class _Ledger:
-    """What history.json says; `episodes` ascends."""
-
-    agent: str
-    sessions: list[_Session] = field(default_factory=list[_Session])
-    episodes: dict[int, _Episode] = field(default_factory=dict[int, _Episode])
-    replay_pruned_to: int = 0
-
-    @property
-    def last(self) -> int:
-        return next(reversed(self.episodes), 0)
-
-    def best(self) -> int | None:
-        """Return the episode with the lowest share of its own days' uncontrolled CO2."""
-        scored = [(_score(e.metrics), number) for number, e in self.episodes.items() if e.metrics]
-        return min(scored)[1] if scored else None
-
-    def kept(self) -> dict[int, _Episode]:
-        return {number: e for number, e in self.episodes.items() if not e.pruned}
-
-    def _trainings(self) -> list[tuple[Row, list[_Episode]]]:
-        members: dict[int, list[_Episode]] = {id(session): [] for session in self.sessions}
-        ends = {id(session): session.start - 1 for session in self.sessions}
-        for number, episode in self.episodes.items():
-            members[id(episode.session)].append(episode)
-            ends[id(episode.session)] = number
-        return [
-            (
-                {
-                    "session_timestamp": s.timestamp,
-                    "start_episode": s.start,
-                    "end_episode": ends[id(s)],
-                    "episodes_count": len(members[id(s)]),
-                    "device": s.device,
-                    "duration_seconds": s.duration,
-                    "status": s.status,
-                },
-                members[id(s)],
-            )
-            for s in self.sessions
-        ]
-
-    def _head(self) -> Row:
-        head: Row = {"schema_version": 1, "agent": self.agent, "total_episodes": len(self.episodes)}
-        if self.replay_pruned_to:
-            head["replay_pruned_to"] = self.replay_pruned_to
-        return head
-
-    def view(self) -> Row:
-        """Return the content of history.json."""
-        return self._head() | {
-            "trainings": [
-                row | {"metrics": [e.metrics for e in members if e.metrics is not None]}
-                for row, members in self._trainings()
-            ],
-            "checkpoints": [episode.file for episode in self.episodes.values()],
-        }
-
-    def text(self) -> str:
-        """Return the same as JSON, one row a line, encoding only rows not encoded before."""
-        for episode in self.episodes.values():
-            if episode.text is None:
-                metrics = json.dumps(episode.metrics, allow_nan=False) if episode.metrics else ""
-                episode.text = metrics, json.dumps(episode.file, allow_nan=False)
-        encoded = {id(e): e.text for e in self.episodes.values() if e.text}
-        trainings = ",\n  ".join(
-            json.dumps(row)[:-1]
-            + ', "metrics": [\n   '
-            + ",\n   ".join(filter(None, (encoded[id(e)][0] for e in members)))
-            + "]}"
-            for row, members in self._trainings()
-        )
-        files = ",\n  ".join(text[1] for text in encoded.values())
-        head = json.dumps(self._head())[:-1]
-        return f'{head},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
-
-
-def _score(metrics: Metrics | None) -> tuple[int, float]:
-    """Rank an episode, lower is better; the reward decides only where the share is unknown."""
-    share, reward = ((metrics or {}).get(key) for key in (BEST_METRIC, "reward"))
-    if share is not None:
-        return 0, share
-    return (1, -reward) if reward is not None else (2, 0.0)
-
-
-def _parse_history(data: Row) -> _Ledger:
-    """Turn the content of history.json into a ledger.
-
-    Raises:
-        ValueError: Any field is not what the schema says, or sums disagree.
-    """
-    if data.get("schema_version") != 1:
-        raise ValueError("unknown schema_version")
-    ledger = _Ledger(_text(data, "agent"), replay_pruned_to=_count(data, "replay_pruned_to", 0))
-    metrics: dict[int, tuple[_Session, Metrics]] = {}
-    counts: list[tuple[_Session, int, int]] = []
-    for row in _rows(data, "trainings"):
-        session = _parse_session(row, _text(row, "status"))
-        ledger.sessions.append(session)
-        counts.append((session, _count(row, "end_episode"), _count(row, "episodes_count")))
-        for entry in _rows(row, "metrics"):
-            metrics[_count(entry, "episode")] = session, _parse_metrics(entry)
-    for row in _rows(data, "checkpoints"):
-        match = EPISODE_PATTERN.fullmatch(_text(row, "file"))
-        if not match or int(match[1]) <= ledger.last:
-            raise ValueError(f"unexpected file name {row['file']!r:.60}")
-        number = int(match[1])
-        if not (row.get("pruned") is True and row.get("sha256") is None):
-            _parse_hash(row)
-        if row.get("replay") is not None:
-            _parse_hash(row["replay"])
-        session, values = metrics.pop(number, (_session_of(ledger, number), None))
-        ledger.episodes[number] = _Episode(session, values, row)
-    trainings = [(r["end_episode"], r["episodes_count"]) for r, _ in ledger._trainings()]  # pyright: ignore[reportPrivateUsage]
-    if metrics or trainings != [(end, count) for _, end, count in counts]:
-        raise ValueError("sessions and checkpoints disagree")
-    if _count(data, "total_episodes") != len(ledger.episodes):
-        raise ValueError("total_episodes differs from the number of checkpoints")
-    return ledger
-
-
-def _parse_session(row: Row, status: str) -> _Session:
-    duration = row.get("duration_seconds")
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or duration < 0:
-        raise ValueError("duration_seconds is not a time")
-    if status not in STATUSES:
-        raise ValueError("unknown status")
-    session = _Session(_text(row, "session_timestamp"), _count(row, "start_episode"), "")
-    session.device, session.duration, session.status = _text(row, "device"), duration, status
-    return session
-
-
-def _parse_metrics(row: Row) -> Metrics:
-    for name, value in row.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and abs(value) < 1e300):
-            raise ValueError(f"metric {name!r:.60} is not a number")
-    return row
-
-
-def _parse_hash(row: object) -> None:
-    if not isinstance(row, dict):
-        raise ValueError("not a file entry")
-    entry = cast(Row, row)
-    _count(entry, "bytes")
-    if not re.fullmatch(r"[0-9a-f]{64}", _text(entry, "sha256"), re.ASCII):
-        raise ValueError("sha256 is not 64 hex digits")
-
-
-def _text(row: Row, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or len(value) > 1000:
-        raise ValueError(f"{key} is not a text")
-    return value
-
-
-def _count(row: Row, key: str, default: int | None = None) -> int:
-    value = row.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
-        raise ValueError(f"{key} is not a count")
-    return value
-
-
-def _rows(row: Row, key: str) -> list[Row]:
-    value = row.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{key} is not a list")
-    rows = cast(list[object], value)
-    if not all(isinstance(entry, dict) for entry in rows):
-        raise ValueError(f"{key} holds something else than objects")
-    return cast(list[Row], rows)
-
-
-def _session_of(ledger: _Ledger, number: int) -> _Session:
-    """Return the session an episode without record fell into, by the sessions' first episodes."""
-    for session in reversed(ledger.sessions):
-        if session.start <= number:
-            return session
-    unknown = _Session("", 1, "unknown", status="killed")
-    ledger.sessions.insert(0, unknown)
-    return unknown
 
 
 def _hash(data: bytes) -> Row:
@@ -306,7 +106,7 @@ class TrainingCheckpoint:
         self._locks: list[storage.FileLock] = []
         self._depth = 0
         self._session_lock = contextlib.ExitStack()
-        self._ledger: _Ledger | None = None  # the writer's copy, during a session only
+        self._ledger: Ledger | None = None  # the writer's copy, during a session only
         self._run: Row = {}
         self._best: tuple[tuple[int, float], int] | None = None
         self._kept: dict[int, None] = {}  # episodes with a file, ascending
@@ -464,13 +264,14 @@ class TrainingCheckpoint:
         """
         running = self.is_running()
         problems: list[str] = []
-        stored: _Ledger | None = None
+        stored: Ledger | None = None
         if not self._directory.is_dir():
             return [f"{self._directory}: no such run"]
         try:
             stored = self._stored_history()
         except FileNotFoundError:
-            problems.append("history.json is missing")
+            if self.episodes():  # without, a kill came before its first word
+                problems.append("history.json is missing")
         except ValueError as error:
             problems.append(f"history.json is damaged ({error})")
         files = self.episodes()
@@ -524,7 +325,7 @@ class TrainingCheckpoint:
             found.append(_plural(count, "temporary file"))
         return found
 
-    def _verify_replay(self, ledger: _Ledger, running: bool) -> list[str]:
+    def _verify_replay(self, ledger: Ledger, running: bool) -> list[str]:
         problems: list[str] = []
         for number, entry in ledger.episodes.items():
             if entry.file.get("replay") is None or number <= ledger.replay_pruned_to:
@@ -543,11 +344,11 @@ class TrainingCheckpoint:
             problems += [f"replay/{self.path(n).name} belongs to no episode" for n in orphans]
         return problems
 
-    def _verify_metadata(self, ledger: _Ledger, running: bool) -> list[str]:
+    def _verify_metadata(self, ledger: Ledger, running: bool) -> list[str]:
         try:
             metadata = self._read_metadata()
         except FileNotFoundError:
-            return ["metadata.json is missing"]
+            return ["metadata.json is missing"] if ledger.episodes else []
         except ValueError as error:
             return [f"metadata.json is damaged ({error})"]
         if metadata["last_episode"] > ledger.last and not running:
@@ -595,7 +396,7 @@ class TrainingCheckpoint:
                 names = ", ".join(self.path(n).name for n in gaps[:5])
                 more = f" and {len(gaps) - 5} more" if len(gaps) > 5 else ""
                 moved.append(f"{names}{more} missing, continuing after episode {newest}")
-            _close_dead(ledger)
+            ledger.close_dead()
             if self._directory.exists():
                 self._write(ledger, self._stored_run(ledger))
             return moved + messages
@@ -618,15 +419,15 @@ class TrainingCheckpoint:
             ledger = self._current()
             if start_episode != ledger.last + 1:
                 raise ValueError(f"start_episode {start_episode}, but {ledger.last + 1} is next")
-            _close_dead(ledger)
+            ledger.close_dead()
             self._run = _plain(info)
             ledger.agent = str(self._run.get("agent", ledger.agent))
             self._previous_status = next(
                 (e.session.status for e in reversed(ledger.episodes.values())), None
             )
-            ledger.sessions.append(_Session(storage.now(), start_episode, device))
+            ledger.sessions.append(Session(storage.now(), start_episode, device))
             best = ledger.best()
-            self._best = (_score(ledger.episodes[best].metrics), best) if best else None
+            self._best = (score(ledger.episodes[best].metrics), best) if best else None
             self._kept = dict.fromkeys(ledger.kept())
             self._pruned_to = max((n for n, e in ledger.episodes.items() if e.pruned), default=0)
             self._started = time.monotonic()
@@ -682,7 +483,7 @@ class TrainingCheckpoint:
         duration = round(time.monotonic() - self._started, 3)
         values: Metrics = {"episode": episode}
         values |= {key: _finite(value) for key, value in metrics.items() if key != "episode"}
-        rank = _score(values), episode
+        rank = score(values), episode
         best = min(self._best, rank) if self._best else rank
         doomed = self._doomed(episode, best[1])
         if replay_capacity_episodes is not None and self._keep_last is not None:
@@ -719,7 +520,7 @@ class TrainingCheckpoint:
         data = storage.seal_checkpoint(content, record)
         path = self.path(episode)
         storage.write_atomic(path, data)
-        entry = _Episode(session, values, _file_row(path, record, _hash(data)))
+        entry = Episode(session, values, _file_row(path, record, _hash(data)))
         with self._changing:
             ledger.episodes[episode] = entry
             session.duration = duration
@@ -790,7 +591,7 @@ class TrainingCheckpoint:
             content, record, data = _load(self.path(episode))
             self._check(self.path(episode), record, data, episode, "episode", None, None)
             ledger = self._current()
-            _close_dead(ledger)
+            ledger.close_dead()
             later = [number for number in self.episodes() if number > episode]
             if not later:
                 return None
@@ -802,7 +603,7 @@ class TrainingCheckpoint:
             for number in sorted({*later, *(n for n in pieces if n > episode)}, reverse=True):
                 self.path(number).unlink(missing_ok=True)
                 self.replay_path(number).unlink(missing_ok=True)
-            _trim(ledger, episode)
+            ledger.trim(episode)
             self._write(ledger, _run_of(content, ledger))
             return target
 
@@ -825,13 +626,13 @@ class TrainingCheckpoint:
             other = TrainingCheckpoint(source.parent)
             if other.path(last).name == source.name:
                 ledger = other._current()
-                _trim(ledger, last)
+                ledger.trim(last)
             else:
-                ledger = _Ledger(record["agent"])
+                ledger = Ledger(record["agent"])
             if last not in ledger.episodes:
-                _add(ledger, other.path(last), record, _hash(data))
-            _close_dead(ledger)
-            _fill_pruned(ledger, last)
+                ledger.add(record, _file_row(other.path(last), record, _hash(data)))
+            ledger.close_dead()
+            ledger.fill_pruned(last)
             files = {self.path(last).name: source}
             for number in ledger.kept():
                 files.setdefault(self.path(number).name, other.path(number))
@@ -844,10 +645,10 @@ class TrainingCheckpoint:
 
     # --- inside -----------------------------------------------------------------------------
 
-    def _stored_history(self) -> _Ledger:
-        return _parse_history(storage.read_json(self._directory / "history.json"))
+    def _stored_history(self) -> Ledger:
+        return parse_history(storage.read_json(self._directory / "history.json"))
 
-    def _current(self, damaged: list[Damaged] | None = None) -> _Ledger:
+    def _current(self, damaged: list[Damaged] | None = None) -> Ledger:
         """Return history.json brought up to date from the files, or all of it from them.
 
         Only files that history does not know are read; bad ones are left out and appended to
@@ -860,7 +661,7 @@ class TrainingCheckpoint:
             ledger = self._stored_history()
             known = {id(session) for session in ledger.sessions}
         except (FileNotFoundError, ValueError):
-            ledger = _Ledger(self._stored_metadata().get("agent", self.name))
+            ledger = Ledger(self._stored_metadata().get("agent", self.name))
         agent = ledger.agent if ledger.episodes else None
         files = self.episodes()  # listed after history was read: it may only be behind them
         records: dict[int, Row] = {}
@@ -871,7 +672,7 @@ class TrainingCheckpoint:
             try:
                 data, records[number] = storage.read_sealed(path)
                 self._check(path, records[number], data, number, "episode", None, agent)
-                _add(ledger, path, records[number], _hash(data))
+                ledger.add(records[number], _file_row(path, records[number], _hash(data)))
             except (Damaged, FileNotFoundError) as error:
                 records.pop(number, None)
                 if isinstance(error, Damaged) and damaged is not None:
@@ -879,7 +680,7 @@ class TrainingCheckpoint:
         present = set(files)
         gone = [n for n in ledger.kept() if n not in present]
         newest = max((n for n in ledger.kept() if n in present), default=0)
-        _trim(ledger, newest)
+        ledger.trim(newest)
         lost = {n: ledger.episodes.pop(n) for n in gone if n in ledger.episodes}
         if len(ledger.episodes) < newest:
             record = records.get(newest) or self._record(newest)
@@ -888,14 +689,14 @@ class TrainingCheckpoint:
             for number, entry in lost.items():
                 if number <= limit:
                     row = {**entry.file, "pruned": True}
-                    ledger.episodes[number] = _Episode(entry.session, entry.metrics, row)
-            _fill_pruned(ledger, limit)
+                    ledger.episodes[number] = Episode(entry.session, entry.metrics, row)
+            ledger.fill_pruned(limit)
         ledger.episodes = dict(sorted(ledger.episodes.items()))
         ledger.sessions.sort(key=lambda session: session.start)
         self._guess_status(ledger, known, records)
         return ledger
 
-    def _guess_status(self, ledger: _Ledger, known: set[int], records: dict[int, Row]) -> None:
+    def _guess_status(self, ledger: Ledger, known: set[int], records: dict[int, Row]) -> None:
         """Set the status of sessions that only episode files tell of."""
         before = {id(s): p for p, s in itertools.pairwise(ledger.sessions) if id(p) not in known}
         for number, record in records.items():
@@ -923,7 +724,7 @@ class TrainingCheckpoint:
         data: bytes,
         number: int,
         kind: str,
-        row: _Episode | None,
+        row: Episode | None,
         agent: str | None,
     ) -> None:
         """Check that a sealed file is the one that stands here.
@@ -945,7 +746,7 @@ class TrainingCheckpoint:
         try:
             stored = self._stored_history()
         except (FileNotFoundError, ValueError):
-            stored = _Ledger("")
+            stored = Ledger("")
         agent = stored.agent if stored.episodes else None
         for number in reversed(self.episodes()):
             path = self.path(number)
@@ -970,8 +771,8 @@ class TrainingCheckpoint:
             FileNotFoundError: There is none.
         """
         data = storage.read_json(self._directory / "metadata.json")
-        _text(data, "agent")
-        _count(data, "last_episode")
+        parse_text(data, "agent")
+        parse_count(data, "last_episode")
         if data.get("status") not in (*STATUSES, None):
             raise ValueError("unknown status")
         return data
@@ -982,7 +783,7 @@ class TrainingCheckpoint:
         except (FileNotFoundError, ValueError):
             return {}
 
-    def _stored_run(self, ledger: _Ledger) -> Row:
+    def _stored_run(self, ledger: Ledger) -> Row:
         """Return the run's info from metadata.json or else from the newest good file."""
         metadata = self._stored_metadata()
         if metadata:
@@ -991,7 +792,7 @@ class TrainingCheckpoint:
             return run
         return _run_of(self._newest()[1], ledger)
 
-    def _metadata(self, ledger: _Ledger, run: Row) -> Row:
+    def _metadata(self, ledger: Ledger, run: Row) -> Row:
         final = next(reversed(ledger.episodes.values())).metrics if ledger.episodes else None
         best = self._best[1] if self._ledger and self._best else ledger.best()
         session = ledger.sessions[-1] if ledger.sessions else None
@@ -1001,7 +802,7 @@ class TrainingCheckpoint:
             "agent": ledger.agent,
             "last_episode": ledger.last,
             "total_episodes_trained": len(ledger.episodes),
-            "last_training": session and _end(session),
+            "last_training": session and session.end,
             "final_metrics": {k: v for k, v in (final or {}).items() if k != "episode"},
             "best_episode": best and ledger.episodes[best].metrics,
             "device": session and session.device,
@@ -1012,11 +813,11 @@ class TrainingCheckpoint:
             "status": session and session.status,
         }
 
-    def _write(self, ledger: _Ledger, run: Row) -> None:
+    def _write(self, ledger: Ledger, run: Row) -> None:
         """Write history.json and metadata.json and wait for the disk."""
         self._write_texts(self._encode(ledger, run), durable=True)
 
-    def _encode(self, ledger: _Ledger, run: Row) -> tuple[str, str]:
+    def _encode(self, ledger: Ledger, run: Row) -> tuple[str, str]:
         metadata = self._metadata(ledger, run)
         return ledger.text(), json.dumps(metadata, allow_nan=False, indent=1)
 
@@ -1049,7 +850,7 @@ class TrainingCheckpoint:
                     doomed.append(number)
         return doomed
 
-    def _prune(self, ledger: _Ledger, doomed: list[int], replay_to: int) -> None:
+    def _prune(self, ledger: Ledger, doomed: list[int], replay_to: int) -> None:
         for number in doomed:
             self.path(number).unlink(missing_ok=True)
             del self._kept[number]
@@ -1174,22 +975,22 @@ def _parse_record(path: Path, record: Row, kind: str) -> int:
     try:
         if record.get("kind") != kind:
             raise ValueError(f"no {kind} file")
-        number = _count(record, "episode")
+        number = parse_count(record, "episode")
         if not 0 < number <= 999_999:
             raise ValueError("no such episode number")
-        _text(record, "agent")
+        parse_text(record, "agent")
         if kind == "episode":
             session = record.get("session")
             if not isinstance(session, dict):
                 raise ValueError("no session")
-            _parse_session(cast(Row, session), "running")
+            parse_session(cast(Row, session), "running")
             if not isinstance(record.get("metrics"), dict):
                 raise ValueError("no metrics")
-            _parse_metrics(record["metrics"])
+            parse_metrics(record["metrics"])
             for key in ("pruned_to", "replay_pruned_to"):
-                _count(record, key)
+                parse_count(record, key)
             if record.get("replay") is not None:
-                _parse_hash(record["replay"])
+                parse_hash(record["replay"])
     except ValueError as error:
         raise Damaged(path, f"its record is wrong: {error}") from None
     return number
@@ -1202,62 +1003,13 @@ def _file_row(path: Path, record: Row, hashed: Row) -> Row:
     return row
 
 
-def _add(ledger: _Ledger, path: Path, record: Row, hashed: Row) -> None:
-    """Add to the ledger what the record of a good episode file says."""
-    found = _parse_session(record["session"], "running")
-    session = found
-    for known in reversed(ledger.sessions):
-        if known.start < found.start:
-            break
-        if (known.timestamp, known.start) == (found.timestamp, found.start):
-            session = known
-    if session is found:
-        ledger.sessions.append(session)
-    session.duration = max(session.duration, found.duration)
-    entry = _Episode(session, record["metrics"], _file_row(path, record, hashed))
-    ledger.episodes[record["episode"]] = entry
-
-
-def _fill_pruned(ledger: _Ledger, last: int) -> None:
-    """Add the episodes up to `last` that left no trace but were trained, as pruned."""
-    for number in range(1, last + 1):
-        if number not in ledger.episodes:
-            row = {"file": f"episode_{number:04d}.pt", "sha256": None, "bytes": None}
-            session = _session_of(ledger, number)
-            ledger.episodes[number] = _Episode(session, None, row | {"pruned": True})
-    ledger.episodes = dict(sorted(ledger.episodes.items()))
-
-
-def _trim(ledger: _Ledger, last: int) -> None:
-    """Forget what came after episode `last`."""
-    ledger.episodes = {n: e for n, e in ledger.episodes.items() if n <= last}
-    used = {id(entry.session) for entry in ledger.episodes.values()}
-    ledger.sessions = [s for s in ledger.sessions if s.start <= last + 1 or id(s) in used]
-    ledger.replay_pruned_to = min(ledger.replay_pruned_to, last)
-
-
-def _run_of(content: Row | None, ledger: _Ledger) -> Row:
+def _run_of(content: Row | None, ledger: Ledger) -> Row:
     """Return the run's info as a checkpoint carries it."""
     run = content.get("run") if content else None
     return _plain(cast(Row, run)) if isinstance(run, dict) else {"agent": ledger.agent}
 
 
-def _close_dead(ledger: _Ledger) -> None:
-    for session in ledger.sessions:
-        if session.status == "running":
-            session.status = "killed"
-
-
-def _end(session: _Session) -> str:
-    """Return when a session last did something."""
-    try:
-        start = datetime.fromisoformat(session.timestamp)
-        return (start + timedelta(seconds=session.duration)).isoformat(timespec="seconds")
-    except (ValueError, OverflowError):
-        return session.timestamp
-
-
-def _stage(target: Path, files: dict[str, Path], ledger: _Ledger, run: Row) -> None:
+def _stage(target: Path, files: dict[str, Path], ledger: Ledger, run: Row) -> None:
     """Build a run directory beside `target`, then put it in place in one step."""
     stage = target.parent / f".{target.name}.tmp"
     if stage.is_dir():

@@ -464,7 +464,12 @@ def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dic
     rows = 0
     for episode, piece in source.load_replay(range(start.episode, 0, -1), allow_partial):
         if not is_piece(piece, *sizes):
-            raise UserError(f"{source.replay_path(episode)}: not a replay piece of this run")
+            if allow_partial:
+                continue
+            raise UserError(
+                f"{source.replay_path(episode)}: not a replay piece of this run; "
+                "--allow_partial_replay goes on without it"
+            )
         pieces.append(piece)
         rows += len(piece["rows"])
         if rows >= capacity:

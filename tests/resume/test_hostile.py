@@ -123,6 +123,8 @@ def test_a_replay_piece(run: TrainingCheckpoint, command: Command, changes: dict
     assert outcome.code == 2
     assert "replay/episode_0002.pt" in outcome.err
     assert tree(Path()) == before
+    words = ("--ckpt_path", "last", "--episodes", "1", "--allow_partial_replay")
+    assert resume(command, *words).code == 0
 
 
 CONTENTS: list[dict[str, Any]] = [

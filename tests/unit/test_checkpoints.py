@@ -471,6 +471,16 @@ def test_verify_names_damage_in_the_middle_and_recover_leaves_it(tmp_path: Path)
     assert_sums(run)
 
 
+def test_a_kill_before_the_first_episode_is_not_damage(tmp_path: Path) -> None:
+    run = train(tmp_path, 0, status=None)
+    for file in ("metadata.json", "history.json"):  # written in the other order
+        (run.directory / file).unlink()
+        assert run.verify() == []
+        assert "history.json" not in " ".join(run.leftovers())
+    assert run.recover() == []
+    assert run.verify() == run.leftovers() == []
+
+
 def test_a_killed_session_is_closed_and_counted_from_the_files(tmp_path: Path) -> None:
     run = train(tmp_path, 3, status=None)
     assert json.loads((run.directory / "history.json").read_text())["total_episodes"] == 0

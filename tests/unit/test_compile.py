@@ -38,8 +38,10 @@ def minibatch(name: str, size: int) -> Any:
     return Transitions(obs, action, log_prob, torch.randn(size), torch.randn(size), weight)
 
 
-def pupil(name: str, compiled: bool) -> tuple[Agent, Descent, torch.optim.Optimizer]:
-    agent = agent_class(name)(3, 2, seed=1, hidden=(8,))
+def pupil(
+    name: str, compiled: bool, width: int = 8
+) -> tuple[Agent, Descent, torch.optim.Optimizer]:
+    agent = agent_class(name)(3, 2, seed=1, hidden=(width,))
     optimizer = agent.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
     max_norm = agent.hparams.get("max_grad_norm")
@@ -80,6 +82,21 @@ def test_a_hundred_compiled_updates_are_the_eager_ones(name: str) -> None:
         assert list(a["state"][key]) == list(b["state"][key])
         for part, value in a["state"][key].items():
             torch.testing.assert_close(b["state"][key][part], value, rtol=1e-3, atol=1e-5)
+
+
+def test_agents_of_one_process_have_their_own_graphs() -> None:
+    """Graphs are not guarded: one taken for another's would go unnoticed."""
+    torch.manual_seed(3)
+    batches = [minibatch("A2C", M) for _ in range(3)]
+    pairs = [[pupil("A2C", compiled, width) for compiled in (False, True)] for width in (8, 8, 6)]
+    for batch in batches:
+        for pair in pairs:
+            for _, take, _ in pair:
+                take(batch)
+    for (eager, *_), (agent, take, _) in pairs:
+        assert take.compiled
+        for a, b in zip(eager.parameters(), agent.parameters(), strict=True):
+            torch.testing.assert_close(b, a, rtol=0.0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", AGENTS)

@@ -164,21 +164,19 @@ def test_files_the_readme_links_exist() -> None:
         assert "://" in target or (ROOT / target).exists(), target
 
 
-def test_public_names() -> None:
-    names = sorted(co2lightning._HOME)
-    code = (
-        "import co2lightning\n"
-        f"for name in {names}:\n"
-        "    assert name in dir(co2lightning), name\n"
-        "    assert callable(getattr(co2lightning, name)), name\n"
-        "try:\n"
-        "    co2lightning.no_such_name\n"
-        "except AttributeError as error:\n"
-        "    assert 'no_such_name' in str(error)\n"
-        "else:\n"
-        "    raise AssertionError\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("name", sorted(co2lightning._HOME))
+def test_public_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(co2lightning), name, raising=False)  # as before its first use
+    assert name in dir(co2lightning)
+    value = getattr(co2lightning, name)
+    assert callable(value)
+    assert value.__name__ == name
+    assert vars(co2lightning)[name] is value
+
+
+def test_what_is_no_public_name_is_named() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = co2lightning.no_such_name
 
 
 def test_no_module_hides_a_public_name() -> None:

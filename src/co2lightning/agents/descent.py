@@ -160,23 +160,29 @@ class Descent:
 
     def _compile(self, batch: Any) -> dict[str, Tensor]:
         """Take the first step, compiled if the machine can."""
-        import torch._dynamo.config
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
         self._shape = batch[-1].shape
         self.say("Compiling the update (some 20 s, once)")
-        torch._dynamo.config.trace_autograd_ops = True
-        for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
+        # Nothing that a graph takes for given changes within a session but the minibatch's shape,
+        # which `_update` looks at; torch's own look at everything takes a tenth of an update.
         options: dict[str, Any] = {
+            "guard_filter_fn": lambda guards: [False] * len(guards),
+            "triton.cudagraphs": self._rate.is_cuda,
+        }
+        settings: dict[str, Any] = {
             "fullgraph": True,
             "dynamic": False,
             "isolate_recompiles": True,  # agents of one process would share one limit
-            "mode": "reduce-overhead" if self._rate.is_cuda else None,
+            "options": options,
         }
         try:
+            import torch._dynamo.config
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
             get_cpp_compiler()  # raises at once where there is none
-            graph = torch.compile(self.update, **options)
+            torch._dynamo.config.trace_autograd_ops = True
+            for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
+                torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
+            graph = torch.compile(self.update, **settings)
             with warnings.catch_warnings(action="ignore"):  # torch's about itself
                 figures = graph(batch)
         except Exception as error:  # a compiler that is missing or fails; nothing was changed yet

@@ -1,0 +1,282 @@
+# pyright: strict
+"""What history.json says: the sessions and the episodes of a run, checked when read.
+
+    {"schema_version": 1, "agent": "PPO", "total_episodes": 10,
+     "trainings": [{"session_timestamp": ..., "start_episode": 1, ..., "metrics": [...]}],
+     "checkpoints": [{"file": "episode_0001.pt", "sha256": ..., "bytes": ...}]}
+
+A ledger knows no disk; `checkpoints.TrainingCheckpoint` reads, mends and writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
+STATUSES = ("running", "completed", "interrupted", "failed", "killed")
+BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
+
+Row = dict[str, Any]
+Metrics = dict[str, float | None]
+
+
+@dataclass(eq=False)
+class Session:
+    """One entry of `trainings`."""
+
+    timestamp: str
+    start: int
+    device: str
+    duration: float = 0.0
+    status: str = "running"
+
+    @property
+    def end(self) -> str:
+        """When it last did something."""
+        try:
+            start = datetime.fromisoformat(self.timestamp)
+            return (start + timedelta(seconds=self.duration)).isoformat(timespec="seconds")
+        except (ValueError, OverflowError):
+            return self.timestamp
+
+
+@dataclass
+class Episode:
+    """One row of `checkpoints` and, unless history was lost after pruning, one of `metrics`."""
+
+    session: Session
+    metrics: Metrics | None
+    file: Row
+    text: tuple[str, str] | None = None  # both rows encoded: a long run encodes each once
+
+    @property
+    def pruned(self) -> bool:
+        return bool(self.file.get("pruned"))
+
+
+@dataclass
+class Ledger:
+    """What history.json says; `episodes` ascends."""
+
+    agent: str
+    sessions: list[Session] = field(default_factory=list[Session])
+    episodes: dict[int, Episode] = field(default_factory=dict[int, Episode])
+    replay_pruned_to: int = 0
+
+    @property
+    def last(self) -> int:
+        return next(reversed(self.episodes), 0)
+
+    def best(self) -> int | None:
+        """Return the episode with the lowest share of its own days' uncontrolled CO2."""
+        scored = [(score(e.metrics), number) for number, e in self.episodes.items() if e.metrics]
+        return min(scored)[1] if scored else None
+
+    def kept(self) -> dict[int, Episode]:
+        return {number: e for number, e in self.episodes.items() if not e.pruned}
+
+    def session_of(self, number: int) -> Session:
+        """Return the session an episode without record fell into, by their first episodes."""
+        for session in reversed(self.sessions):
+            if session.start <= number:
+                return session
+        unknown = Session("", 1, "unknown", status="killed")
+        self.sessions.insert(0, unknown)
+        return unknown
+
+    def add(self, record: Row, file: Row) -> None:
+        """Add what the record of a good episode file says; `file` is its row of `checkpoints`."""
+        found = parse_session(record["session"], "running")
+        session = found
+        for known in reversed(self.sessions):
+            if known.start < found.start:
+                break
+            if (known.timestamp, known.start) == (found.timestamp, found.start):
+                session = known
+        if session is found:
+            self.sessions.append(session)
+        session.duration = max(session.duration, found.duration)
+        self.episodes[record["episode"]] = Episode(session, record["metrics"], file)
+
+    def fill_pruned(self, last: int) -> None:
+        """Add the episodes up to `last` that left no trace but were trained, as pruned."""
+        for number in range(1, last + 1):
+            if number not in self.episodes:
+                row = {"file": f"episode_{number:04d}.pt", "sha256": None, "bytes": None}
+                session = self.session_of(number)
+                self.episodes[number] = Episode(session, None, row | {"pruned": True})
+        self.episodes = dict(sorted(self.episodes.items()))
+
+    def trim(self, last: int) -> None:
+        """Forget what came after episode `last`."""
+        self.episodes = {n: e for n, e in self.episodes.items() if n <= last}
+        used = {id(entry.session) for entry in self.episodes.values()}
+        self.sessions = [s for s in self.sessions if s.start <= last + 1 or id(s) in used]
+        self.replay_pruned_to = min(self.replay_pruned_to, last)
+
+    def close_dead(self) -> None:
+        """Mark sessions that nobody closed as killed."""
+        for session in self.sessions:
+            if session.status == "running":
+                session.status = "killed"
+
+    def trainings(self) -> list[tuple[Row, list[Episode]]]:
+        """Return the rows of `trainings`, without metrics, each with its episodes."""
+        members: dict[int, list[Episode]] = {id(session): [] for session in self.sessions}
+        ends = {id(session): session.start - 1 for session in self.sessions}
+        for number, episode in self.episodes.items():
+            members[id(episode.session)].append(episode)
+            ends[id(episode.session)] = number
+        return [
+            (
+                {
+                    "session_timestamp": s.timestamp,
+                    "start_episode": s.start,
+                    "end_episode": ends[id(s)],
+                    "episodes_count": len(members[id(s)]),
+                    "device": s.device,
+                    "duration_seconds": s.duration,
+                    "status": s.status,
+                },
+                members[id(s)],
+            )
+            for s in self.sessions
+        ]
+
+    def _head(self) -> Row:
+        head: Row = {"schema_version": 1, "agent": self.agent, "total_episodes": len(self.episodes)}
+        if self.replay_pruned_to:
+            head["replay_pruned_to"] = self.replay_pruned_to
+        return head
+
+    def view(self) -> Row:
+        """Return the content of history.json."""
+        return self._head() | {
+            "trainings": [
+                row | {"metrics": [e.metrics for e in members if e.metrics is not None]}
+                for row, members in self.trainings()
+            ],
+            "checkpoints": [episode.file for episode in self.episodes.values()],
+        }
+
+    def text(self) -> str:
+        """Return the same as JSON, one row a line, encoding only rows not encoded before."""
+        for episode in self.episodes.values():
+            if episode.text is None:
+                metrics = json.dumps(episode.metrics, allow_nan=False) if episode.metrics else ""
+                episode.text = metrics, json.dumps(episode.file, allow_nan=False)
+        encoded = {id(e): e.text for e in self.episodes.values() if e.text}
+        trainings = ",\n  ".join(
+            json.dumps(row)[:-1]
+            + ', "metrics": [\n   '
+            + ",\n   ".join(filter(None, (encoded[id(e)][0] for e in members)))
+            + "]}"
+            for row, members in self.trainings()
+        )
+        files = ",\n  ".join(text[1] for text in encoded.values())
+        head = json.dumps(self._head())[:-1]
+        return f'{head},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
+
+
+def score(metrics: Metrics | None) -> tuple[int, float]:
+    """Rank an episode, lower is better; the reward decides only where the share is unknown."""
+    share, reward = ((metrics or {}).get(key) for key in (BEST_METRIC, "reward"))
+    if share is not None:
+        return 0, share
+    return (1, -reward) if reward is not None else (2, 0.0)
+
+
+def parse_history(data: Row) -> Ledger:
+    """Turn the content of history.json into a ledger.
+
+    Raises:
+        ValueError: Any field is not what the schema says, or sums disagree.
+    """
+    if data.get("schema_version") != 1:
+        raise ValueError("unknown schema_version")
+    ledger = Ledger(
+        parse_text(data, "agent"), replay_pruned_to=parse_count(data, "replay_pruned_to", 0)
+    )
+    metrics: dict[int, tuple[Session, Metrics]] = {}
+    counts: list[tuple[Session, int, int]] = []
+    for row in _rows(data, "trainings"):
+        session = parse_session(row, parse_text(row, "status"))
+        ledger.sessions.append(session)
+        counts.append(
+            (session, parse_count(row, "end_episode"), parse_count(row, "episodes_count"))
+        )
+        for entry in _rows(row, "metrics"):
+            metrics[parse_count(entry, "episode")] = session, parse_metrics(entry)
+    for row in _rows(data, "checkpoints"):
+        match = EPISODE_PATTERN.fullmatch(parse_text(row, "file"))
+        if not match or int(match[1]) <= ledger.last:
+            raise ValueError(f"unexpected file name {row['file']!r:.60}")
+        number = int(match[1])
+        if not (row.get("pruned") is True and row.get("sha256") is None):
+            parse_hash(row)
+        if row.get("replay") is not None:
+            parse_hash(row["replay"])
+        session, values = metrics.pop(number, (ledger.session_of(number), None))
+        ledger.episodes[number] = Episode(session, values, row)
+    trainings = [(r["end_episode"], r["episodes_count"]) for r, _ in ledger.trainings()]
+    if metrics or trainings != [(end, count) for _, end, count in counts]:
+        raise ValueError("sessions and checkpoints disagree")
+    if parse_count(data, "total_episodes") != len(ledger.episodes):
+        raise ValueError("total_episodes differs from the number of checkpoints")
+    return ledger
+
+
+def parse_session(row: Row, status: str) -> Session:
+    duration = row.get("duration_seconds")
+    if isinstance(duration, bool) or not isinstance(duration, int | float) or duration < 0:
+        raise ValueError("duration_seconds is not a time")
+    if status not in STATUSES:
+        raise ValueError("unknown status")
+    session = Session(parse_text(row, "session_timestamp"), parse_count(row, "start_episode"), "")
+    session.device, session.duration, session.status = parse_text(row, "device"), duration, status
+    return session
+
+
+def parse_metrics(row: Row) -> Metrics:
+    for name, value in row.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and abs(value) < 1e300):
+            raise ValueError(f"metric {name!r:.60} is not a number")
+    return row
+
+
+def parse_hash(row: object) -> None:
+    if not isinstance(row, dict):
+        raise ValueError("not a file entry")
+    entry = cast(Row, row)
+    parse_count(entry, "bytes")
+    if not re.fullmatch(r"[0-9a-f]{64}", parse_text(entry, "sha256"), re.ASCII):
+        raise ValueError("sha256 is not 64 hex digits")
+
+
+def parse_text(row: Row, key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{key} is not a text")
+    return value
+
+
+def parse_count(row: Row, key: str, default: int | None = None) -> int:
+    value = row.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{key} is not a count")
+    return value
+
+
+def _rows(row: Row, key: str) -> list[Row]:
+    value = row.get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is not a list")
+    rows = cast(list[object], value)
+    if not all(isinstance(entry, dict) for entry in rows):
+        raise ValueError(f"{key} holds something else than objects")
+    return cast(list[Row], rows)
