@@ -144,7 +144,9 @@ def _fail(what: object, code: int) -> int:
 
 
 def _disk_line(error: OSError) -> str:
-    line = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    line = str(error.strerror or error)
+    if error.filename:
+        line = f"{os.fsdecode(error.filename)}: {line}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{line}; the last whole episode is safe: make room, then --ckpt_path last continues"
     return f"{line}; what was saved before is safe, --ckpt_path last continues"

