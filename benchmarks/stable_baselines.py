@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -100,6 +100,7 @@ SAME_NAME["PPO"] = (*SAME_NAME["A2C"], "n_epochs", "batch_size")
 ACTIVATION = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 Predict = Callable[[np.ndarray], np.ndarray]
+Stages = Generator[tuple[int, Predict], None, None]  # environment steps so far, the policy
 
 
 def main() -> None:
@@ -208,9 +209,7 @@ def pendulum(agents: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     return results
 
 
-def until_solved(
-    stages: Iterator[tuple[int, Predict]], starts: gym.vector.VectorEnv, give_up: int
-) -> dict[str, Any]:
+def until_solved(stages: Stages, starts: gym.vector.VectorEnv, give_up: int) -> dict[str, Any]:
     """Train until solved; return the steps that took (None: gave up) and (steps, return) so far."""
     curve: list[tuple[int, float]] = []
     for steps, predict in stages:
@@ -232,7 +231,7 @@ def mean_return(predict: Predict, starts: gym.vector.VectorEnv) -> float:
     return total
 
 
-def our_pendulum(agent: str, seed: int) -> Iterator[tuple[int, Predict]]:
+def our_pendulum(agent: str, seed: int) -> Stages:
     """Train an episode at a time; yield the environment steps so far and the policy."""
     # All settings, so that nothing of the site's recipe is left.
     everything = complete(PENDULUM[agent], agent)
@@ -260,7 +259,7 @@ def our_pendulum(agent: str, seed: int) -> Iterator[tuple[int, Predict]]:
             )
 
 
-def their_pendulum(agent: str, seed: int) -> Iterator[tuple[int, Predict]]:
+def their_pendulum(agent: str, seed: int) -> Stages:
     """Train a rollout (PPO) or 200 steps (SAC) at a time; yield as `our_pendulum` does."""
     num_envs, n_steps = (1, HORIZON) if agent == "SAC" else (ZOO["num_envs"], ZOO["n_steps"])
     env = make_vec_env("Pendulum-v1", n_envs=num_envs, seed=seed)
