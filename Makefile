@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"
 
-bench: .venv/.installed-dev
+bench: .venv/.installed-bench
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
@@ -39,4 +39,8 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.installed-bench: .venv/.installed-dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	touch $@
