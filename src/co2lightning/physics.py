@@ -66,7 +66,7 @@ class State(NamedTuple):
     soc_start: Tensor  # [B] 0-1, at midnight
     net_kw: Tensor  # [B] building load - PV
     carbon_kg_per_kw: Tensor  # [B] CO2 of a kW imported throughout this step
-    baseline_kg: Tensor  # [B] CO2 of this step without battery and vehicles
+    baseline_kg: Tensor  # [B] this step's part of what the reward is measured against
     credit_kg_per_kw: Tensor  # [B] what a kW charged throughout this step earns, see `step`
     room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
     reach_kw: Tensor  # [2, B] what would fill the battery within this step, what would empty it
@@ -93,7 +93,7 @@ class Flows(NamedTuple):
     unmet_kw: Tensor  # [B] owed to vehicles that left at the end of this step
     meter_kg: Tensor  # [B] CO2 of the grid import
     settlement_kg: Tensor | None  # [B] of the battery, in the day's last step
-    reward: Tensor  # [B] kg CO2 avoided, see `step`
+    reward: Tensor  # [B] kg CO2 less than the reference, see `step`
     socket_kw: Tensor  # [B, S]
 
     @property
@@ -296,9 +296,10 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
     The day's CO2 is sum(import * h * intensity) + mean intensity * max(0, SoC start - SoC end)
     * capacity / charge efficiency: a battery emptied at midnight is not a gift.
 
-    The day's reward is reference - CO2 in kg, where the reference depends on the day alone: the
-    building's import without battery and vehicles, and half the mean intensity for every kWh that
-    vehicles get. Within the day energy stored in the battery counts at that same half price, a
+    The day's reward is reference - CO2 in kg, where the reference depends on the day alone. With a
+    model as `build_model` makes it, that is the building's import without battery and vehicles,
+    and half the mean intensity for every kWh that vehicles get; `hindsight.measure_against_rule`,
+    which every environment uses, makes it what the rule RBC B emits. Within the day energy stored in the battery counts at that same half price, a
     potential in the sense of Ng, Harada and Russell 1999: it moves reward to the step that earned
     it and leaves the sum over the day as it is. At half the price, storing a surplus pays at once
     and storing grid power does not, whatever the hour.
