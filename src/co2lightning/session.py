@@ -459,7 +459,8 @@ def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dic
     if capacity is None:
         return []
     source = TrainingCheckpoint(start.path.parent)
-    sizes = (learner.hparams["observation_dim"], learner.hparams["action_dim"])
+    seen = learner.hparams["observation_dim"] + learner.hparams["hindsight_dim"]
+    sizes = (seen, learner.hparams["action_dim"])
     pieces: list[dict[str, Any]] = []
     rows = 0
     for episode, piece in source.load_replay(range(start.episode, 0, -1), allow_partial):
