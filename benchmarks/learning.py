@@ -39,7 +39,7 @@ REFERENCES = {
     "rbc_b": "RBC B",
     "optimum": "optimum (LP)",
 }
-COLOURS = {"PPO": "#0072B2", "SAC": "#D55E00", "A2C": "#009E73"}  # Okabe and Ito
+COLOURS = {"PPO": "#0072B2", "SAC": "#D55E00", "A2C": "#009E73", "PPO-long": "#0072B2"}  # Okabe and Ito
 
 Run = dict[str, Any]
 
@@ -49,7 +49,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Held-out CO2 of the shipped recipes against training episodes."
     )
-    parser.add_argument("--agents", default=",".join(AGENTS), help="comma separated")
+    parser.add_argument(
+        "--agents", default=",".join(AGENTS), help="recipes, comma separated: PPO is ppo.yaml"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each agent: seeds 0, 1, ...")
     parser.add_argument("--episodes", type=int, default=100, help="of each run")
     parser.add_argument("--site", default="iquitos", help="a shipped site")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_exact import state
+from test_exact import curves, state
 
-from conftest import TINY
+from co2lightning.agents import AGENTS
+from conftest import TINY, Outcome
 
 N = 3
 
@@ -51,3 +53,27 @@ def test_a_cut_compiled_run_is_the_straight_one(
     rest = session(agent, environment, third, "--ckpt_path", "last", "--episodes", str(N - 1))
     assert "Resuming" in rest
     assert state(f"checkpoints/{agent}", N) == state("checkpoints/straight", N)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", AGENTS)
+def test_every_cut_of_a_compiled_run(
+    fit: Callable[..., Outcome], agent: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process: what differs between processes is the other test's subject."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place / "cache"))
+    episodes = 10
+    fresh = ("--model.compile", "true")
+
+    def session(name: str, count: int, *words: str) -> None:
+        outcome = fit(agent, "--name", name, "--episodes", str(count), *words)
+        assert "cannot be compiled" not in outcome.out
+
+    session("straight", episodes, *fresh)
+    wanted = state("checkpoints/straight", episodes), curves("straight")
+    splits = [[cut, episodes - cut] for cut in range(1, episodes)] + [[1] * episodes]
+    for split in splits:
+        name = "-".join(map(str, split))
+        for number, count in enumerate(split):
+            session(name, count, *(("--ckpt_path", "last") if number else fresh))
+        assert (state(f"checkpoints/{name}", episodes), curves(name)) == wanted, split
