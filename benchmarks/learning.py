@@ -39,7 +39,12 @@ REFERENCES = {
     "rbc_b": "RBC B",
     "optimum": "optimum (LP)",
 }
-COLOURS = {"PPO": "#0072B2", "SAC": "#D55E00", "A2C": "#009E73", "PPO-long": "#0072B2"}  # Okabe and Ito
+COLOURS = {
+    "PPO": "#0072B2",
+    "SAC": "#D55E00",
+    "A2C": "#009E73",
+    "PPO-long": "#0072B2",
+}  # Okabe and Ito
 
 Run = dict[str, Any]
 

@@ -299,10 +299,11 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
     The day's reward is reference - CO2 in kg, where the reference depends on the day alone. With a
     model as `build_model` makes it, that is the building's import without battery and vehicles,
     and half the mean intensity for every kWh that vehicles get; `hindsight.measure_against_rule`,
-    which every environment uses, makes it what the rule RBC B emits. Within the day energy stored in the battery counts at that same half price, a
-    potential in the sense of Ng, Harada and Russell 1999: it moves reward to the step that earned
-    it and leaves the sum over the day as it is. At half the price, storing a surplus pays at once
-    and storing grid power does not, whatever the hour.
+    which every environment uses, makes it what the rule RBC B emits. Within the day energy stored
+    in the battery counts at that same half price, a potential in the sense of Ng, Harada and
+    Russell 1999: it moves reward to the step that earned it and leaves the sum over the day as it
+    is. At half the price, storing a surplus pays at once and storing grid power does not, whatever
+    the hour.
     """
     action = action.clamp(model.minus_one, model.one)
     action = torch.addcmul(model.action_shift, model.action_scale, action)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import shlex
 import subprocess
@@ -164,6 +165,38 @@ def test_readme_python_names_exist(block: str) -> None:
 def test_files_the_readme_links_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_the_readmes_results_are_the_committed_ones() -> None:
+    """Every figure of the table, rounded as there, and the command beside it."""
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if re.match(r"\| (A2C|SAC|PPO|PPO-long) \|", line)
+    ]
+    wanted: list[list[str]] = []
+    for file in ("learning-results.json", "learning-long.json"):
+        results = json.loads((ROOT / "docs" / file).read_text(encoding="utf-8"))
+        assert results["command"].split(" --site")[0] in README
+        for agent, entry in results["agents"].items():
+            for episode in ("10", "30", "100", "300"):
+                if episode in entry["summary"] and (agent != "PPO-long" or episode == "300"):
+                    wanted.append(_readme_row(agent, episode, entry["summary"][episode]))
+        assert f"| RBC B | | {results['references']['rbc_b']['co2_kg']:.1f} |" in README
+        assert f"| optimum (LP) | | {results['references']['optimum']['co2_kg']:.1f} |" in README
+    assert found == wanted
+
+
+def _readme_row(agent: str, episode: str, figures: dict[str, dict[str, float]]) -> list[str]:
+    co2_kg, gap = figures["co2_kg"], figures["gap_closed"]
+    share = {name: f"{100 * value:.1f}" for name, value in gap.items()}
+    return [
+        agent,
+        episode,
+        f"{co2_kg['median']:.1f} ({co2_kg['min']:.1f} to {co2_kg['max']:.1f})",
+        f"{share['median']} % ({share['min']} to {share['max']})",
+        f"{figures['unmet_kwh']['max']:.1f}",
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(co2lightning._HOME))
