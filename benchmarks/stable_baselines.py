@@ -175,6 +175,7 @@ def stable_baselines(
     if agent == "A2C":
         options["use_rms_prop"] = False  # Adam, as ours
     take("reward_scale")  # the environment's
+    take("compile")  # how fast, not what
     if given["action"] == "direct":
         take("action")
     left_out = [prefix + name for name in given]
