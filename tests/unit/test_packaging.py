@@ -114,12 +114,12 @@ def test_the_versions_we_rely_on() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_valid(recipe: Path) -> None:
     agent, settings = config.read_recipe(str(recipe))
-    assert recipe.stem == agent.lower()
+    assert recipe.stem.split("-")[0] == agent.lower()
     config.check_settings(settings, agent, recipe.name)
 
 
 def test_every_agent_has_a_recipe() -> None:
-    assert {path.stem for path in RECIPES} == {agent.lower() for agent in config.AGENTS}
+    assert {agent.lower() for agent in config.AGENTS} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("arguments", readme_arguments("co2lightning"), ids=" ".join)
