@@ -34,13 +34,22 @@ class BareLoop:
             if group in groups:
                 groups[group][name] = value
         self.env = make_environment(**groups["env"])
-        self.agent = PPO(self.env.observation_dim, self.env.action_dim, **groups["model"])
+        self.agent = PPO(
+            self.env.observation_dim,
+            self.env.action_dim,
+            hindsight_dim=self.env.hindsight_dim,
+            **groups["model"],
+        )
         self.agent.train_on(self.env)
         # All that the agent asks of a Trainer.
         self.trainer: Any = SimpleNamespace(
-            optimizers=[self.agent.configure_optimizers()], current_epoch=0, global_rank=0
+            optimizers=[self.agent.configure_optimizers()],
+            current_epoch=0,
+            global_rank=0,
+            is_global_zero=True,
         )
         self.agent._trainer = self.trainer
+        self.agent.on_train_start()
 
     def episode(self) -> None:
         """Play one episode and learn from it."""
