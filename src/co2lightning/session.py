@@ -307,8 +307,9 @@ def _plan(
         hindsight_dim=environment.hindsight_dim,
         **_group(merged, "model."),
     )
-    if merged["model.compile"] == "auto":  # from here on the run's own, whatever a resume adds
-        worth = worth_compiling(target * learner.updates_per_episode(environment))
+    if merged["model.compile"] == "auto":  # by the recipe, not by what a session was asked for
+        episodes = complete(recipe, agent)["episodes"]
+        worth = worth_compiling(episodes * learner.updates_per_episode(environment))
         merged["model.compile"] = learner.hparams["compile"] = worth
     learner.train_on(environment)
     replay: list[dict[str, Any]] = []
