@@ -116,7 +116,9 @@ def main() -> None:
     torch.set_num_threads(1)
     agents, seeds = arguments.agents.split(","), range(arguments.seeds)
     results: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/stable_baselines.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/stable_baselines.py --parts {arguments.parts} --agents "
+        f"{arguments.agents} --seeds {arguments.seeds} --episodes {arguments.episodes} --site "
+        f"{arguments.site}",
         "machine": machine(),
         "versions": {**versions(), "stable-baselines3": version("stable-baselines3")},
     }
