@@ -16,28 +16,26 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 from scipy import stats
 
 from co2lightning.agents import AGENTS, agent_class
 from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.env import SiteDays, evaluation_soc
+from co2lightning.env import SiteDays
 from co2lightning.errors import UserError
 from co2lightning.observation import build_observer, observe
-from co2lightning.optimum import optimum_days
-from co2lightning.physics import SiteModel, build_model
-from co2lightning.rules import RULES, Rule, run_days
+from co2lightning.physics import build_model
+from co2lightning.rules import RULES, Rule
+from co2lightning.schedule import Schedule, optimum_schedule, schedule
 from co2lightning.site import STEP_H, Floats, Site, T, load_site
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-_DAYS_AT_ONCE = 64  # bounds the memory of a long year with many sockets
 _TITLES = {
     "uncontrolled": "uncontrolled",
     "rbc_a": "RBC A",
@@ -67,6 +65,7 @@ class Evaluation:
         unavoidable_kwh: What charging on arrival leaves unserved, [D].
         tolerance_kg: By how much rounding may put a policy below the optimum, [D].
         policies: Per policy its figures: the agent if there is one, the rules, the optimum.
+        schedules: Per policy what it did in every step of these days.
     """
 
     site: str
@@ -75,6 +74,7 @@ class Evaluation:
     unavoidable_kwh: Floats
     tolerance_kg: Floats
     policies: dict[str, Figures]
+    schedules: dict[str, Schedule] = field(default_factory=dict)
 
 
 class Summary(NamedTuple):
@@ -102,28 +102,27 @@ def evaluate(agent: Agent | None, site: Site, references: Evaluation | None = No
     references = references or _references(site)
     if agent is None:
         return references
-    model = build_model(site, agent.device)
+    days = site.held_out_days.tolist()
+    own = schedule(build_model(site, agent.device), policy_of(agent, site), site, days)
+    return replace(
+        references,
+        policies={"agent": _figures(own, references.unavoidable_kwh), **references.policies},
+        schedules={"agent": own, **references.schedules},
+    )
+
+
+def policy_of(agent: Agent, site: Site) -> Rule:
+    """Return an agent's deterministic policy in the form of a rule."""
     observer = build_observer(site, agent.device)
-    figures = _run(model, lambda m, s: agent.act(observe(observer, m, s)), site)
-    own = {"agent": _beyond(figures, references.unavoidable_kwh)}
-    return replace(references, policies={**own, **references.policies})
+    return lambda model, state: agent.act(observe(observer, model, state))
 
 
 def _references(site: Site) -> Evaluation:
-    model = build_model(site)
-    days = site.held_out_days
-    soc_start = evaluation_soc(site)[days]
-    figures = {name: _run(model, rule, site) for name, rule in RULES.items()}
-    unavoidable_kwh = figures["uncontrolled"].unmet_kwh
-    policies = {name: _beyond(f, unavoidable_kwh) for name, f in figures.items()}
-    best = optimum_days(site, days.tolist(), soc_start.tolist())
-    policies["optimum"] = Figures(
-        co2_kg=np.array([day.co2_kg for day in best]),
-        unmet_kwh=np.zeros(len(days)),
-        grid_import_kwh=np.array([day.grid_import_kw.sum() * STEP_H for day in best]),
-        curtailed_kwh=np.array([day.curtailed_kwh.sum() for day in best]),
-        peak_import_kw=np.array([day.grid_import_kw.max() for day in best]),
-    )
+    model, days = build_model(site), site.held_out_days.tolist()
+    schedules = {name: schedule(model, rule, site, days) for name, rule in RULES.items()}
+    schedules["optimum"] = optimum_schedule(site, days)
+    unavoidable_kwh = schedules["uncontrolled"].unmet_kwh.sum(1)
+    policies = {name: _figures(s, unavoidable_kwh) for name, s in schedules.items()}
     # Each of the T steps may round what the battery holds and what the meter has counted.
     stored_kg = site.battery.capacity_kwh * site.carbon_kg_per_kwh[days].max(axis=1)
     rounding = T * float(np.finfo(np.float32).eps) / 2.0
@@ -134,34 +133,18 @@ def _references(site: Site) -> Evaluation:
         unavoidable_kwh=unavoidable_kwh,
         tolerance_kg=1e-6 + rounding * (stored_kg + policies["uncontrolled"].co2_kg),
         policies=policies,
+        schedules=schedules,
     )
 
 
-def _run(model: SiteModel, rule: Rule, site: Site) -> Figures:
-    """Run the held-out days; the unmet energy is all of it."""
-    days = torch.as_tensor(site.held_out_days)
-    soc_start = evaluation_soc(site)
-    columns: list[list[Floats]] = []
-    for some in days.split(_DAYS_AT_ONCE):
-        trace = run_days(model, rule, some, soc_start[some])
-        peak_kw = torch.stack([flow.grid_import_kw for flow in trace.flows]).amax(0)
-        columns.append(
-            [
-                column.double().cpu().numpy()
-                for column in (
-                    trace.total("co2_kg"),
-                    trace.total("unmet_kwh"),
-                    trace.total("grid_import_kw") * STEP_H,
-                    trace.total("curtailed_kwh"),
-                    peak_kw,
-                )
-            ]
-        )
-    return Figures(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
-
-
-def _beyond(figures: Figures, unavoidable_kwh: Floats) -> Figures:
-    return figures._replace(unmet_kwh=np.maximum(figures.unmet_kwh - unavoidable_kwh, 0.0))
+def _figures(schedule: Schedule, unavoidable_kwh: Floats) -> Figures:
+    return Figures(
+        co2_kg=schedule.co2_kg.sum(1),
+        unmet_kwh=np.maximum(schedule.unmet_kwh.sum(1) - unavoidable_kwh, 0.0),
+        grid_import_kwh=schedule.grid_import_kw.sum(1) * STEP_H,
+        curtailed_kwh=schedule.curtailed_kwh.sum(1),
+        peak_import_kw=schedule.grid_import_kw.max(1),
+    )
 
 
 # --- statistics ----------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Flows(NamedTuple):
     meter_kg: Tensor  # [B] CO2 of the grid import
     settlement_kg: Tensor | None  # [B] of the battery, in the day's last step
     reward: Tensor  # [B] kg CO2 less than the reference, see `step`
+    soc: Tensor  # [B] 0-1, at the end of the step
     socket_kw: Tensor  # [B, S]
 
     @property
@@ -338,6 +339,7 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
         meter_kg=meter_kg,
         settlement_kg=settlement_kg,
         reward=reward,
+        soc=soc,
         socket_kw=socket_kw,
     )
     return following, flows

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 from co2lightning import evaluate as module
+from co2lightning import schedule
 from co2lightning.agents.ppo import PPO
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import SiteDays, evaluation_soc
@@ -190,14 +191,18 @@ def test_an_agent_that_acts_as_the_rule_is_the_rule(place: Path) -> None:
 def test_days_are_run_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = load_site(place / "village")
     whole = evaluate(None, site)
-    monkeypatch.setattr(module, "_DAYS_AT_ONCE", 2)
+    monkeypatch.setattr(schedule, "_DAYS_AT_ONCE", 2)
     parts = evaluate(None, site)
     for name in whole.policies:
         assert parts.policies[name].co2_kg == pytest.approx(whole.policies[name].co2_kg, rel=1e-6)
 
 
 def test_unmet_is_what_charging_on_arrival_would_have_served() -> None:
-    left = module._beyond(figures([1.0, 1.0], unmet_kwh=[3.0, 1.0]), np.array([1.0, 1.0]))
+    nothing = np.zeros((2, 96))
+    late = nothing.copy()
+    late[0, 50], late[1, 70] = 3.0, 1.0
+    run = schedule.Schedule(*[nothing] * 7)._replace(unmet_kwh=late)
+    left = module._figures(run, np.array([1.0, 1.0]))
     assert left.unmet_kwh.tolist() == [2.0, 0.0]
 
 
@@ -279,12 +284,12 @@ def test_another_site_is_named_in_one_line(
 def test_a_bound_that_is_none_is_a_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    solve = module.optimum_days
+    solve = schedule.optimum_days
 
     def worse(*arguments: Any) -> list[Optimum]:
         return [best._replace(co2_kg=best.co2_kg + 1000.0) for best in solve(*arguments)]
 
-    monkeypatch.setattr(module, "optimum_days", worse)
+    monkeypatch.setattr(schedule, "optimum_days", worse)
     assert main(["PPO"]) == 1
     error = capsys.readouterr().err
     assert "2025-03-02: agent emits" in error
@@ -330,3 +335,26 @@ def test_a_run_without_a_site_has_no_co2(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "_read", lambda run, file: (checkpoint, path))
     with pytest.raises(UserError, match="was not trained on a site"):
         main(["PPO"])
+
+
+def test_a_schedule_says_what_its_figures_say(place: Path) -> None:
+    site = load_site(place / "village")
+    evaluation = evaluate(None, site)
+    battery, days = site.battery, site.held_out_days
+    for name, plan in evaluation.schedules.items():
+        exact = 1e-6 if name == "optimum" else 1e-3
+        own_kw = plan.ev_kw + plan.battery_kw + (site.load_kw - site.pv_kw)[days]
+        grid_kw = plan.grid_import_kw - plan.curtailed_kwh / 0.25
+        assert grid_kw == pytest.approx(own_kw, abs=exact), name
+        charged_kw = np.where(plan.battery_kw > 0, plan.battery_kw * battery.charge_efficiency, 0.0)
+        given_kw = np.where(
+            plan.battery_kw < 0, plan.battery_kw / battery.discharge_efficiency, 0.0
+        )
+        soc = np.concatenate([evaluation_soc(site)[days].numpy()[:, None], plan.soc], axis=1)
+        stored_kwh = np.diff(soc, axis=1) * battery.capacity_kwh
+        assert stored_kwh == pytest.approx((charged_kw + given_kw) * 0.25, abs=exact), name
+        meter_kg = plan.grid_import_kw * site.carbon_kg_per_kwh[days] * 0.25
+        settlement_kg = (soc[:, 0] - soc[:, -1]).clip(0) * battery.capacity_kwh
+        settlement_kg *= site.carbon_kg_per_kwh[days].mean(1) / battery.charge_efficiency
+        assert plan.co2_kg.sum(1) == pytest.approx(meter_kg.sum(1) + settlement_kg, abs=exact)
+        assert plan.co2_kg[:, :-1] == pytest.approx(meter_kg[:, :-1], abs=exact), name
