@@ -29,6 +29,8 @@ commands:
   test      compare on held-out days co2lightning test PPO
   history   what was trained so far  co2lightning history
   verify    check a run's files      co2lightning verify PPO
+  predict   a day's schedule as CSV  co2lightning predict PPO --output schedule.csv
+  export    the policy as ONNX       co2lightning export PPO --output policy.onnx
 
 co2lightning COMMAND --help says more. Curves: tensorboard --logdir lightning_logs
 """
@@ -125,12 +127,26 @@ def _test(argv: list[str]) -> int:
     return main(argv)
 
 
+def _predict(argv: list[str]) -> int:
+    from co2lightning.predict import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from co2lightning.export import main
+
+    return main(argv)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
     "fit-all": _fit_all,
     "test": _test,
     "history": _history,
     "verify": _verify,
+    "predict": _predict,
+    "export": _export,
 }
 
 

@@ -36,7 +36,7 @@ from co2lightning.site import STEP_H, Floats, Site, T, load_site
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-_TITLES = {
+TITLES = {
     "uncontrolled": "uncontrolled",
     "rbc_a": "RBC A",
     "rbc_b": "RBC B",
@@ -204,9 +204,54 @@ def violations(evaluation: Evaluation) -> list[str]:
 # --- the command ---------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class RunParser(argparse.ArgumentParser):
+    """Parses a command that uses one episode of a run; a mistake becomes a `UserError`.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        example: A command line that works.
+    """
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"co2lightning {command}",
+            description=description,
+            epilog=f"example: {example}",
+            allow_abbrev=False,
+        )
+        self.command = command
+        self.example = example
+        self.add_argument("name", metavar="NAME", help="the run, such as PPO")
+        self.add_argument(
+            "--ckpt_path", metavar="FILE", help="an episode file [default: the run's newest]"
+        )
+        self.add_argument(
+            "--checkpoints.dir",
+            dest="checkpoints",
+            default="checkpoints",
+            metavar="DIR",
+            help="where the runs are [default: checkpoints]",
+        )
+        self.add_argument(
+            "--env.site",
+            dest="site",
+            metavar="SITE",
+            help="a shipped site or a site folder [default: the run's]",
+        )
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"test: {message}; such as: co2lightning test PPO --json")
+        raise UserError(f"{self.command}: {message}; such as: {self.example}")
+
+
+class Trained(NamedTuple):
+    """An episode of a run, ready to act on its site."""
+
+    agent: Agent
+    episode: int
+    site: Site
+    path: Path
+    run: TrainingCheckpoint
 
 
 def main(argv: list[str]) -> int:
@@ -215,36 +260,23 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: There is no such run, the file is no episode, the site cannot be read.
     """
-    parser = _Parser(
-        prog="co2lightning test",
-        description="Evaluate a run's newest episode on the held-out days, beside the rules and "
-        "the optimum.",
-        allow_abbrev=False,
+    parser = RunParser(
+        "test",
+        "Evaluate a run's newest episode on the held-out days, beside the rules and the optimum: "
+        "CO2 in kg a day, energy in kWh a day, power in kW.",
+        "co2lightning test PPO --json",
     )
-    parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
-    parser.add_argument("--ckpt_path", metavar="FILE", help="an episode file [default: the newest]")
     parser.add_argument("--json", action="store_true", help="data on standard output")
-    parser.add_argument("--checkpoints.dir", dest="checkpoints", default="checkpoints")
-    parser.add_argument("--logs.dir", dest="logs", default="lightning_logs")
-    parser.add_argument("--env.site", dest="site", help="another site than the run's")
+    parser.add_argument(
+        "--logs.dir",
+        dest="logs",
+        default="lightning_logs",
+        metavar="DIR",
+        help="of TensorBoard; the figures go there too [default: lightning_logs]",
+    )
     arguments = parser.parse_args(argv)
-    run = TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name)
-    checkpoint, path = _read(run, arguments.ckpt_path)
-    agent = load_agent(checkpoint, path)
-    described = checkpoint["run"].get("site")
-    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
-    if not isinstance(described, dict) or not isinstance(wanted, str):
-        raise UserError(f"{path}: was not trained on a site; test knows the CO2 of sites only")
-    site = load_site(wanted)
-    if site.sha256 != described.get("sha256"):
-        print(
-            f"Site {wanted} is not the one {arguments.name} was trained on "
-            f"({described.get('name')}, sha256 {str(described.get('sha256'))[:12]}): its files "
-            f"have sha256 {site.sha256[:12]}",
-            file=sys.stderr,
-        )
+    agent, episode, site, path, run = open_run(arguments, "test")
     evaluation = evaluate(agent, site)
-    episode = int(checkpoint["episode"])
     if arguments.json:
         print(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
     else:
@@ -257,6 +289,34 @@ def main(argv: list[str]) -> int:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         print(f"error: the optimum is no bound, a defect: {broken[0]}{more}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def open_run(arguments: argparse.Namespace, command: str) -> Trained:
+    """Load the episode and the site that a command was asked for.
+
+    Args:
+        arguments: What a `RunParser` parsed.
+        command: Its name, for the messages.
+
+    Raises:
+        UserError: There is no such run, the file is no episode, the site cannot be read.
+    """
+    run = TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name)
+    checkpoint, path = _read(run, arguments.ckpt_path, command)
+    agent = load_agent(checkpoint, path)
+    described = checkpoint["run"].get("site")
+    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
+    if not isinstance(described, dict) or not isinstance(wanted, str):
+        raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
+    site = load_site(wanted)
+    if site.sha256 != described.get("sha256"):
+        print(
+            f"Site {wanted} is not the one {arguments.name} was trained on "
+            f"({described.get('name')}, sha256 {str(described.get('sha256'))[:12]}): its files "
+            f"have sha256 {site.sha256[:12]}",
+            file=sys.stderr,
+        )
+    return Trained(agent, int(checkpoint["episode"]), site, path, run)
 
 
 def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:
@@ -290,7 +350,9 @@ def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:
     return agent.eval()
 
 
-def _read(run: TrainingCheckpoint, ckpt_path: str | None) -> tuple[dict[str, Any], Path]:
+def _read(
+    run: TrainingCheckpoint, ckpt_path: str | None, command: str
+) -> tuple[dict[str, Any], Path]:
     """Return the checkpoint that was asked for and its path."""
     if ckpt_path not in (None, "last"):
         return TrainingCheckpoint.read(ckpt_path), Path(ckpt_path)
@@ -299,7 +361,7 @@ def _read(run: TrainingCheckpoint, ckpt_path: str | None) -> tuple[dict[str, Any
         place = run.directory.parent
         runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
         known = f"; runs there: {', '.join(runs)}" if runs else ""
-        raise UserError(f"test {run.name}: no episode in {run.directory}{known}")
+        raise UserError(f"{command} {run.name}: no episode in {run.directory}{known}")
     return checkpoint, run.path(checkpoint["episode"])
 
 
@@ -332,7 +394,7 @@ def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
     from rich.table import Table
 
     correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
-    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **_TITLES}
+    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
     days = evaluation.days
     table = Table(
         title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "

@@ -30,6 +30,7 @@ class Feature(NamedTuple):
 
 _P = "power scale"  # the larger of the battery's and the sockets' total power
 _E = "energy scale"  # two hours of it
+ENERGY_SCALE_H = 2.0
 
 # Known from the clock, the meter's history and the training days; a table row per (day, step).
 _EXOGENOUS = (
@@ -86,13 +87,18 @@ class Observer(NamedTuple):
     wait_steps: Tensor  # [2, 1, 1] of "cannot wait 2 hours" and "5 hours"
 
 
+def power_scale_kw(site: Site) -> float:
+    """Return what features in units of the power scale are multiples of."""
+    sockets_kw = sum(sockets.count * sockets.max_kw for sockets in site.sockets)
+    return max(site.battery.power_kw, sockets_kw)
+
+
 def build_observer(
     site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Observer:
     """Build the feature tables of a site."""
-    sockets_kw = sum(sockets.count * sockets.max_kw for sockets in site.sockets)
-    power_kw = max(site.battery.power_kw, sockets_kw)
-    energy_kwh = 2.0 * power_kw
+    power_kw = power_scale_kw(site)
+    energy_kwh = ENERGY_SCALE_H * power_kw
     exogenous = _exogenous_features(site, power_kw, energy_kwh)
     per_kw = STEP_H / energy_kwh
     ahead_kw = exogenous[..., _AHEAD] * [1.0 / per_kw, -1.0 / per_kw]

@@ -104,6 +104,27 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         sync_directory(path.parent)
 
 
+def check_output(flag: str, name: str | None) -> Path | None:
+    """Return the file that an output shall go to; refuse it before work is spent on it.
+
+    An existing file will be replaced; where the name is a link, the file it points to.
+
+    Raises:
+        UserError: `name` is no place for a file, or may not be written.
+    """
+    if name is None:
+        return None
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise UserError(f"{flag} {name}: is {kind}; give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {name}: there is no directory {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {name}: {path.parent} cannot be written; give another place")
+    return path
+
+
 def sweep(directory: Path) -> None:
     """Delete the temporary files that a killed `write_atomic` left in `directory`."""
     for name in stray(directory):

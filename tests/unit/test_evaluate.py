@@ -332,7 +332,7 @@ def test_a_run_without_a_site_has_no_co2(monkeypatch: pytest.MonkeyPatch) -> Non
     path = Path("checkpoints/PPO/episode_0002.pt")
     checkpoint = TrainingCheckpoint.read(path)
     del checkpoint["run"]["site"]
-    monkeypatch.setattr(module, "_read", lambda run, file: (checkpoint, path))
+    monkeypatch.setattr(module, "_read", lambda run, file, command: (checkpoint, path))
     with pytest.raises(UserError, match="was not trained on a site"):
         main(["PPO"])
 

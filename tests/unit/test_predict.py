@@ -1,0 +1,136 @@
+"""`predict`: the rows are the day that `test` evaluates, and what cannot be is one line."""
+
+import csv
+import io
+import os
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
+
+from co2lightning.cli import main
+from co2lightning.evaluate import evaluate, load_agent
+from co2lightning.observation import FEATURES
+from co2lightning.physics import build_model
+from co2lightning.predict import COLUMNS
+from co2lightning.site import STEP_H, load_site
+
+Run = pytest.CaptureFixture[str]
+
+
+def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Return header, times and numbers [96, columns - 1] of a CSV."""
+    header, *rows = csv.reader(io.StringIO(text))
+    assert len(rows) == 96
+    return header, [row[0] for row in rows], np.array([row[1:] for row in rows], dtype=float)
+
+
+def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> None:  # noqa: F811
+    from co2lightning.checkpoints import TrainingCheckpoint
+
+    assert main(["predict", "PPO"]) == 0
+    printed = capsys.readouterr()
+    header, times, values = rows_of(printed.out)
+    assert header == list(COLUMNS)
+    begin = datetime.fromisoformat("2025-03-02T00:00:00+00:00")
+    assert times == [(begin + timedelta(minutes=15 * step)).isoformat() for step in range(96)]
+    ev_kw, battery_kw, grid_kw, soc, co2_kg = values.T
+    site = load_site(place / "village")
+    day = site.days.index("2025-03-02")
+    own_kw = site.load_kw[day] - site.pv_kw[day] + ev_kw + battery_kw
+    assert grid_kw == pytest.approx(own_kw, abs=1e-4)
+    meter_kg = grid_kw.clip(0) * STEP_H * site.carbon_kg_per_kwh[day]
+    assert co2_kg[:-1] == pytest.approx(meter_kg[:-1], abs=1e-5)
+    assert grid_kw.min() < 0 < grid_kw.max()
+    assert soc.min() >= 0.1 - 1e-6
+    assert soc.max() <= 0.9 + 1e-6
+    path = Path("checkpoints/PPO/episode_0002.pt")
+    evaluation = evaluate(load_agent(TrainingCheckpoint.read(path), path), site)
+    assert co2_kg.sum() == pytest.approx(evaluation.policies["agent"].co2_kg[0], abs=1e-4)
+    told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, optimum (LP) {:.1f}\n"  # noqa: E501
+    assert printed.err == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
+
+
+def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
+    output, seen = tmp_path / "schedule.csv", tmp_path / "seen.csv"
+    output.write_text("an older one, longer than nothing")
+    words = ["--day", "2025-03-03", "--output", str(output), "--observations", str(seen)]
+    assert main(["predict", "PPO", *words]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("2025-03-03 is a training day of village")
+    header, times, _ = rows_of(output.read_text())
+    assert header == list(COLUMNS)
+    assert times[0] == "2025-03-03T00:00:00+00:00"
+    header, _, values = rows_of(seen.read_text())
+    assert header == ["time", *(feature.name for feature in FEATURES)]
+    assert (values >= [feature.low for feature in FEATURES]).all()
+    assert (values <= [feature.high for feature in FEATURES]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.csv", "seen.csv"]
+
+
+def test_times_are_the_sites_own(tmp_path: Path, capsys: Run) -> None:
+    other = write_site(tmp_path / "lima")
+    for name in ("site.yaml", "series.csv", "sessions.csv"):
+        text = (other / name).read_text().replace("timezone: UTC", "timezone: America/Lima")
+        (other / name).write_text(text.replace("+00:00", "-05:00"))
+    assert main(["predict", "PPO", "--env.site", str(other)]) == 0
+    printed = capsys.readouterr()
+    assert rows_of(printed.out)[1][95] == "2025-03-02T23:45:00-05:00"
+    assert "is not the one PPO was trained on" in printed.err
+
+
+def test_an_older_episode(capsys: Run) -> None:
+    assert main(["predict", "PPO", "--ckpt_path", "checkpoints/PPO/episode_0001.pt"]) == 0
+    assert "PPO after episode 1 emits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "predict: the following arguments are required: NAME; such as: co2lightning predict"),
+        (["SAC"], "predict SAC: no episode in checkpoints/SAC; runs there: PPO"),
+        (["PPO", "--day", "2025-04-01"], "2025-04-01 is not a day of site village; its days run"),
+        (["PPO", "--day", "today"], "today is not a day"),
+        (["PPO", "--output", "no/where.csv"], "--output no/where.csv: there is no directory"),
+        (["PPO", "--output", "."], "--output .: is a directory"),
+        (["PPO", "--observations", "village"], "--observations village: is a directory"),
+        (["PPO", "--output", os.devnull], "is no regular file"),
+        (["PPO", "--ckpt_path", "village/site.yaml"], "site.yaml is damaged"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: list[str], said: str, capsys: Run) -> None:
+    assert main(["predict", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert said in printed.err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: Run) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    assert main(["predict", "PPO", "--output", str(closed / "a.csv")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_tables_are_those_of_the_environment(place: Path) -> None:  # noqa: F811
+    """What `predict` writes as seen is what an environment would have shown."""
+    from co2lightning.agents.ppo import PPO
+    from co2lightning.env import SiteDays, evaluation_soc
+    from co2lightning.predict import day_schedule
+
+    site = load_site(place / "village")
+    agent = PPO(SiteDays.observation_dim, SiteDays.action_dim, seed=3)
+    day = int(site.held_out_days[1])
+    planned, seen = day_schedule(agent, site, day)
+    env = SiteDays(site, 1)
+    obs = env.begin(build_model(site).zero.new_tensor([day]).long(), evaluation_soc(site)[[day]])
+    for step in range(96):
+        assert obs[0].tolist() == pytest.approx(seen[step].tolist(), abs=1e-5)
+        obs = env.step(agent.act(obs).detach()).obs
+        assert float(env.flows.ev_kw) == pytest.approx(planned.ev_kw[0, step], abs=1e-3)
