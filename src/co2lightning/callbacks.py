@@ -196,20 +196,24 @@ class Curves(TensorBoardLogger):
         directory: Of all runs' logs.
         name: The run's name.
         done: Episodes on disk; TensorBoard forgets what an earlier session wrote beyond them.
+        layout: Charts of several runs: category -> chart -> tags.
     """
 
-    def __init__(self, directory: str, name: str, done: int) -> None:
+    def __init__(
+        self, directory: str, name: str, done: int, layout: dict[str, Any] | None = None
+    ) -> None:
         _order_event_files(Path(directory) / name)
         super().__init__(
             directory, name=name, version="", default_hp_metric=False, purge_step=done + 1
         )
         self._done = done
+        self._layout = layout
 
     @rank_zero_only
     def log_hyperparams(
         self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
-        """Fill the hparams tab, once per run, its columns the run's own curves."""
+        """Fill the hparams tab, its columns the run's own curves, and the layout; once per run."""
         if self._done:
             return
         plain = {
@@ -219,6 +223,8 @@ class Curves(TensorBoardLogger):
         columns = {"rollout/ep_rew_mean": 0.0, "site/co2_kg": 0.0, "site/unmet_kwh": 0.0}
         for summary in hparams(plain, metrics or columns):
             self.experiment._get_file_writer().add_summary(summary)
+        if self._layout:
+            self.experiment.add_custom_scalars(self._layout)
 
     @rank_zero_only
     def save(self) -> None:

@@ -101,6 +101,7 @@ _RANGES = {
     "total_episodes": _Range(1, MAX_EPISODES),
     "seed_everything": _Range(0, 2**63 - 1),
     "threads": _Range(1, 1024),
+    "figures_every": _Range(0, MAX_EPISODES),
     "checkpoints.keep_last": _COUNT,
     "env.num_envs": _Range(1, 1_000_000),
     "model.n_steps": _COUNT_OR_NONE,
@@ -188,6 +189,12 @@ def build_parser(agent: str) -> ArgumentParser:
         help="resume SAC although pieces of its replay buffer are missing",
     )
     parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="of TensorBoard")
+    parser.add_argument(
+        "--figures_every",
+        type=int,
+        default=10,
+        help="draw a held-out day for TensorBoard after every so many episodes; 0 never",
+    )
     parser.add_function_arguments(make_environment, "env")
     parser.add_class_arguments(
         agent_class(agent),

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -281,9 +280,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
     else:
         _print_table(evaluation, agent, episode)
-    logs = Path(arguments.logs) / run.name
-    if path.parent.resolve() == run.directory.resolve() and logs.is_dir():
-        _write_scalars(logs / "test", summarise(evaluation)["agent"], episode)
+    logs = Path(arguments.logs)
+    if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
+        _write_scalars(logs, evaluation, episode, run)
     broken = violations(evaluation)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -428,20 +427,18 @@ def _plus_minus(mean: str, interval: float | None) -> str:
     return mean if interval is None else f"{mean} ± {interval:.1f}"
 
 
-def _write_scalars(directory: Path, summary: Summary, episode: int) -> None:
-    """Write `test/*` of an episode for TensorBoard, in place of what an earlier test wrote.
+def _write_scalars(
+    logs: Path, evaluation: Evaluation, episode: int, run: TrainingCheckpoint
+) -> None:
+    """Write `test/*` of an episode for TensorBoard, and the rules' and the optimum's lines.
 
     In a directory of its own below the run's: there TensorBoard reads the newest file and never
     returns to an older one, so a second file beside that of a running training would freeze its
     curve; and the purge that a resume orders would take these points too.
     """
-    from torch.utils.tensorboard import SummaryWriter
+    from co2lightning.board import replace_scalars, write_references
 
-    suffix = f".episode_{episode:04d}"
-    earlier: Sequence[Path] = list(directory.glob(f"*{suffix}"))
-    with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
-        for name, value in summary._asdict().items():
-            if value is not None:
-                writer.add_scalar(f"test/{name}", value, episode)
-    for path in earlier:
-        path.unlink(missing_ok=True)
+    summaries = {name: summary._asdict() for name, summary in summarise(evaluation).items()}
+    own = {f"test/{name}": value for name, value in summaries.pop("agent").items()}
+    replace_scalars(logs / run.name / "test", own, [episode], f"{episode:04d}")
+    write_references(logs, evaluation.site, summaries, run.get_next_episode() - 1)

@@ -27,6 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.descent import worth_compiling
+from co2lightning.board import LAYOUT, REFERENCES, DispatchFigure
 from co2lightning.callbacks import (
     Curves,
     EpisodeCheckpoint,
@@ -233,7 +234,7 @@ def _checkpoint_file(ckpt_path: str | None) -> Path | None:
 def _check_name(name: str) -> None:
     if (
         not name
-        or name in (".", "..", "archive")
+        or name in (".", "..", "archive", REFERENCES)
         or name.startswith(".")
         or set(name) & set("/\\:")
     ):
@@ -580,9 +581,18 @@ def _train(
     learner, settings, done, target = plan.learner, plan.settings, plan.done, plan.target
     agent = type(learner).__name__
     torch.set_num_threads(settings["threads"])
-    logger = Curves(settings["logs.dir"], run.name, done)
+    site_days = plan.environment if isinstance(plan.environment, SiteDays) else None
+    logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None)
     progress = ProgressLine(target, echo)
     history = History(run, _info(agent, plan.environment, settings, target))
+    every = settings["figures_every"]
+    figure = DispatchFigure(site_days, every, logger) if site_days and every else None
+
+    def saved(learner: Agent) -> None:
+        progress.show(learner)
+        if figure:
+            figure.show(learner)
+
     trainer = _make_trainer(
         settings,
         agent,
@@ -593,7 +603,7 @@ def _train(
             signals,
             progress,
             history,
-            EpisodeCheckpoint(run, progress.show, plan.replay),
+            EpisodeCheckpoint(run, saved, plan.replay),
         ],
     )
     if path:
