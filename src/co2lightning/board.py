@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +22,9 @@ from co2lightning.physics import SiteModel, State
 from co2lightning.rules import rbc_b
 from co2lightning.schedule import Schedule, schedule
 from co2lightning.site import STEP_H, Site, T
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 REFERENCES = "references"
 """The directory of the reference lines, beside those of the runs."""
@@ -157,6 +157,9 @@ def draw_day(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> 
     Returns:
         An image, RGB: [height, width, 3].
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second that start-up is spared
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.0, 8.0), dpi=90)
     figure.subplots_adjust(left=0.08, right=0.92, bottom=0.065, top=0.91, hspace=0.28)
     canvas = FigureCanvasAgg(figure)
