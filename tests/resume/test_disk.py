@@ -89,7 +89,9 @@ def check_full_disk(agent: str, place: Path, reference: Trainer, free_kb: int) -
     return len(full.episodes())
 
 
-@pytest.mark.parametrize(("agent", "free_kb"), [("PPO", 130), ("SAC", 500)])
+@pytest.mark.parametrize(
+    ("agent", "free_kb"), [pytest.param("PPO", 130, marks=pytest.mark.slow), ("SAC", 500)]
+)
 def test_a_disk_that_fills_in_mid_run(
     agent: str, free_kb: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
