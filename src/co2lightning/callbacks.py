@@ -26,6 +26,7 @@ from torch.utils.tensorboard.summary import hparams
 from co2lightning.agents.agent import Agent
 from co2lightning.checkpoints import TrainingCheckpoint
 
+_WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
 _SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
 
 
@@ -334,11 +335,12 @@ class ProgressLine(pl.Callback):
         console = Console()
         if not trainer.is_global_zero or not console.is_terminal or "NO_COLOR" in os.environ:
             return
+        wide = console.width >= _WIDTH_FOR_A_BAR
         self.live = Progress(
             TextColumn("Episode {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=None),
+            *([BarColumn(bar_width=None)] if wide else []),
             TextColumn("{task.fields[figures]}"),
-            TextColumn("left"),
+            *([TextColumn("left")] if wide else []),
             TimeRemainingColumn(),
             console=console,
         )

@@ -160,7 +160,8 @@ def build_parser(agent: str) -> ArgumentParser:
             "       co2lightning fit --model AGENT [options]        the agent's own recipe\n"
             "       co2lightning fit --ckpt_path FILE [options]     go on from an episode"
         ),
-        description=f"Train {agent}. Flags win over the run they resume, that over the recipe.",
+        description=f"Train {agent}. An episode is one day of the site; CO2 is in kg, energy in "
+        "kWh, the reward in kg CO2. Flags win over the run they resume, that over the recipe.",
         epilog="example: co2lightning fit --config ppo.yaml --ckpt_path last --episodes 5",
         formatter_class=_Help,
         exit_on_error=False,
@@ -207,9 +208,14 @@ def build_parser(agent: str) -> ArgumentParser:
     titles = {"env": "environment", "model": agent, "trainer": "Lightning's Trainer"}
     for key, group in (parser.groups or {}).items():
         group.title = titles[key]
+    types_ = _typehints(parser)
     for action in parser._actions:
-        if action.dest not in _typehints(parser) and action.dest != "help":
+        if action.dest not in types_ and action.dest != "help":
             action.help = argparse.SUPPRESS  # configuration by file or class: recipes do that
+        elif types_.get(action.dest) in (int, int | None):
+            action.metavar = "N"
+        elif types_.get(action.dest) in (float, float | None):
+            action.metavar = "X"
     return parser
 
 
@@ -361,8 +367,14 @@ def _typehints(parser: ArgumentParser) -> dict[str, Any]:
     return {
         action.dest: wanted
         for action in parser._actions
-        if (wanted := getattr(action, "_typehint", None)) and not action.dest.endswith(".help")
+        if (wanted := _typehint(action)) and not action.dest.endswith(".help")
     }
+
+
+def _typehint(action: argparse.Action) -> Any:
+    """Return the type of a setting, None if it is none; a switch is true or false."""
+    switch = bool if isinstance(action, argparse._StoreTrueAction) else None
+    return getattr(action, "_typehint", switch)
 
 
 def _closest(key: str, parser: ArgumentParser, prefix: str = "") -> str:

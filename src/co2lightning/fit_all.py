@@ -74,7 +74,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="how many at once [default: one for each core]",
     )
     parser.add_argument(
-        "--checkpoints.dir", dest="directory", type=Path, default=Path("checkpoints"), metavar="DIR"
+        "--checkpoints.dir",
+        dest="directory",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="where the runs are [default: checkpoints]",
     )
     options, passed_on = parser.parse_known_args(list(argv))
     for agent in options.agents:

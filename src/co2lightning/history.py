@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     """Show the runs, or one run with its sessions."""
     parser = _parser(
         "history",
-        "Show what was trained so far: every run, or one run with its sessions.",
+        "Show what was trained so far: every run, or one run with its sessions. CO2 in kg a day, "
+        "energy in kWh a day, times in seconds.",
         "co2lightning history PPO",
     )
     parser.add_argument("--json", action="store_true", help="the same as data on standard output")
