@@ -36,7 +36,7 @@ from co2lightning.site import STEP_H, Floats, Site, T, load_site
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-_TITLES = {
+TITLES = {
     "uncontrolled": "uncontrolled",
     "rbc_a": "RBC A",
     "rbc_b": "RBC B",
@@ -332,7 +332,7 @@ def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
     from rich.table import Table
 
     correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
-    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **_TITLES}
+    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
     days = evaluation.days
     table = Table(
         title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
