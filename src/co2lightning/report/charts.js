@@ -34,6 +34,19 @@ function signed(value, digits, plus = "") {
   return text.startsWith("-") ? "\u2212" + text.slice(1) : plus + text;
 }
 
+const ruler = document.createElement("canvas").getContext("2d");
+ruler.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+
+/** Write the name of a row so that it ends at `x`, cut where it is too long. */
+function rowName(svg, x, y, name) {
+  let text = name;
+  for (let kept = name.length - 1; kept > 0 && ruler.measureText(text).width > x; kept--) {
+    text = name.slice(0, kept) + "\u2026";
+  }
+  const node = shape(svg, "text", { class: "value", x, y, "text-anchor": "end" }, text);
+  if (text !== name) shape(node, "title", {}, name);
+}
+
 /** Return [low, high] around values, with 0 where asked and room for markers. */
 function extent(values, from = Infinity) {
   let low = from, high = -from;

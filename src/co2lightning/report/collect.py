@@ -127,7 +127,7 @@ def collect(
             sites[one.site] = _read_site(one)
         found = sites[one.site]
         described = one.checkpoint["run"]["site"]
-        trained_on = str(described.get("name")), str(described.get("sha256"))
+        trained_on = _plain(described.get("name")), _plain(described.get("sha256"))
         if trained_on[1] != found.sha256:
             warn(
                 f"{one.run.name}: evaluated on {found.name} (sha256 {found.sha256[:12]}), trained "
@@ -167,6 +167,11 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
         warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
         return None
     agent = load_agent(checkpoint, path)
+    if not all(weights.isfinite().all() for weights in agent.state_dict().values()):
+        raise UserError(
+            f"{path}: its weights are no finite numbers, training diverged; naming the other runs "
+            "leaves this one out"
+        )
     wanted = site or checkpoint["run"].get("config", {}).get("env.site")
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
@@ -178,6 +183,11 @@ def _read_site(one: _Loaded) -> Site:
         return load_site(one.site)
     except UserError as error:
         raise UserError(f"{one.run.name}: {error}; --env.site names another") from None
+
+
+def _plain(value: object) -> str:
+    """Return a name or a hash of somebody's file if it may be printed."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else "?"
 
 
 def _evaluated(

@@ -43,14 +43,21 @@ def main(argv: Sequence[str]) -> int:
     results = collect(runs, options.site, _echo, _warn)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, storage.now())
+    files = {output: page}
     if options.figures is not None:
         from co2lightning.report.figures import draw
 
-        for file, data in draw(results).items():
-            options.figures.mkdir(exist_ok=True)
-            storage.write_atomic(options.figures / file, data, durable=False)
-        _echo(f"Figures as PNG and PDF in {options.figures}")
-    storage.write_atomic(output, page, durable=False)
+        files |= {options.figures / file: data for file, data in draw(results).items()}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(exist_ok=True)
+            storage.write_atomic(path, content, durable=False)
+    except OSError as error:
+        # Not by the command line's own words, which are about a training that was cut.
+        print(f"error: {error.filename}: {error.strerror}; nothing half written", file=sys.stderr)
+        return 1
+    if options.figures is not None:
+        _echo(f"{options.figures}: {len(files) // 2} figures, each as PNG and as PDF")
     count = sum(len(result.runs) for result in results)
     _echo(
         f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "

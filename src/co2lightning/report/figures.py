@@ -61,6 +61,7 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
                     buffer = io.BytesIO()
                     figure.savefig(buffer, format=kind, dpi=200)
                     files[f"{stem}.{kind}"] = buffer.getvalue()
+                    figure.set_layout_engine("none")  # as the first found it: slow to find again
     return files
 
 
@@ -168,7 +169,8 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
         edges = np.arange(HOURS + 1), 100 * np.arange(SOC_CLASSES + 1) / SOC_CLASSES
         mesh = axes.pcolormesh(*edges, difference_kw.T, cmap="PuOr_r", vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
-        figure.colorbar(mesh, ax=axes, label=f"{title}: run - RBC B, kW")
+        figure.colorbar(mesh, ax=axes, label="run - RBC B, kW")
+        axes.set_title(title, fontsize=9)
         axes.set(xlabel="time of day, h", xticks=range(0, HOURS + 1, 6), facecolor="#e9ecef")
         axes.grid(False)
     panels[0].set(ylabel="battery SoC, %", ylim=(100 * battery.soc_min, 100 * battery.soc_max))
@@ -212,6 +214,7 @@ def _day(result: SiteResult, run: RunResult, colour: str) -> Figure:
     carbon.set(ylabel="intensity,\nkg/kWh")
     carbon.set_ylim(bottom=0)
     total.set(ylabel="CO2 since\nmidnight, kg", xlabel="time of day, h")
+    total.set_title("the last step holds the battery's settlement", fontsize=8, loc="left")
     total.set(xlim=(0, 24), xticks=range(0, 25, 3))
     _outside(total)
     figure.suptitle(f"{run.title} on {result.references.days[at]}, site {site.name}", fontsize=10)

@@ -12,7 +12,6 @@ const body = (host, ...before) => {
   host.append(...before, inner);
   return inner;
 };
-const shorten = (text, most) => (text.length > most ? text.slice(0, most - 1) + "\u2026" : text);
 
 function intervals(host, site) {
   const rows = [
@@ -32,9 +31,7 @@ function intervals(host, site) {
     }
     shown.forEach((row, i) => {
       const y = area.top + 14 + i * 24, x = area.x(row[mean]);
-      const text = shape(area.svg, "text", { class: "value", x: left - 8, y: y + 4, "text-anchor": "end" },
-        shorten(row.title, Math.floor(left / 7)));
-      shape(text, "title", {}, row.title);
+      rowName(area.svg, left - 8, y + 4, row.title);
       if (bars) {
         shape(area.svg, "line", {
           class: `bar ${row.look}`, x1: area.x(0), x2: x, y1: y, y2: y,
@@ -179,7 +176,7 @@ function explorer(host, site) {
     const panel = (title, entries, height, y, draws) => {
       const box = html("div", { class: "panel" });
       if (entries.length) box.append(legend(entries));
-      const area = plot(box, { width, height, x: axis("time of day, h"), y, name: `${title}, ${own.title}, ${site.days[day]}` });
+      const area = plot(box, { width, height, x: axis("time of day"), y, name: `${title}, ${own.title}, ${site.days[day]}` });
       draws(area);
       areas.push(area);
       return box;
@@ -199,11 +196,11 @@ function explorer(host, site) {
         });
         const zero = area.y(0);
         shape(area.svg, "line", { class: "axis", x1: area.left, x2: area.right, y1: zero, y2: zero });
-        for (const [, name, values] of powers.toReversed()) line(area, hours(values), name);
+        for (const [, name, values] of [...powers].reverse()) line(area, hours(values), name);
       });
     const names = compared.map(([one, name]) => ({ text: one.title, look: name, kind: "line" }));
     const soc = panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
-      for (const [one, name] of compared.toReversed()) {
+      for (const [one, name] of [...compared].reverse()) {
         const levels = [site.soc_start[day], ...one.schedule.soc[day]];
         line(area, levels.map((value, i) => [i * STEP_H, 100 * value]), name);
       }
@@ -273,7 +270,7 @@ function heat(host, site) {
       const every = each > 430 ? 3 : 6;
       const area = plot(panel, {
         width: each, height: 280, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
-        x: { range: [0, 24], label: "time of day, h", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
+        x: { range: [0, 24], label: "time of day", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
         y: { range: [(100 * first) / classes, (100 * last) / classes], label: "battery SoC, %" },
       });
       for (let hour = 0; hour < site.hours; hour++) {
@@ -336,8 +333,7 @@ function sessions(host) {
       y: { range: [0, 1] },
     });
     runs.forEach((run, row) => {
-      const label = shape(area.svg, "text", { class: "value", x: left - 8, y: area.top + row * 24 + 18, "text-anchor": "end" }, shorten(run.key, Math.floor(left / 7)));
-      shape(label, "title", {}, run.key);
+      rowName(area.svg, left - 8, area.top + row * 24 + 18, run.key);
     });
     for (const row of rows) {
       const x = area.x(row.begun);
@@ -359,6 +355,9 @@ for (const host of document.querySelectorAll(".chart")) {
     if (host.clientWidth && host.clientWidth !== width) draw((width = host.clientWidth));
   };
   fit();
+  // Paper is narrow: drawn for it, letters keep their size.
+  addEventListener("beforeprint", () => draw(680));
+  addEventListener("afterprint", () => draw(width));
   // In a frame of its own: a drawing may bring the scroll bar, which changes the width again.
   new ResizeObserver(() => requestAnimationFrame(fit)).observe(host);
 }
