@@ -192,3 +192,44 @@ def day_by_hand(
         ):
             out[name].append(value)
     return {name: np.array(values) for name, values in out.items()}
+
+
+SITE = """\
+name: village
+latitude: 0
+longitude: 0
+altitude_m: 0
+timezone: UTC
+pv_kwp: 40
+grid_kw: 100
+charger_efficiency: 0.9
+seed: 1
+battery: {capacity_kwh: 50, power_kw: 20, charge_efficiency: 0.9, discharge_efficiency: 0.9,
+          soc_min: 0.1, soc_max: 0.9, start_soc_min: 0.3, start_soc_max: 0.7}
+sockets: [{name: moto, count: 3, max_kw: 4}]
+held_out: [2025-03-02, 2025-03-04, 2025-03-05]
+"""
+HELD_OUT = ["2025-03-02", "2025-03-04", "2025-03-05"]
+
+
+def write_site(directory: Path, load_kw: float = 5.0) -> Path:
+    """A site of six days, each a little sunnier than the one before."""
+    directory.mkdir()
+    (directory / "site.yaml").write_text(SITE)
+    series, sessions = ["time,pv_kw,load_kw,carbon_kg_per_kwh"], []
+    for day in range(1, 7):
+        date = f"2025-03-{day:02d}"
+        for step in range(96):
+            time = f"{date}T{step // 4:02d}:{step % 4 * 15:02d}:00+00:00"
+            pv_kw = (20 + day) * max(0.0, 1 - abs(step - 48) / 24)
+            carbon = 0.6 if step >= 72 else 0.4
+            series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}")
+        for i, (arrival, departure) in enumerate([(3, 9), (8, 15), (17, 22)]):
+            sessions.append(
+                f"{day}-{i},moto,{date}T{arrival:02d}:00:00+00:00,"
+                f"{date}T{departure:02d}:00:00+00:00,{6 + i},4"
+            )
+    header = "session_id,socket_type,arrival,departure,energy_kwh,max_kw"
+    (directory / "series.csv").write_text("\n".join(series) + "\n")
+    (directory / "sessions.csv").write_text("\n".join([header, *sessions]) + "\n")
+    return directory

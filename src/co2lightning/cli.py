@@ -27,6 +27,7 @@ commands:
                                      co2lightning fit --config ppo.yaml --ckpt_path last
   fit-all   train all agents         co2lightning fit-all --episodes 5
   test      compare on held-out days co2lightning test PPO
+  report    one HTML file to look at co2lightning report --output report.html
   history   what was trained so far  co2lightning history
   verify    check a run's files      co2lightning verify PPO
   predict   a day's schedule as CSV  co2lightning predict PPO --output schedule.csv
@@ -139,10 +140,17 @@ def _export(argv: list[str]) -> int:
     return main(argv)
 
 
+def _report(argv: list[str]) -> int:
+    from co2lightning.report.command import main
+
+    return main(argv)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _fit,
     "fit-all": _fit_all,
     "test": _test,
+    "report": _report,
     "history": _history,
     "verify": _verify,
     "predict": _predict,

@@ -21,7 +21,7 @@ from rich.table import Table
 from co2lightning.agents import AGENTS
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
-from co2lightning.history import Parser, runs_table, summarize
+from co2lightning.history import Parser, convergence, runs_table, summarize
 
 Row = dict[str, Any]
 
@@ -167,25 +167,16 @@ def _convergence_table(runs: list[Row]) -> Table:
     for heading in ("previous session", "this session", "change kg", "change %", "unmet kWh"):
         table.add_column(heading, justify="right")
     for run in runs:
-        sessions = [s["metrics"] for s in run["sessions"] if s["metrics"]]
-        means = [_mean(metrics, "co2_kg") for metrics in sessions[-2:]]
-        if not means or means[-1] is None:
+        means = [means for _, means in convergence(run)]
+        if not means:
             continue
-        before = means[0] if len(means) == 2 else None
         now = means[-1]
-        change = ("-", "-")
-        if before:
-            change = (f"{now - before:+.1f}", f"{100 * (now / before - 1):+.0f}")
         table.add_row(
             run["name"],
-            "-" if before is None else f"{before:.1f}",
-            f"{now:.1f}",
-            *change,
-            f"{_mean(sessions[-1], 'unmet_kwh') or 0.0:.1f}",
+            "-" if len(means) == 1 else f"{means[-2].co2_kg:.1f}",
+            f"{now.co2_kg:.1f}",
+            "-" if now.change_kg is None else f"{now.change_kg:+.1f}",
+            "-" if now.change is None else f"{100 * now.change:+.0f}",
+            f"{now.unmet_kwh:.1f}",
         )
     return table
-
-
-def _mean(metrics: list[Row], key: str) -> float | None:
-    values = [row[key] for row in metrics if row.get(key) is not None]
-    return sum(values) / len(values) if values else None

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="the same as data on standard output")
     options = parser.parse_args(argv)
-    runs = [summarize(run) for run in _find(options.name, options.directory)]
+    runs = [summarize(run) for run in find_runs(options.name, options.directory)]
     if options.json:
         print(json.dumps({"runs": runs}, indent=1))
     elif not runs:
@@ -54,7 +54,7 @@ def verify_main(argv: Sequence[str]) -> int:
         "co2lightning verify PPO",
     )
     options = parser.parse_args(argv)
-    runs = _find(options.name, options.directory)
+    runs = find_runs(options.name, options.directory)
     if not runs:
         raise UserError(f"no runs in {options.directory}; --checkpoints.dir says where they are")
     found = False
@@ -100,6 +100,40 @@ def summarize(run: TrainingCheckpoint) -> Row:
     }
 
 
+class SessionMeans(NamedTuple):
+    """Means over a session's episodes; the changes are against the session before it."""
+
+    co2_kg: float
+    change_kg: float | None
+    change: float | None  # share
+    co2_vs_uncontrolled: float | None
+    unmet_kwh: float
+
+
+def convergence(run: Row) -> list[tuple[Row, SessionMeans]]:
+    """Return the sessions of a run, as `summarize` tells it, that know a CO2, with their means."""
+    found: list[tuple[Row, SessionMeans]] = []
+    for session in run["sessions"]:
+        now = _mean(session["metrics"], "co2_kg")
+        if now is None:
+            continue
+        before = found[-1][1].co2_kg if found else None
+        means = SessionMeans(
+            co2_kg=now,
+            change_kg=now - before if before else None,
+            change=now / before - 1.0 if before else None,
+            co2_vs_uncontrolled=_mean(session["metrics"], "co2_vs_uncontrolled"),
+            unmet_kwh=_mean(session["metrics"], "unmet_kwh") or 0.0,
+        )
+        found.append((session, means))
+    return found
+
+
+def _mean(metrics: list[Row], key: str) -> float | None:
+    values = [row[key] for row in metrics if row.get(key) is not None]
+    return sum(values) / len(values) if values else None
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `UserError` instead of printing its usage."""
 
@@ -126,7 +160,7 @@ def _parser(command: str, description: str, example: str) -> argparse.ArgumentPa
     return parser
 
 
-def _find(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
+def find_runs(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
     """Return the runs in a directory, by name."""
     names = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
     runs = [TrainingCheckpoint(directory / n) for n in names if n[0] != "." and n != "archive"]

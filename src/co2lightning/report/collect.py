@@ -1,0 +1,244 @@
+"""What a report shows: runs read, checked and evaluated, grouped by their site.
+
+Shapes: D held-out days, T = 96 steps a day, H = 24 hours, K classes of SoC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.errors import UserError
+from co2lightning.evaluate import Evaluation, evaluate, load_agent, policy_of
+from co2lightning.history import summarize
+from co2lightning.physics import SiteModel, State, build_model, step
+from co2lightning.rules import Rule, rbc_b
+from co2lightning.schedule import schedule
+from co2lightning.site import Floats, Site, T, load_site
+
+if TYPE_CHECKING:
+    from co2lightning.agents.agent import Agent
+
+HOURS = 24
+SOC_CLASSES = 20
+
+
+class Heat(NamedTuple):
+    """What an agent does other than RBC B in the very same state; every field is [H, K].
+
+    Means over the steps that the agent itself came to, by the hour and the SoC at their beginning.
+    NaN where it never was.
+    """
+
+    battery_kw: Floats  # agent - rule, at the AC side, charging positive
+    ev_kw: Floats  # agent - rule
+    steps: Floats  # how many
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """A run with its newest episode on the held-out days.
+
+    Attributes:
+        row: What `history` tells of it.
+        action: How the agent's output is read: "direct", or "correction" of RBC B's action.
+        episode: The evaluated episode.
+        file: Its file.
+        sha256: Of that file.
+        trained_on: Name and SHA-256 of the site it was trained on.
+        evaluation: The agent beside the references.
+    """
+
+    row: dict[str, Any]
+    action: str
+    episode: int
+    file: Path
+    sha256: str
+    trained_on: tuple[str, str]
+    evaluation: Evaluation
+    heat: Heat
+
+    @property
+    def name(self) -> str:
+        return self.row["name"]
+
+    @property
+    def title(self) -> str:
+        """The run's name; with its agent where the name does not say it."""
+        agent = self.row["agent"]
+        title = self.name if self.name == agent else f"{self.name} ({agent})"
+        return f"{title}, correcting RBC B" if self.action == "correction" else title
+
+
+@dataclass(frozen=True, eq=False)
+class SiteResult:
+    """A site, its references and the runs evaluated on it."""
+
+    site: Site
+    references: Evaluation
+    runs: list[RunResult]
+
+    @property
+    def typical_day(self) -> int:
+        """Index of the held-out day on which RBC B emits the median CO2."""
+        order = np.argsort(self.references.policies["rbc_b"].co2_kg, kind="stable")
+        return int(order[(len(order) - 1) // 2])
+
+
+class _Loaded(NamedTuple):
+    run: TrainingCheckpoint
+    agent: Agent
+    checkpoint: dict[str, Any]
+    site: str
+    path: Path
+
+
+def collect(
+    runs: Sequence[TrainingCheckpoint],
+    site: str | None,
+    echo: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> list[SiteResult]:
+    """Read and evaluate runs; what is wrong with any of them comes out before the long part.
+
+    Args:
+        runs: The run directories.
+        site: Evaluate all runs on this site, not on their own.
+        echo: Gets a line for each step of the work.
+        warn: Gets a line for each run that is left out or evaluated on another site.
+
+    Raises:
+        UserError: A run is damaged, a site cannot be read, no run is left to show.
+    """
+    loaded = [one for run in runs if (one := _load(run, site, warn))]
+    if not loaded:
+        raise UserError("no run with an episode on a site; co2lightning fit trains one")
+    sites: dict[str, Site] = {}
+    groups: dict[str, list[tuple[_Loaded, tuple[str, str]]]] = {}
+    for one in loaded:
+        if one.site not in sites:
+            sites[one.site] = _read_site(one)
+        found = sites[one.site]
+        described = one.checkpoint["run"]["site"]
+        trained_on = _plain(described.get("name")), _plain(described.get("sha256"))
+        if trained_on[1] != found.sha256:
+            warn(
+                f"{one.run.name}: evaluated on {found.name} (sha256 {found.sha256[:12]}), trained "
+                f"on {trained_on[0]} (sha256 {trained_on[1][:12]})"
+            )
+        groups.setdefault(found.sha256, []).append((one, trained_on))
+    by_hash = {found.sha256: found for found in sites.values()}
+    results: list[SiteResult] = []
+    for sha256, members in groups.items():
+        found = by_hash[sha256]
+        count = len(found.held_out_days)
+        echo(f"{found.name}: the rules and the optimum on {count} held-out days")
+        references = evaluate(None, found)
+        shown: list[RunResult] = []
+        for one, trained_on in members:
+            echo(f"{one.run.name}: episode {one.checkpoint['episode']} on these days")
+            shown.append(_evaluated(one, found, references, trained_on))
+        results.append(SiteResult(found, references, shown))
+    return results
+
+
+def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]) -> _Loaded | None:
+    """Read a run's newest episode, None where it has nothing to show."""
+    episodes = run.episodes()
+    checkpoint = run.load_latest_checkpoint()
+    if checkpoint is None:
+        warn(f"{run.name}: has no episode yet, left out")
+        return None
+    if checkpoint["episode"] < episodes[-1]:
+        raise UserError(
+            f"{run.path(episodes[-1])} is damaged; co2lightning verify {run.name} says how, the "
+            "next resume puts it aside, and naming the other runs leaves this one out"
+        )
+    path = run.path(checkpoint["episode"])
+    described = checkpoint.get("run")
+    if isinstance(described, dict) and described.get("agent") and not described.get("site"):
+        warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
+        return None
+    agent = load_agent(checkpoint, path)
+    if not all(weights.isfinite().all() for weights in agent.state_dict().values()):
+        raise UserError(
+            f"{path}: its weights are no finite numbers, training diverged; naming the other runs "
+            "leaves this one out"
+        )
+    wanted = site or checkpoint["run"].get("config", {}).get("env.site")
+    if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
+        raise UserError(f"{path}: does not say which site it was trained on")
+    return _Loaded(run, agent, checkpoint, wanted, path)
+
+
+def _read_site(one: _Loaded) -> Site:
+    try:
+        return load_site(one.site)
+    except UserError as error:
+        raise UserError(f"{one.run.name}: {error}; --env.site names another") from None
+
+
+def _plain(value: object) -> str:
+    """Return a name or a hash of somebody's file if it may be printed."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else "?"
+
+
+def _evaluated(
+    one: _Loaded, site: Site, references: Evaluation, trained_on: tuple[str, str]
+) -> RunResult:
+    files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
+    return RunResult(
+        row=summarize(one.run),
+        action=str(one.agent.hparams.get("action", "direct")),
+        episode=one.checkpoint["episode"],
+        file=one.path,
+        sha256=files[one.path.name],
+        trained_on=trained_on,
+        evaluation=evaluate(one.agent, site, references),
+        heat=compare_to_rule(policy_of(one.agent, site), site, one.agent.device),
+    )
+
+
+def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> Heat:
+    """Return what a policy does on held-out days other than RBC B in the same states."""
+    soc: list[Tensor] = []
+    rule_battery_kw: list[Tensor] = []
+    rule_ev_kw: list[Tensor] = []
+
+    def watched(model: SiteModel, state: State) -> Tensor:
+        _, flows = step(model, state, rbc_b(model, state))
+        soc.append(state.soc)
+        rule_battery_kw.append(flows.battery_kw)
+        rule_ev_kw.append(flows.ev_kw)
+        return policy(model, state)
+
+    own = schedule(build_model(site, device), watched, site, site.held_out_days.tolist())
+    of_day = np.minimum(_by_day(soc) * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
+    hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
+    cell = (hours * SOC_CLASSES + of_day).ravel()
+
+    def total(values: Floats) -> Floats:
+        sums = np.zeros(HOURS * SOC_CLASSES)
+        np.add.at(sums, cell, values.ravel())
+        return sums.reshape(HOURS, SOC_CLASSES)
+
+    steps = total(np.ones_like(own.soc))
+    visited = np.where(steps > 0, steps, np.nan)
+    return Heat(
+        battery_kw=total(own.battery_kw - _by_day(rule_battery_kw)) / visited,
+        ev_kw=total(own.ev_kw - _by_day(rule_ev_kw)) / visited,
+        steps=steps,
+    )
+
+
+def _by_day(columns: list[Tensor]) -> Floats:
+    """Put steps [B], which came T by T for some days after others, into one table [D, T]."""
+    parts = [torch.stack(columns[i : i + T], 1) for i in range(0, len(columns), T)]
+    return torch.cat(parts).double().cpu().numpy()

@@ -1,0 +1,167 @@
+"""The command `co2lightning report`: what it takes, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from co2lightning import storage
+from co2lightning.errors import UserError
+from co2lightning.evaluate import violations
+from co2lightning.history import Parser, find_runs
+from co2lightning.report.collect import SiteResult, collect
+from co2lightning.report.page import render
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the report and return the exit code.
+
+    Raises:
+        UserError: No run to show, a damaged run, a site that cannot be read, an output that
+            cannot be written; all found before the long part begins.
+    """
+    began = time.monotonic()
+    options = _parse(argv)
+    output = _writable_file(options.output)
+    if options.figures is not None:
+        _writable_directory(options.figures)
+    names = list(dict.fromkeys(options.names))
+    found = [find_runs(name, options.directory) for name in names or [None]]
+    runs = [run for some in found for run in some]
+    if not runs:
+        raise UserError(
+            f"no runs in {options.directory}; co2lightning fit --config ppo.yaml starts one, "
+            "--checkpoints.dir says where they are"
+        )
+    results = collect(runs, options.site, _echo, _warn)
+    command = shlex.join(["co2lightning", "report", *argv])
+    page = render(results, command, storage.now())
+    files = {output: page}
+    if options.figures is not None:
+        from co2lightning.report.figures import draw
+
+        files |= {options.figures / file: data for file, data in draw(results).items()}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(exist_ok=True)
+            storage.write_atomic(path, content, durable=False)
+    except OSError as error:
+        # Not by the command line's own words, which are about a training that was cut.
+        print(f"error: {error.filename}: {error.strerror}; nothing half written", file=sys.stderr)
+        return 1
+    if options.figures is not None:
+        _echo(f"{options.figures}: {len(files) // 2} figures, each as PNG and as PDF")
+    count = sum(len(result.runs) for result in results)
+    _echo(
+        f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
+        f"{time.monotonic() - began:.0f} s; open it in a browser"
+    )
+    return _check_bound(results)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="co2lightning report",
+        description="Write one HTML file that shows runs: learning curves, the comparison on "
+        "held-out days, sessions, every held-out day to look at. It needs no network.",
+        epilog="example: co2lightning report PPO SAC --output report.html --figures figures",
+        allow_abbrev=False,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the report [default: report.html]",
+    )
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="also write the figures there, as PNG and as PDF for papers",
+    )
+    parser.add_argument(
+        "--checkpoints.dir",
+        dest="directory",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="where the runs are [default: checkpoints]",
+    )
+    parser.add_argument(
+        "--env.site",
+        dest="site",
+        metavar="SITE",
+        help="evaluate on this site [default: the one each run was trained on]",
+    )
+    return parser.parse_args(list(argv))
+
+
+def _writable_file(path: Path) -> Path:
+    """Return where `path` leads, links followed, if a file can be written there."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--output {path}: {reason}; give a file such as report.html") from None
+    else:
+        if not stat.S_ISREG(mode):
+            what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+            raise UserError(f"--output {path}: is {what}; give a file such as report.html")
+        if not os.access(path, os.W_OK):
+            raise UserError(f"--output {path}: is read-only")
+    target = path.resolve()
+    _check_parent(target.parent, f"--output {path}")
+    return target
+
+
+def _writable_directory(path: Path) -> None:
+    if path.is_dir():
+        _check_parent(path, f"--figures {path}")
+    elif os.path.lexists(path):
+        raise UserError(f"--figures {path}: is not a directory")
+    else:
+        _check_parent(path.resolve().parent, f"--figures {path}")
+
+
+def _check_parent(directory: Path, flag: str) -> None:
+    """Raise unless a file can be made in `directory`."""
+    if not directory.is_dir():
+        raise UserError(f"{flag}: there is no directory {directory}; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}: {directory} cannot be written to ({error.strerror})") from None
+
+
+def _check_bound(results: list[SiteResult]) -> int:
+    """Return 1, and say why, if a policy is better than the optimum."""
+    broken = [
+        f"{run.name}, {line}"
+        for result in results
+        for run in result.runs
+        for line in violations(run.evaluation)
+    ]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        print(f"error: the optimum is no bound, a defect: {broken[0]}{more}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _echo(line: str) -> None:
+    print(line, flush=True)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
