@@ -110,6 +110,18 @@ def _history(argv: list[str]) -> int:
     return main(argv)
 
 
+def _predict(argv: list[str]) -> int:
+    from co2lightning.predict import main
+
+    return main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from co2lightning.export import main
+
+    return main(argv)
+
+
 def _verify(argv: list[str]) -> int:
     from co2lightning.history import verify_main
 
@@ -124,18 +136,6 @@ def _fit_all(argv: list[str]) -> int:
 
 def _test(argv: list[str]) -> int:
     from co2lightning.evaluate import main
-
-    return main(argv)
-
-
-def _predict(argv: list[str]) -> int:
-    from co2lightning.predict import main
-
-    return main(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from co2lightning.export import main
 
     return main(argv)
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import co2lightning
-from co2lightning import cli, config
+from co2lightning import cli, config, fit_all
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -24,6 +24,7 @@ PROJECT = PYPROJECT["project"]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPANISH = (ROOT / "README.es.md").read_text(encoding="utf-8")
 LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
 REQUIREMENTS = [Requirement(line) for lines in LISTS for line in lines]
 
@@ -42,18 +43,22 @@ def pinned(name: str) -> Version:
     return Version(specifier.version)
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def code_blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def readme_commands() -> list[list[str]]:
-    """Return the words of every command line of the README, comments taken off."""
-    text = "".join(code_blocks("bash")).replace("\\\n", " ")
+def readme_commands(page: str = README) -> list[list[str]]:
+    """Return the words of every command line of a page, comments taken off."""
+    text = "".join(code_blocks("bash", page)).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def readme_arguments(program: str) -> list[list[str]]:
-    return [words[1:] for words in readme_commands() if words[0] == program]
+    """Return the arguments of every call of a program in README.md and README.es.md, each once."""
+    commands = [*readme_commands(), *readme_commands(SPANISH)]
+    return [
+        list(words) for words in dict.fromkeys(tuple(c[1:]) for c in commands if c[0] == program)
+    ]
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -123,7 +128,12 @@ def test_every_agent_has_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("arguments", readme_arguments("co2lightning"), ids=" ".join)
-def test_readme_command_exists(arguments: list[str]) -> None:
+def test_readme_command_exists(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if arguments[0].startswith("-"):
         assert arguments[0] in ("--help", "--version")
         return
@@ -135,6 +145,16 @@ def test_readme_command_exists(arguments: list[str]) -> None:
             agent, settings = config.read_recipe(given["config"])
             config.check_settings(settings, agent, given["config"])
         config.parse_flags(rest, agent)
+    elif arguments[0] == "fit-all":
+        options, rest = fit_all._parse(arguments[1:])
+        for agent in options.agents:
+            config.parse_flags(rest, agent)
+    elif arguments[0] != "fit":  # where nothing was trained yet they get no further than this
+        monkeypatch.chdir(tmp_path)
+        code = cli.main(arguments)
+        said = "".join(capsys.readouterr())
+        assert re.search(r"no episode in checkpoints|no such run in checkpoints|[Nn]o runs", said)
+        assert code in (0, 2)
 
 
 def test_readme_shows_the_two_commands_first() -> None:
@@ -155,16 +175,55 @@ def test_scripts_of_the_readme_exist() -> None:
         assert (ROOT / words[0]).is_file() or words[0].startswith("-"), words
 
 
-@pytest.mark.parametrize("block", code_blocks("python"))
+@pytest.mark.parametrize("block", [*code_blocks("python"), *code_blocks("python", SPANISH)])
 def test_readme_python_names_exist(block: str) -> None:
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert node.value.id != "co2lightning" or hasattr(co2lightning, node.attr), node.attr
 
 
-def test_files_the_readme_links_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert "://" in target or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "README.es.md", "docs/algorithms.md"])
+def test_files_that_a_page_links_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+        assert "://" in target or ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_two_pages_lead_to_each_other_and_show_the_same_first_steps() -> None:
+    assert "](README.es.md)" in README
+    assert "](README.md)" in SPANISH
+    assert (
+        readme_commands(SPANISH)[:2]
+        == readme_commands()[:2]
+        == [["make", "train"], ["make", "test"]]
+    )
+    shown = [words[1:] for words in readme_commands(SPANISH) if words[0] == "co2lightning"]
+    for words in readme_commands():
+        if words[0] == "co2lightning" and words[1] in ("test", "history", "verify", "predict"):
+            assert any(words[1] == other[0] for other in shown), words
+
+
+def test_the_figures_of_the_spanish_page_are_the_committed_ones() -> None:
+    results = json.loads((ROOT / "docs/learning-results.json").read_text(encoding="utf-8"))
+    names = ("uncontrolled", "rbc_a", "rbc_b", "optimum")
+    kg = [f"{results['references'][name]['co2_kg']:.1f}" for name in names]
+    assert "sin control {}, RBC A {}, RBC B {}, óptimo {}".format(*kg) in SPANISH
+    ppo = results["agents"]["PPO"]["summary"]
+    first, last = (f"{ppo[episode]['co2_kg']['median']:.1f}" for episode in ("10", "100"))
+    assert f"PPO pasa de {first} tras 10 episodios a {last} tras 100" in SPANISH
+
+
+def test_the_functions_that_the_equations_name_exist() -> None:
+    text = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    modules = {path.stem for path in SOURCES}
+    found = re.findall(r"`([A-Za-z]\w*)\.([A-Za-z]\w*)`", text)
+    assert len(found) > 20
+    for owner, name in found:
+        if owner in ("env", "rules"):  # a setting, a file
+            continue
+        assert owner in modules or f"class {owner}" in source, owner
+        assert re.search(rf"(def|class) {name}\b|^    {name}: ", source, re.M), (owner, name)
 
 
 def test_the_readmes_results_are_the_committed_ones() -> None:

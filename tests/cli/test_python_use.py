@@ -1,0 +1,91 @@
+"""The lines that README and the project's contract show to Python users run as they stand."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import co2lightning
+from conftest import TINY
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(SHOWN,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+CONTRACT = """\
+import gymnasium as gym, co2lightning
+env  = gym.make("co2lightning/ChargingSite-v0", site="iquitos")
+envs = gym.make_vec("co2lightning/ChargingSite-v0", num_envs=64, site="iquitos")
+agent = co2lightning.PPO.load_from_checkpoint("checkpoints/PPO/episode_0010.pt")
+action, _ = agent.predict(obs, deterministic=True)
+result = co2lightning.fit({"config": "ppo.yaml", "episodes": 5})      # what the command does
+runs = co2lightning.TrainingCheckpoint("checkpoints/PPO")   # load_metadata, save_checkpoint, ...
+"""
+
+
+@pytest.fixture
+def small(place: Path) -> None:
+    """Give the recipe of the lines a small one in the directory they run in."""
+    flags = [word.removeprefix("--model.") for word in TINY["PPO"]]
+    settings = [f"  {key}: {value}" for key, value in zip(flags[::2], flags[1::2], strict=True)]
+    text = ["agent: PPO", "episodes: 10", "env:", "  num_envs: 4", "model:", *settings]
+    (place / "ppo.yaml").write_text("\n".join(text) + "\n")
+
+
+def test_the_lines_of_the_readme_then_of_the_contract(
+    small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    exec(SHOWN, names)
+    assert names["result"]["last_episode"] == 10
+    assert names["run"].get_next_episode() == 11
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" 11")
+    check_use(names)
+    shown = set(re.findall(r"co2lightning\.\w+", SHOWN))
+    assert shown >= set(re.findall(r"co2lightning\.[A-Z]\w+", CONTRACT)), "README shows them all"
+
+    done = {ast.dump(line) for line in ast.parse(SHOWN).body}
+    for line in ast.parse(CONTRACT).body:
+        if ast.dump(line) not in done:  # what README shows too has run
+            exec(ast.unparse(line), names)
+    assert (names["result"]["first_episode"], names["result"]["last_episode"]) == (1, 5)
+    assert names["runs"].get_next_episode() == 6
+    assert names["runs"].load_metadata()["last_episode"] == 5
+
+
+def check_use(names: dict[str, Any]) -> None:
+    env, envs, action = names["env"], names["envs"], names["action"]
+    assert isinstance(names["agent"], co2lightning.PPO)
+    assert action.shape == env.action_space.shape
+    assert env.action_space.contains(action)
+    env.reset(seed=0)
+    _, _, _, _, info = env.step(action)
+    kinds = {"co2_kg", "grid_import_kwh", "curtailed_kwh", "unmet_kwh"}
+    assert kinds <= set(info)
+    obs, _ = envs.reset(seed=0)
+    actions, _ = names["agent"].predict(obs)
+    assert actions.shape == (64, 2)
+    _, reward, *_, info = envs.step(actions)
+    assert reward.shape == (64,)
+    assert isinstance(info["co2_kg"], np.ndarray)
+
+
+def test_what_a_type_checker_needs_is_there() -> None:
+    """Public functions say what they take and give; `py.typed` tells checkers to believe it."""
+    import inspect
+
+    assert Path(co2lightning.__file__).with_name("py.typed").is_file()
+    for name in co2lightning._HOME:
+        thing = getattr(co2lightning, name)
+        public = (
+            [member for key, member in vars(thing).items() if key[0] != "_"]
+            if inspect.isclass(thing)
+            else [thing]
+        )
+        for function in filter(inspect.isfunction, public):
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not inspect.Signature.empty, function
+            given = [p for key, p in signature.parameters.items() if key not in ("self", "cls")]
+            assert all(p.annotation is not inspect.Parameter.empty for p in given), function
