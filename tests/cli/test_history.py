@@ -129,7 +129,10 @@ def test_nothing_trained_yet(command: Command) -> None:
     assert command("verify").err.startswith("error: no runs in checkpoints")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["history"], ["history", "--help"], ["verify"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["history"], ["history", "--help"], ["verify"], ["report", "--help"]],
+)
 def test_starts_without_torch(place: Path, environment: dict[str, str], words: list[str]) -> None:
     train("PPO", [0.9])
     script = (

@@ -63,6 +63,8 @@ def test_wheel_holds_code_recipes_sites_and_licence_only(wheel: Path) -> None:
         files = ("site.yaml", "series.csv.gz", "sessions.csv.gz")
         assert {f"sites/{site}/{file}" for file in files} <= package
     assert {"py.typed", "cli.py"} <= package
+    page = ("template.html", "report.css", "charts.js", "report.js")
+    assert {f"report/{file}" for file in page} <= package
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"co2lightning"}
     assert not [name for name in names if name.endswith((".pyc", ".pt"))]

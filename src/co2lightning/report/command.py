@@ -11,13 +11,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from co2lightning import storage
 from co2lightning.errors import UserError
-from co2lightning.evaluate import violations
 from co2lightning.history import Parser, find_runs
-from co2lightning.report.collect import SiteResult, collect
-from co2lightning.report.page import render
+
+if TYPE_CHECKING:
+    from co2lightning.report.collect import SiteResult
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +41,10 @@ def main(argv: Sequence[str]) -> int:
             f"no runs in {options.directory}; co2lightning fit --config ppo.yaml starts one, "
             "--checkpoints.dir says where they are"
         )
+    # Only now: torch takes seconds, a mistyped flag should not.
+    from co2lightning.report.collect import collect
+    from co2lightning.report.page import render
+
     results = collect(runs, options.site, _echo, _warn)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, storage.now())
@@ -147,6 +152,8 @@ def _check_parent(directory: Path, flag: str) -> None:
 
 def _check_bound(results: list[SiteResult]) -> int:
     """Return 1, and say why, if a policy is better than the optimum."""
+    from co2lightning.evaluate import violations
+
     broken = [
         f"{run.name}, {line}"
         for result in results

@@ -171,7 +171,7 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
         mesh.set_rasterized(True)
         figure.colorbar(mesh, ax=axes, label="run - RBC B, kW")
         axes.set_title(title, fontsize=9)
-        axes.set(xlabel="time of day, h", xticks=range(0, HOURS + 1, 6), facecolor="#e9ecef")
+        axes.set(xlabel="time of day, h", xticks=range(0, HOURS + 1, 6), facecolor="#c4cad1")
         axes.grid(False)
     panels[0].set(ylabel="battery SoC, %", ylim=(100 * battery.soc_min, 100 * battery.soc_max))
     figure.suptitle(f"{run.title} in its own states; grey: no such state", fontsize=9)

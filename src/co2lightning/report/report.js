@@ -356,7 +356,7 @@ for (const host of document.querySelectorAll(".chart")) {
   };
   fit();
   // Paper is narrow: drawn for it, letters keep their size.
-  addEventListener("beforeprint", () => draw(680));
+  addEventListener("beforeprint", () => draw(920));
   addEventListener("afterprint", () => draw(width));
   // In a frame of its own: a drawing may bring the scroll bar, which changes the width again.
   new ResizeObserver(() => requestAnimationFrame(fit)).observe(host);
