@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     """
     began = time.monotonic()
     options = _parse(argv)
-    output = _writable_file(options.output)
+    output = storage.check_output("--output", options.output)
+    assert output is not None
     if options.figures is not None:
         _writable_directory(options.figures)
     names = list(dict.fromkeys(options.names))
@@ -110,44 +109,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(list(argv))
 
 
-def _writable_file(path: Path) -> Path:
-    """Return where `path` leads, links followed, if a file can be written there."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--output {path}: {reason}; give a file such as report.html") from None
-    else:
-        if not stat.S_ISREG(mode):
-            what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-            raise UserError(f"--output {path}: is {what}; give a file such as report.html")
-        if not os.access(path, os.W_OK):
-            raise UserError(f"--output {path}: is read-only")
-    target = path.resolve()
-    _check_parent(target.parent, f"--output {path}")
-    return target
-
-
 def _writable_directory(path: Path) -> None:
     if path.is_dir():
-        _check_parent(path, f"--figures {path}")
+        storage.check_directory(f"--figures {path}", path)
     elif os.path.lexists(path):
         raise UserError(f"--figures {path}: is not a directory")
     else:
-        _check_parent(path.resolve().parent, f"--figures {path}")
-
-
-def _check_parent(directory: Path, flag: str) -> None:
-    """Raise unless a file can be made in `directory`."""
-    if not directory.is_dir():
-        raise UserError(f"{flag}: there is no directory {directory}; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag}: {directory} cannot be written to ({error.strerror})") from None
+        storage.check_directory(f"--figures {path}", path.resolve().parent)
 
 
 def _check_bound(results: list[SiteResult]) -> int:
