@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -73,14 +72,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="how many at once [default: one for each core]",
     )
-    parser.add_argument(
-        "--checkpoints.dir",
-        dest="directory",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="where the runs are [default: checkpoints]",
-    )
+    parser.add_directory()
     options, passed_on = parser.parse_known_args(list(argv))
     for agent in options.agents:
         if agent not in AGENTS:

@@ -140,6 +140,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog.split()[-1]}: {message}; --help shows what there is")
 
+    def add_directory(self) -> None:
+        """Add the flag that says where the runs are, as `directory`."""
+        self.add_argument(
+            "--checkpoints.dir",
+            dest="directory",
+            type=Path,
+            default=Path("checkpoints"),
+            metavar="DIR",
+            help="where the runs are [default: checkpoints]",
+        )
+
 
 def _parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = Parser(
@@ -149,14 +160,7 @@ def _parser(command: str, description: str, example: str) -> argparse.ArgumentPa
         allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="a run [default: all]")
-    parser.add_argument(
-        "--checkpoints.dir",
-        dest="directory",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="where the runs are [default: checkpoints]",
-    )
+    parser.add_directory()
     return parser
 
 

@@ -92,14 +92,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="also write the figures there, as PNG and as PDF for papers",
     )
-    parser.add_argument(
-        "--checkpoints.dir",
-        dest="directory",
-        type=Path,
-        default=Path("checkpoints"),
-        metavar="DIR",
-        help="where the runs are [default: checkpoints]",
-    )
+    parser.add_directory()
     parser.add_argument(
         "--env.site",
         dest="site",
