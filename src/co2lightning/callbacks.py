@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard.summary import hparams
 
+from co2lightning import ranks
 from co2lightning.agents.agent import Agent
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.replay import fewest_rows
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
 _SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
@@ -41,19 +43,19 @@ class EpisodeCheckpointIO(CheckpointIO):
     def __init__(
         self,
         run: TrainingCheckpoint,
-        replay: Sequence[dict[str, Any]] = (),
+        rows: Sequence[int] = (),
         capacity: int | None = None,
     ) -> None:
         """Remember the run.
 
         Args:
             run: The run directory.
-            replay: Pieces of earlier episodes that still fill the replay buffer.
+            rows: Lengths of the pieces of earlier episodes that still fill the replay buffer.
             capacity: Transitions the buffer holds.
         """
         self.run = run
         self.capacity = capacity
-        self.rows = [len(piece["rows"]) for piece in replay]
+        self.rows = list(rows)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -61,7 +63,7 @@ class EpisodeCheckpointIO(CheckpointIO):
         content = dict(checkpoint)
         replay = content.pop("replay", None)
         if replay is not None:
-            self.rows.append(len(replay["rows"]))
+            self.rows.append(fewest_rows(replay))
         self.run.save_checkpoint(
             content,
             episode=content.pop("episode"),
@@ -233,6 +235,7 @@ class Curves(TensorBoardLogger):
         self.experiment.flush()
 
 
+@rank_zero_only
 def _order_event_files(directory: Path) -> None:
     """Give a run's event files names that sort before the next one's.
 
@@ -263,15 +266,17 @@ def _made(path: Path) -> tuple[int, int]:
 class Interrupted(Exception):
     """A signal asked for the end."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, rank: int = 0) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
+        # Lightning kills rank 0, which is still closing the session, when another ends in error.
+        self.exit_code = 128 + signum if rank == 0 else 0
 
 
 class Signals(pl.Callback):
     """Ends training at the next segment after SIGINT, SIGTERM or SIGHUP; at once on a second one.
 
-    Nothing is raised inside a save: the handler only sets a flag.
+    Nothing is raised inside a save: the handler only sets a flag. Ranks tell each other, so that
+    a signal to one of them ends all at the same segment.
     """
 
     def __init__(self) -> None:
@@ -302,20 +307,27 @@ class Signals(pl.Callback):
         if self.received:
             raise Interrupted(self.received)
 
+    def _agree(self, trainer: pl.Trainer) -> None:
+        if trainer.world_size > 1:
+            self.received = ranks.highest(self.received, trainer.strategy.root_device)
+            if self.received:
+                raise Interrupted(self.received, trainer.global_rank)
+        self.check()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._previous:
             self.install()
-        self.check()
+        self._agree(trainer)
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self.check()
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._agree(trainer)
 
-    def on_train_epoch_start(self, *args: Any, **kwargs: Any) -> None:
-        self.check()
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._agree(trainer)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let a signal during the last save end the session as interrupted too."""
-        self.check()
+        self._agree(trainer)
 
 
 class ProgressLine(pl.Callback):

@@ -97,7 +97,8 @@ def _fit(argv: list[str]) -> int:
     try:
         run_fit(flags, agent=agent, config=recipe, signals=signals, echo=_echo)
     except Interrupted as interrupted:
-        _echo(f"Stopped by {interrupted}; --ckpt_path last continues")
+        if interrupted.exit_code:
+            _echo(f"Stopped by {interrupted}; --ckpt_path last continues")
         return interrupted.exit_code
     finally:
         signals.restore()

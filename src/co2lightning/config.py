@@ -60,9 +60,9 @@ _OWN_MODEL_SETTINGS = ("observation_dim", "action_dim", "seed", "hindsight_dim")
 # What Lightning says about its own flags, shorter.
 _TRAINER_HELP = {
     "accelerator": "auto, cpu or gpu",
-    "devices": "auto, 1, or the number of one device such as [1]",
-    "strategy": "auto, or one of Lightning's",
-    "num_nodes": "machines",
+    "devices": "how many, auto for all, or their numbers such as [1]; each is a process",
+    "strategy": "auto or ddp: processes with days of their own that average their gradients",
+    "num_nodes": "machines, each with so many devices",
     "precision": "32-true",
     "callbacks": "further Lightning callbacks, by class_path",
     "deterministic": "true: deterministic algorithms only; warn: where there are any",
@@ -124,7 +124,7 @@ _RANGES = {
     "model.learning_starts": _WEIGHT,
     "model.gradient_steps": _COUNT,
     "model.train_freq": _COUNT,
-    "trainer.num_nodes": _Range(1, 1),
+    "trainer.num_nodes": _Range(1, 10_000),
 }
 _HIDDEN = _Range(1, 16_384)
 _CHOICES = {

@@ -9,6 +9,7 @@ Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -56,7 +57,7 @@ class Environment(Protocol):
     def to(self, device: torch.device) -> None: ...
     def reset(self, seed: int) -> Tensor: ...
     def step(self, action: Tensor) -> Step: ...
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self, mean: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]: ...
 
 
 class SiteDays:
@@ -171,22 +172,26 @@ class SiteDays:
         pv_kwh = self.site.pv_kw[days, : len(self._past)].sum(axis=1) * STEP_H
         return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
 
-    def metrics(self) -> dict[str, float]:
-        """Return the means over the finished days, for the logs."""
+    def metrics(self, mean: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
+        """Return the means over the finished days, for the logs.
+
+        Args:
+            mean: Averages a tensor over the ranks of a distributed run.
+        """
         totals = self.totals() | {"uncontrolled_kg": self.uncontrolled_kg[self._day]}
-        means = torch.stack(list(totals.values())).mean(1).tolist()
-        mean = dict(zip(totals, means, strict=True))
+        means = mean(torch.stack(list(totals.values())).mean(1)).tolist()
+        day = dict(zip(totals, means, strict=True))
         return {
-            "site/co2_kg": mean["co2_kg"],
-            "site/uncontrolled_kg": mean["uncontrolled_kg"],
-            "site/co2_vs_uncontrolled": mean["co2_kg"] / max(mean["uncontrolled_kg"], 1e-9),
-            "site/grid_import_kwh": mean["grid_import_kwh"],
-            "site/curtailment_kwh": mean["curtailed_kwh"],
+            "site/co2_kg": day["co2_kg"],
+            "site/uncontrolled_kg": day["uncontrolled_kg"],
+            "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
+            "site/grid_import_kwh": day["grid_import_kwh"],
+            "site/curtailment_kwh": day["curtailed_kwh"],
             # A battery that discharges into a surplus is curtailed too: more than there was PV.
             "site/self_consumption": max(
-                0.0, 1.0 - mean["curtailed_kwh"] / max(mean["pv_kwh"], 1e-9)
+                0.0, 1.0 - day["curtailed_kwh"] / max(day["pv_kwh"], 1e-9)
             ),
-            "site/unmet_kwh": mean["unmet_kwh"],
+            "site/unmet_kwh": day["unmet_kwh"],
         }
 
 

@@ -107,8 +107,21 @@ class Replay:
         return piece
 
 
-def is_piece(piece: dict[str, Any], observation_dim: int, action_dim: int) -> bool:
+def pieces_of_ranks(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the piece of each rank in a file; it holds the piece itself where one rank trained."""
+    pieces = content.get("ranks", [content])
+    return pieces if isinstance(pieces, list) else []
+
+
+def fewest_rows(content: dict[str, Any]) -> int:
+    """Return the rows of the rank that added the fewest; each fills a buffer of its own."""
+    return min(len(piece["rows"]) for piece in pieces_of_ranks(content))
+
+
+def is_piece(piece: Any, observation_dim: int, action_dim: int) -> bool:
     """Say whether a file's content is a piece that `Replay.rebuild` can take, of these sizes."""
+    if not isinstance(piece, dict):
+        return False
     began, rows = piece.get("began"), piece.get("rows")
     sizes = _columns(observation_dim, action_dim)
     return (

@@ -12,17 +12,21 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
@@ -52,7 +56,8 @@ from co2lightning.config import (
 )
 from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
-from co2lightning.replay import is_piece
+from co2lightning.ranks import Rank, is_loss
+from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
@@ -71,6 +76,13 @@ class FitResult:
     metrics: dict[str, float]
 
 
+class ReplayPiece(NamedTuple):
+    """What an episode added to this rank's replay buffer."""
+
+    content: dict[str, Any]
+    fewest_rows: int  # of any rank's
+
+
 @dataclass(frozen=True)
 class _Start:
     """The checkpoint a session starts from."""
@@ -80,6 +92,7 @@ class _Start:
     settings: Settings
     target_episode: int
     site_sha256: str | None
+    world_size: int
     content: dict[str, Any]
 
 
@@ -92,7 +105,8 @@ class _Plan:
     target: int
     learner: Agent
     environment: Environment
-    replay: list[dict[str, Any]]
+    replay: list[ReplayPiece]
+    rank: Rank
     notes: list[str]
 
     @property
@@ -132,13 +146,18 @@ def run_fit(
         logs=Path(session["logs.dir"]) / name,
         keep_last=session["checkpoints.keep_last"],
     )
-    _check_trainer(session, agent)
+    rank = _check_trainer(session, agent)
     _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
     _check_place("--logs.dir", session["logs.dir"], name)
     # Once before the lock, so that a refusal changes nothing; once more in case files changed.
-    plan = _plan(run, agent, config, recipe, flags, None)
+    plan = _plan(run, agent, config, recipe, flags, rank)
     signals = signals or Signals()
     signals.check()
+    if rank.number:  # rank 0 prepares the run, writes and speaks; Lightning lets the others wait
+        if plan.start and plan.target <= plan.done:
+            return _nothing_to_do(run, plan)
+        path = run.path(plan.done) if plan.start else None
+        return _train(run, plan, path, signals, lambda line: None)
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(run.lock())
@@ -149,14 +168,20 @@ def run_fit(
             ) from None
         for line in run.recover():
             echo(line)
-        plan = _plan(run, agent, config, recipe, flags, plan)
+        plan = _plan(run, agent, config, recipe, flags, rank, plan)
         for line in plan.notes:
             echo(line)
         if plan.start and plan.target <= plan.done:
             echo(f"{agent} stands at episode {plan.done}; {_count(plan.target)} in total are done")
-            return FitResult(agent, name, plan.done + 1, plan.done, plan.start.path, {})
+            return _nothing_to_do(run, plan)
         path = _prepare_run(run, plan, flags, echo)
         return _train(run, plan, path, signals, echo)
+
+
+def _nothing_to_do(run: TrainingCheckpoint, plan: _Plan) -> FitResult:
+    assert plan.start
+    agent = type(plan.learner).__name__
+    return FitResult(agent, run.name, plan.done + 1, plan.done, plan.start.path, {})
 
 
 def which_agent(agent: str | None, config: str | None, ckpt_path: str | None) -> str:
@@ -259,7 +284,8 @@ def _plan(
     config: str,
     recipe: Settings,
     flags: Settings,
-    earlier: _Plan | None,
+    rank: Rank,
+    earlier: _Plan | None = None,
 ) -> _Plan:
     """Work out what a session will do, reading only.
 
@@ -269,6 +295,7 @@ def _plan(
         config: The recipe's name, for the notes.
         recipe: Its settings.
         flags: The settings that win.
+        rank: Which process of how many this is.
         earlier: A plan whose environment and replay are taken over where they still fit.
 
     Raises:
@@ -313,8 +340,14 @@ def _plan(
         worth = worth_compiling(episodes * learner.updates_per_episode(environment))
         merged["model.compile"] = learner.hparams["compile"] = worth
     learner.train_on(environment)
-    replay: list[dict[str, Any]] = []
+    replay: list[ReplayPiece] = []
     if start:
+        if start.world_size != rank.world_size:
+            raise UserError(
+                f"{start.path}: trained on {_processes(start.world_size)}, not on "
+                f"{rank.world_size}; each has days and a replay buffer of its own, so a run keeps "
+                f"their number: give --trainer.devices {start.world_size}, or start a new run"
+            )
         _check_fit(learner, start)
         site = environment.site if isinstance(environment, SiteDays) else None
         if site and start.site_sha256 not in (None, site.sha256):
@@ -325,8 +358,8 @@ def _plan(
         if earlier and earlier.start and earlier.start.path == start.path:
             replay = earlier.replay
         elif target > start.episode:
-            replay = _load_replay(learner, start, merged["allow_partial_replay"])
-    return _Plan(start, merged, target, learner, environment, replay, notes)
+            replay = _load_replay(learner, start, merged["allow_partial_replay"], rank)
+    return _Plan(start, merged, target, learner, environment, replay, rank, notes)
 
 
 def _find_start(
@@ -372,13 +405,14 @@ def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
     known = {"model.compile": False, **check_settings(stored, agent, str(path))}
     settings = _run_settings(complete(known, agent))
     target = run.get("target_episode")
-    site = run.get("site")
+    site, world_size = run.get("site"), run.get("world_size")
     return _Start(
         episode,
         path,
         settings,
         target if type(target) is int and target <= MAX_EPISODES else 0,
         site.get("sha256") if isinstance(site, dict) else None,
+        world_size if type(world_size) is int else 1,
         content,
     )
 
@@ -455,7 +489,9 @@ def _check_fit(learner: Agent, start: _Start) -> None:
         raise UserError(f"{start.path}: does not fit {type(learner).__name__} ({reason})") from None
 
 
-def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dict[str, Any]]:
+def _load_replay(
+    learner: Agent, start: _Start, allow_partial: bool, rank: Rank
+) -> list[ReplayPiece]:
     """Return the newest replay pieces that fill the agent's buffer, oldest first."""
     capacity = learner.hparams.get("buffer_size")
     if capacity is None:
@@ -463,31 +499,34 @@ def _load_replay(learner: Agent, start: _Start, allow_partial: bool) -> list[dic
     source = TrainingCheckpoint(start.path.parent)
     seen = learner.hparams["observation_dim"] + learner.hparams["hindsight_dim"]
     sizes = (seen, learner.hparams["action_dim"])
-    pieces: list[dict[str, Any]] = []
-    rows = 0
-    for episode, piece in source.load_replay(range(start.episode, 0, -1), allow_partial):
-        if not is_piece(piece, *sizes):
+    found: list[ReplayPiece] = []
+    for episode, content in source.load_replay(range(start.episode, 0, -1), allow_partial):
+        pieces = pieces_of_ranks(content)
+        if len(pieces) != rank.world_size or not all(is_piece(piece, *sizes) for piece in pieces):
             if allow_partial:
                 continue
             raise UserError(
                 f"{source.replay_path(episode)}: not a replay piece of this run; "
                 "--allow_partial_replay goes on without it"
             )
-        pieces.append(piece)
-        rows += len(piece["rows"])
-        if rows >= capacity:
+        found.append(ReplayPiece(pieces[rank.number], fewest_rows(content)))
+        if sum(piece.fewest_rows for piece in found) >= capacity:
             break
-    return pieces[::-1]
+    return found[::-1]
 
 
-def _check_trainer(settings: Settings, agent: str) -> None:
+def _check_trainer(settings: Settings, agent: str) -> Rank:
     """Refuse Trainer settings that cannot be, such as a GPU that is not there."""
     trainer = _make_trainer(settings, agent)
-    if trainer.world_size > 1:
+    strategy = trainer.strategy
+    if trainer.world_size > 1 and not (
+        isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
+    ):
         raise UserError(
-            f"--trainer.devices {settings['trainer.devices']}: an agent trains on one device; "
-            "give --trainer.devices 1"
+            f"{given_trainer_flags(settings, agent)}: several processes train by ddp; give "
+            "--trainer.strategy ddp, or one device: --trainer.devices 1"
         )
+    return Rank(trainer.global_rank, trainer.world_size)
 
 
 def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
@@ -496,6 +535,9 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     own["callbacks"] = [*callbacks, *own.get("callbacks", [])]
     own.setdefault("logger", False)
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Requeuing would save in the middle of an episode; --ckpt_path last needs no such file.
+        own["plugins"] = [*own.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
     try:
         with _quiet():
             return pl.Trainer(
@@ -507,7 +549,7 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
             )
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{given_trainer_flags(settings, agent)}: {reason}") from None
 
@@ -584,7 +626,7 @@ def _train(
     site_days = plan.environment if isinstance(plan.environment, SiteDays) else None
     logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None)
     progress = ProgressLine(target, echo)
-    history = History(run, _info(agent, plan.environment, settings, target))
+    history = History(run, _info(agent, plan))
     every = settings["figures_every"]
     figure = DispatchFigure(site_days, every, logger) if site_days and every else None
 
@@ -593,23 +635,28 @@ def _train(
         if figure:
             figure.show(learner)
 
+    pieces = [piece.content for piece in plan.replay]
+    rows = [piece.fewest_rows for piece in plan.replay]
+    plan.replay.clear()  # the callback forgets the pieces, too, once they are in the buffer
     trainer = _make_trainer(
         settings,
         agent,
         max_epochs=target,
         logger=logger,
-        plugins=[EpisodeCheckpointIO(run, plan.replay, learner.hparams.get("buffer_size"))],
+        plugins=[EpisodeCheckpointIO(run, rows, learner.hparams.get("buffer_size"))],
         callbacks=[
             signals,
             progress,
             history,
-            EpisodeCheckpoint(run, saved, plan.replay),
+            EpisodeCheckpoint(run, saved, pieces),
         ],
     )
+    several = f" on {_processes(plan.rank.world_size)}" if plan.rank.world_size > 1 else ""
     if path:
-        echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done)")
+        echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done){several}")
     else:
-        echo(f"Training {agent} for {_count(target)} (seed {settings['seed_everything']})")
+        seed = settings["seed_everything"]
+        echo(f"Training {agent} for {_count(target)} (seed {seed}){several}")
     learner.train_on(plan.environment)
     learner.say = echo
     try:
@@ -618,9 +665,13 @@ def _train(
                 trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
             finally:
                 logger.finalize("success")
-    except (UserError, OSError, Interrupted):
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Interrupted) and (launcher := trainer.strategy.launcher):
+            launcher.kill(signal.SIGTERM)  # the ranks it has started wait for this one
+        if isinstance(error, UserError | OSError | Interrupted) or not isinstance(error, Exception):
+            raise
+        if is_loss(error):
+            raise ConnectionError("another process of this run ended") from None
         if path is None or history.begun:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -636,18 +687,23 @@ def _count(episodes: int) -> str:
     return f"{episodes} episode" if episodes == 1 else f"{episodes} episodes"
 
 
-def _info(agent: str, environment: Environment, settings: Settings, target: int) -> dict[str, Any]:
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _info(agent: str, plan: _Plan) -> dict[str, Any]:
     """Return what the checkpoints and metadata.json say about the run."""
     info: dict[str, Any] = {
         "agent": agent,
-        "seed": settings["seed_everything"],
-        "config": _run_settings(settings),
-        "target_episode": target,
+        "seed": plan.settings["seed_everything"],
+        "config": _run_settings(plan.settings),
+        "target_episode": plan.target,
+        "world_size": plan.rank.world_size,
         "versions": {name: version(name) for name in _VERSIONS}
         | {"python": platform.python_version()},
     }
-    if isinstance(environment, SiteDays):
-        info["site"] = site_description(environment)
+    if isinstance(plan.environment, SiteDays):
+        info["site"] = site_description(plan.environment)
     return info
 
 
@@ -685,6 +741,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 with torch 2.13, harmless.
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+            # What an agent logs are means over the ranks already.
+            warnings.filterwarnings("ignore", r"It is recommended to use .*sync_dist=True")
             yield
     finally:
         threading.excepthook = hook

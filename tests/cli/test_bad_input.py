@@ -87,7 +87,10 @@ FLAGS = [
     (["--trainer.max_epochs", "3"], "use --episodes or --total_episodes"),
     (["--trainer.max_steps=3"], "use --episodes or --total_episodes"),
     (["--trainer.devices", "0"], "--trainer.devices 0"),
-    (["--trainer.devices", "2", "--trainer.accelerator", "cpu"], "--trainer.devices 1"),
+    (
+        ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy=ddp_spawn"],
+        "--trainer.strategy ddp",
+    ),
     (["--trainer.accelerator", "abacus"], "abacus"),
     (["--trainer.precision", "16-mixed"], "--trainer.precision 16-mixed: must be one of 32-true"),
     (["--trainer.precision", "7"], "--trainer.precision 7: must be"),

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from co2lightning import ranks
 from co2lightning.agents.descent import Descent
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import Environment
@@ -39,6 +40,7 @@ class Agent(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.env: Environment | None = None
+        self.world_size = 1
         self.env_steps = 0
         self.updates = 0
         self.metrics: dict[str, float] = {}
@@ -148,11 +150,13 @@ class Agent(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""
+        self.world_size = self.trainer.world_size
         self.descent = Descent(
             self,
             self.trainer.optimizers[0],
             max_norm=self.hparams.get("max_grad_norm"),
             compiled=self.hparams["compile"] is True,
+            average=ranks.average_all if self.world_size > 1 else None,
             say=self.say if self.trainer.is_global_zero else lambda line: None,
         )
 
@@ -166,7 +170,7 @@ class Agent(pl.LightningModule):
 
     def training_step(self, rollout: Rollout, batch_idx: int) -> None:
         """Learn from one segment."""
-        self.env_steps += rollout.reward.numel()
+        self.env_steps += rollout.reward.numel() * self.world_size
         ended = (rollout.terminated + rollout.truncated).clamp(max=1.0)
         for name, value in (
             ("reward", (rollout.reward * rollout.valid).sum()),
@@ -177,21 +181,25 @@ class Agent(pl.LightningModule):
         self._learned.append(self.learn(rollout))
 
     def on_train_epoch_end(self) -> None:
-        """Work out the episode's metrics and write them to the logger, flushed."""
+        """Work out the episode's metrics, means over the ranks, and write them, flushed."""
         assert self.env is not None
-        sums = {name: float(value) for name, value in self._sums.items()}
+        mean = ranks.average if self.world_size > 1 else torch.clone
         learned = [figures for figures in self._learned if figures]
-        figures = {name: float(figure) for name, figure in self.descent.end().items()}
+        figures = self.descent.end()
         for name in learned[0] if learned else ():
-            figures[name] = float(torch.stack([segment[name] for segment in learned]).mean())
+            figures[name] = torch.stack([segment[name] for segment in learned]).mean()
+        known = self._sums | figures
+        values = dict(zip(known, mean(torch.stack(list(known.values()))).tolist(), strict=True))
+        sums = {name: values.pop(name) for name in self._sums}
+        site = self.env.metrics(mean)
         seconds = time.perf_counter() - self._began
         self.metrics = {
             "rollout/ep_rew_mean": sums["reward"] / max(sums["episodes"], self.env.num_envs),
-            **self.env.metrics(),
-            **{f"train/{name}": value for name, value in figures.items()},
+            **site,
+            **{f"train/{name}": value for name, value in values.items()},
             "train/learning_rate": self.annealed(self.hparams["learning_rate"]),
             "time/episode_seconds": seconds,
-            "time/env_steps_per_second": sums["env_steps"] / seconds,
+            "time/env_steps_per_second": sums["env_steps"] * self.world_size / seconds,
         }
         for logger in self.loggers:
             logger.log_metrics(self.metrics, step=self.episode)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +42,12 @@ class Descent:
     it was. What changes from episode to episode is a tensor, for a graph takes numbers for
     constants.
 
-    `step` needs nothing of `gradient` but the gradients: ranks can average them between the two.
-
     Args:
         agent: Has the loss, and `follow`, which is called after each step.
         optimizer: Adam with one group of parameters.
         max_norm: The gradient's norm is clipped to this; None leaves it.
         compiled: As one graph, for the shape of the first minibatch; others run eagerly.
+        average: Averages gradients over the ranks of a distributed run; None where there is one.
         say: Receives a line for the user.
     """
 
@@ -58,6 +58,7 @@ class Descent:
         *,
         max_norm: float | None,
         compiled: bool,
+        average: Callable[[list[Tensor]], list[Tensor]] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.agent = agent
@@ -66,6 +67,7 @@ class Descent:
         self.parameters: list[nn.Parameter] = self.group["params"]
         self.max_norm = max_norm
         self.compiled = compiled
+        self.average = average
         self.say = say
         self._graph: Callable[[Any], dict[str, Tensor]] | None = None
         self._shape: torch.Size | None = None
@@ -106,8 +108,13 @@ class Descent:
 
     def update(self, batch: Any) -> dict[str, Tensor]:
         """Take one step; return the loss's figures."""
-        gradients, figures = self.gradient(batch)
-        self.step(gradients)
+        return self._take(batch, self.gradient, self.step)
+
+    def _take(self, batch: Any, gradient: Callable[..., Any], step: Callable[..., None]) -> Any:
+        gradients, figures = gradient(batch)
+        if self.average:
+            gradients = self.average(gradients)
+        step(gradients)
         return figures
 
     def gradient(self, batch: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -182,7 +189,12 @@ class Descent:
             torch._dynamo.config.trace_autograd_ops = True
             for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
                 torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
-            graph = torch.compile(self.update, **settings)
+            if self.average:  # the ranks' message goes between two graphs
+                gradient = torch.compile(self.gradient, **settings)
+                step = torch.compile(self.step, **settings)
+                graph = partial(self._take, gradient=gradient, step=step)
+            else:
+                graph = torch.compile(self.update, **settings)
             with warnings.catch_warnings(action="ignore"):  # torch's about itself
                 figures = graph(batch)
         except Exception as error:  # a compiler that is missing or fails; nothing was changed yet

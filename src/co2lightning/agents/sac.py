@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from co2lightning import ranks
 from co2lightning.agents.agent import Agent
 from co2lightning.env import Environment
 from co2lightning.networks import MLP, TwinCritic, squashed_gaussian
@@ -180,8 +181,10 @@ class SAC(Agent):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this episode put into the replay buffer; it is stored beside the weights."""
         super().on_save_checkpoint(checkpoint)
-        if self.replay is not None:
-            checkpoint["replay"] = self.replay.piece()
+        if self.replay is None:
+            return
+        piece = self.replay.piece()
+        checkpoint["replay"] = piece if self.world_size == 1 else {"ranks": ranks.gather(piece)}
 
     def restore_replay(self, pieces: list[dict[str, Any]]) -> None:
         """Rebuild the buffer from the pieces of its episodes, oldest first."""

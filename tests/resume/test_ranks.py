@@ -1,0 +1,242 @@
+"""Two processes that train one agent: equal weights, days of their own, one writer, exact resume.
+
+The quick tests fork the ranks from a warm process, as torchrun would start them; the slow ones
+start them in every way a user can.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import fork
+from test_exact import check_history, curves, digest, state
+
+from co2lightning.agents import AGENTS
+from co2lightning.agents.a2c import A2C
+from co2lightning.agents.descent import Descent
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.env import make_environment
+from co2lightning.rollout import RolloutDataset
+from conftest import TINY, Outcome, tree
+
+PATIENCE = 240.0
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+KEEP = ["--trainer.callbacks", '[{"class_path": "keep_rank.KeepRank"}]']
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def words_of(agent: str, *words: str) -> list[str]:
+    return ["fit", "--model", agent, "--env.num_envs", "4", *TINY[agent], *TWO, *KEEP, *words]
+
+
+def rank(place: str, number: int, port: int, words: list[str]) -> None:
+    """Be one of two processes that something else has started."""
+    os.chdir(place)
+    os.environ |= {"LOCAL_RANK": str(number), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from co2lightning.cli import main
+
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os._exit(main(words))
+
+
+def train(place: Path, agent: str, *words: str) -> str:
+    """Run `fit` on two forked ranks; return what they said."""
+    port = free_port()
+    (place / "out").unlink(missing_ok=True)
+    ranks = [fork(rank, str(place), n, port, words_of(agent, *words)) for n in (0, 1)]
+    for process in ranks:
+        process.join(PATIENCE)
+        process.kill()
+    said = (place / "err").read_text() + (place / "out").read_text()
+    assert [process.exitcode for process in ranks] == [0, 0], said
+    return said
+
+
+def kept(place: Path, name: str, number: int) -> dict[str, Any]:
+    return torch.load(place / f"{name}-rank{number}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "agent", [pytest.param(n, marks=[] if n == "SAC" else pytest.mark.slow) for n in AGENTS]
+)
+def test_ranks_stay_equal_and_a_cut_run_is_the_straight_one(agent: str, place: Path) -> None:
+    said = train(place, agent, "--episodes", "3", "--name", "straight")
+    assert f"Training {agent} for 3 episodes (seed 0) on 2 processes" in said
+    assert said.count("Episode ") == 3
+    train(place, agent, "--episodes", "1", "--name", "cut")
+    said = train(place, agent, "--ckpt_path", "last", "--episodes", "2", "--name", "cut")
+    assert f"Resuming {agent} at episode 2 (1 episode done) on 2 processes" in said
+
+    for name in ("straight", "cut"):
+        ranks = [kept(place, name, number) for number in (0, 1)]
+        for part in ("weights", "optimizer", "metrics"):
+            assert digest(ranks[0][part]) == digest(ranks[1][part]), part
+        if agent == "SAC":  # their days are their own
+            assert digest(ranks[0]["replay"]) != digest(ranks[1]["replay"])
+        check_history(f"checkpoints/{name}", 3)
+    for number in (0, 1):
+        assert digest(kept(place, "straight", number)) == digest(kept(place, "cut", number))
+    assert state("checkpoints/cut", 3) == state("checkpoints/straight", 3)
+    assert curves("cut") == curves("straight")
+
+
+def test_a_step_follows_the_mean_of_the_gradients(
+    place: Path, command: Callable[..., Outcome]
+) -> None:
+    """The same step, taken in this process for both ranks; then another number is refused."""
+    train(place, "A2C", "--model.n_steps", "0", "--episodes", "1")
+    content = TrainingCheckpoint.read("checkpoints/A2C/episode_0001.pt")
+
+    class Second(A2C):
+        global_rank = 1
+
+    env = make_environment(num_envs=4, hindsight=True)
+    gradients: list[list[torch.Tensor]] = []
+    reward: list[float] = []
+    for kind in (Second, A2C):
+        agent = kind(**content["hyper_parameters"])
+        (rollout,) = RolloutDataset(env, agent)
+        loss, _ = agent.loss(agent.evaluate_rollout(rollout)[0])
+        gradients.append(list(torch.autograd.grad(loss, list(agent.parameters()))))
+        reward.append(float(rollout.reward.sum(0).mean()))
+    assert content["metrics"]["reward"] == pytest.approx(sum(reward) / 2)
+    assert reward[0] != reward[1]
+    optimizer = agent.configure_optimizers()
+    descent = Descent(agent, optimizer, max_norm=agent.hparams["max_grad_norm"], compiled=False)
+    descent.step([(a + b) / 2 for a, b in zip(*gradients, strict=True)])
+    for name, weight in agent.state_dict().items():
+        torch.testing.assert_close(content["state_dict"][name], weight, rtol=1e-5, atol=1e-6)
+
+    before = tree(place)
+    outcome = command("fit", "--model", "A2C", "--ckpt_path", "last")
+    assert outcome.code == 2
+    assert "episode_0001.pt: trained on 2 processes, not on 1" in outcome.err
+    assert "give --trainer.devices 2" in outcome.err
+    assert tree(place) == before
+
+
+class Launched:
+    """Two ranks that the command, torchrun or a cluster's scheduler has started."""
+
+    def __init__(self, place: Path, how: str, environment: dict[str, str], *words: str) -> None:
+        path = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+        python = [sys.executable, "-m"]
+        start = [[*python, "co2lightning"]]
+        variables = [{}]
+        if how == "torchrun":
+            port = str(free_port())
+            run = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, "-m"]
+            start = [[*python, *run, "co2lightning"]]
+        if how == "SLURM":
+            job = {"SLURM_JOB_ID": str(free_port()), "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+            job |= {"SLURM_JOB_NAME": "a", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
+            job |= {"SLURM_NTASKS_PER_NODE": "2"}
+            start *= 2
+            variables = [{**job, "SLURM_PROCID": n, "SLURM_LOCALID": n} for n in "01"]
+        self.place = place
+        self.processes = [
+            subprocess.Popen(
+                [*command, *words],
+                cwd=place,
+                env={**environment, **extra, "PYTHONPATH": path},
+                stdout=open(place / "out", "a"),  # noqa: SIM115
+                stderr=open(place / "err", "a"),  # noqa: SIM115
+                start_new_session=True,
+            )
+            for command, extra in zip(start, variables, strict=True)
+        ]
+
+    def said(self) -> str:
+        return (self.place / "out").read_text() + (self.place / "err").read_text()
+
+    def wait(self) -> list[int]:
+        codes = [process.wait(PATIENCE) for process in self.processes]
+        # Ranks that have ended in an error may outlive the first by a moment, not for long.
+        deadline = time.monotonic() + PATIENCE
+        while any(self._alive(process.pid) for process in self.processes):
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+        return codes
+
+    def _alive(self, session: int) -> bool:
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def second(self) -> int:
+        """Return the process that the command has started."""
+        (process,) = self.processes
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, check=True
+        )
+        return int(found.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX process groups")
+@pytest.mark.parametrize("how", ["the command", "torchrun", "SLURM"])
+def test_every_way_to_start_them(how: str, place: Path, environment: dict[str, str]) -> None:
+    train(place, "PPO", "--episodes", "2", "--name", "expected")
+    words = words_of("PPO", "--name", "started")
+    assert Launched(place, how, environment, *words, "--episodes", "1").wait() == (
+        [0, 0] if how == "SLURM" else [0]
+    )
+    again = Launched(place, how, environment, *words, "--episodes", "1", "--ckpt_path", "last")
+    assert set(again.wait()) == {0}, again.said()
+    assert again.said().count("Resuming PPO at episode 2") == 1
+    assert state("checkpoints/started", 2) == state("checkpoints/expected", 2)
+    assert digest(kept(place, "started", 1)) == digest(kept(place, "expected", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGTERM, "interrupted"), (signal.SIGINT, "interrupted"), (signal.SIGKILL, "killed")],
+)
+def test_a_signal_to_one_ends_all(
+    victim: int, signum: signal.Signals, status: str, place: Path, environment: dict[str, str]
+) -> None:
+    words = words_of("PPO", "--figures_every", "0")
+    ranks = Launched(place, "the command", environment, *words, "--episodes", "10000")
+    deadline = time.monotonic() + PATIENCE
+    while "Episode    2/" not in ranks.said():
+        assert time.monotonic() < deadline, ranks.said()
+        time.sleep(0.02)
+    os.kill(ranks.second() if victim else ranks.processes[0].pid, signum)
+    (code,) = ranks.wait()
+    if signum == signal.SIGKILL:
+        assert code == (1 if victim else -signum), ranks.said()
+        assert "another process of this run ended" in ranks.said()
+        status = "failed" if victim else "killed"
+    else:
+        assert code == 128 + signum, ranks.said()
+        assert ranks.said().count("Stopped by") == 1
+    assert "Traceback" not in ranks.said()
+
+    before = TrainingCheckpoint("checkpoints/PPO").get_next_episode() - 1
+    assert before >= 2
+    train(place, "PPO", "--ckpt_path", "last", "--episodes", "1")
+    trainings = TrainingCheckpoint("checkpoints/PPO").load_history()["trainings"]
+    assert [session["status"] for session in trainings] == [status, "completed"]
+    check_history("checkpoints/PPO", before + 1)
