@@ -47,6 +47,7 @@ class BareLoop:
             current_epoch=0,
             global_rank=0,
             is_global_zero=True,
+            world_size=1,
         )
         self.agent._trainer = self.trainer
         self.agent.on_train_start()

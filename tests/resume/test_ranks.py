@@ -151,17 +151,18 @@ class Launched:
             start *= 2
             variables = [{**job, "SLURM_PROCID": n, "SLURM_LOCALID": n} for n in "01"]
         self.place = place
-        self.processes = [
-            subprocess.Popen(
-                [*command, *words],
-                cwd=place,
-                env={**environment, **extra, "PYTHONPATH": path},
-                stdout=open(place / "out", "a"),  # noqa: SIM115
-                stderr=open(place / "err", "a"),  # noqa: SIM115
-                start_new_session=True,
-            )
-            for command, extra in zip(start, variables, strict=True)
-        ]
+        with open(place / "out", "a") as out, open(place / "err", "a") as err:
+            self.processes = [
+                subprocess.Popen(
+                    [*command, *words],
+                    cwd=place,
+                    env={**environment, **extra, "PYTHONPATH": path},
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+                for command, extra in zip(start, variables, strict=True)
+            ]
 
     def said(self) -> str:
         return (self.place / "out").read_text() + (self.place / "err").read_text()
