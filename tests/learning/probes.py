@@ -137,7 +137,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden": (32,),
     },
 }
-EPISODES = {"A2C": 60, "PPO": 12, "SAC": 15}
+EPISODES = {"A2C": 24, "PPO": 8, "SAC": 8}
 
 
 def train(name: str, probe: str, episodes: int | None = None, **settings: Any) -> Agent:
