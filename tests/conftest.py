@@ -38,6 +38,11 @@ def tree(place: Path) -> dict[str, str]:
     return found
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of resuming, whose warm process and runs one worker then makes alone."""
+    items.sort(key=lambda item: item.path.parent.name != "resume")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quick_sites() -> Any:
     """Read a shipped site and build its tables once, not in every session that a test starts."""
