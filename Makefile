@@ -16,7 +16,7 @@ test: .venv/.installed-dev
 	@mkdir -p .pytest_cache; \
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python \
 	  > .pytest_cache/pyright.txt 2>&1 & typed=$$!; \
-	$(BIN)/pytest -n 2; tested=$$?; \
+	$(BIN)/pytest -n 2 --dist worksteal; tested=$$?; \
 	wait $$typed || { cat .pytest_cache/pyright.txt >&2; exit 1; }; exit $$tested
 
 test-slow: .venv/.installed-dev

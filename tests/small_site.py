@@ -1,14 +1,15 @@
-"""Small sites for tests, and a day of one worked out by hand: float64, vehicle by vehicle."""
+"""Sites for tests: small ones, a day of one worked out by hand, the shipped ones read once."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from co2lightning.site import Battery, Sessions, Site, SocketType, T
+from co2lightning.site import Battery, Sessions, Site, SocketType, T, load_site
 
 # Two threads on busy cores wait for each other: a year of a rule took 8 s instead of 0.1.
 torch.set_num_threads(1)
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 H = 0.25
 Row = tuple[int, int, int, int, float, float]
 """Day, socket, arrival step, departure step, kWh, kW."""
+
+
+@functools.cache
+def shipped(name: str = "iquitos") -> Site:
+    """Read a shipped site, once for all tests of a process."""
+    return load_site(name)
 
 
 def small_site(

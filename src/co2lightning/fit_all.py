@@ -133,8 +133,9 @@ class _Fleet:
             )
             self._living.add(process)
         assert process.stdout is not None
-        for line in process.stdout:
-            print(f"{label}  {line}", end="", flush=True)
+        with process.stdout as lines:
+            for line in lines:
+                print(f"{label}  {line}", end="", flush=True)
         code = process.wait()
         self._living.discard(process)
         return code

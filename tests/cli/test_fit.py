@@ -18,6 +18,7 @@ from co2lightning.config import find_recipe, read_recipe
 from co2lightning.errors import UserError
 from co2lightning.rollout import Rollout, RolloutDataset
 from conftest import TINY, Outcome, tree
+from small_site import write_site
 
 Fit = Callable[..., Outcome]
 
@@ -257,7 +258,7 @@ def test_an_older_checkpoint_loads(
 
 
 def test_changed_site_data_are_told(fit: Fit, place: Path) -> None:
-    shutil.copytree(Path(agents.__file__).parents[1] / "sites" / "iquitos", place / "site")
+    write_site(place / "site")
     fit("PPO", "--episodes", "1", "--env.site", "site")
     file = place / "site" / "site.yaml"
     file.write_text(file.read_text() + "\n# changed\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from co2lightning.cli import main
+from small_site import write_site
 
 TINY = ["--env.num_envs", "2", "--model.hidden", "[8]"]
 
@@ -22,7 +23,7 @@ def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=place,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
         timeout=300,
     )
 
@@ -48,9 +49,13 @@ def test_histories_add_up_and_the_tables_tell(tmp_path: Path) -> None:
 def test_a_failing_agent_is_named_and_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "A2C").write_text("in the way", encoding="utf-8")
-    result = run(tmp_path, "--episodes", "1", "--agents", "A2C,PPO")
+    write_site(tmp_path / "village")
+    result = run(tmp_path, "--episodes", "1", "--agents", "A2C,PPO", "--env.site", "village")
     assert result.returncode == 1
-    assert "failed: A2C (exit code 2); the others are done" in result.stderr
+    assert result.stderr == "error: failed: A2C (exit code 2); the others are done\n"
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("A2C ")]
+    assert line.startswith("A2C  error: ")
+    assert "checkpoints/A2C is not a directory" in line
     assert history(tmp_path, "PPO")["total_episodes"] == 1
 
 

@@ -137,7 +137,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hidden": (32,),
     },
 }
-EPISODES = {"A2C": 60, "PPO": 12, "SAC": 15}
+EPISODES = {"A2C": 24, "PPO": 8, "SAC": 8}
+VALUE_EPISODES = {"A2C": 18, "PPO": 5, "SAC": 5}
+"""Enough for a value, which is there before the policy is."""
 
 
 def train(name: str, probe: str, episodes: int | None = None, **settings: Any) -> Agent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from probes import choice, train, value
+from probes import VALUE_EPISODES, choice, train, value
 
 from co2lightning.agents import AGENTS
 
@@ -13,26 +13,28 @@ every_agent = pytest.mark.parametrize("name", AGENTS)
 
 @every_agent
 def test_the_value_is_learned(name: str) -> None:
-    assert value(train(name, "ConstantReward"), 0.0) == pytest.approx(1.0, abs=0.15)
+    assert value(train(name, "ConstantReward", VALUE_EPISODES[name]), 0.0) == pytest.approx(
+        1.0, abs=0.15
+    )
 
 
 @every_agent
 def test_the_value_looks_at_the_observation(name: str) -> None:
-    agent = train(name, "RewardFollowsObservation")
+    agent = train(name, "RewardFollowsObservation", VALUE_EPISODES[name])
     assert value(agent, 1.0) == pytest.approx(1.0, abs=0.2)
     assert value(agent, -1.0) == pytest.approx(-1.0, abs=0.2)
 
 
 @every_agent
 def test_the_value_reaches_back_discounted(name: str) -> None:
-    agent = train(name, "RewardDelayed", gamma=0.5)
+    agent = train(name, "RewardDelayed", VALUE_EPISODES[name], gamma=0.5)
     assert value(agent, 1.0) == pytest.approx(1.0, abs=0.15)
     assert value(agent, 0.0) == pytest.approx(0.5, abs=0.15)
 
 
 @every_agent
 def test_a_time_limit_is_not_an_end(name: str) -> None:
-    agent = train(name, "NeverEnds", gamma=0.5)
+    agent = train(name, "NeverEnds", VALUE_EPISODES[name], gamma=0.5)
     assert value(agent, 0.0) == pytest.approx(2.0, abs=0.2)
 
 

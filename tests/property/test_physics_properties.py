@@ -11,8 +11,8 @@ from torch import Tensor
 
 from co2lightning.physics import Flows, SiteModel, State, begin_day, build_model, step
 from co2lightning.rules import RULES, Rule, run_days, uncontrolled
-from co2lightning.site import Site, T, load_site
-from small_site import H, day_by_hand, random_site
+from co2lightning.site import Site, T
+from small_site import H, day_by_hand, random_site, shipped
 
 FIGURES = (
     *("ev_kw", "battery_kw", "grid_kw", "grid_import_kw", "curtailed_kwh", "unmet_kwh"),
@@ -189,7 +189,7 @@ def recorded(rule: Rule) -> tuple[list[Tensor], Rule]:
 
 def test_a_day_of_the_shipped_site_worked_out_by_hand() -> None:
     """128 sockets, where vehicles that tie to the last bit may swap."""
-    site = load_site("iquitos")
+    site = shipped()
     model = build_model(site)
     days, soc_start = torch.tensor([5, 200]), torch.tensor([0.4, 0.65])
     for name, rule in RULES.items():
@@ -205,7 +205,7 @@ def test_a_day_of_the_shipped_site_worked_out_by_hand() -> None:
 
 
 def test_random_policies_leave_nothing_unserved_on_the_shipped_site() -> None:
-    site = load_site("iquitos")
+    site = shipped()
     model = build_model(site)
     generator = torch.Generator().manual_seed(0)
 

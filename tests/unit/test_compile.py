@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
+import torch._inductor.config
+from torch._inductor.cpp_builder import cpp_compiler_search
 
 from co2lightning import storage
 from co2lightning.agents import AGENTS, agent_class, descent
@@ -172,7 +174,32 @@ def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
     assert kept("PPO", 2) == (False, False)
 
 
+def check_eager(said: str) -> None:
+    """Check that the run `without` said once why it was not compiled, and equals the run PPO."""
+    line = "The update cannot be compiled: no C++ compiler was found; training goes on without"
+    assert said.count(line) == 1
+    for episode in (1, 2):
+        own, other = (
+            TrainingCheckpoint.read(Path(f"checkpoints/{run}/episode_{episode:04d}.pt"))
+            for run in ("PPO", "without")
+        )
+        for key, value in own["state_dict"].items():
+            assert torch.equal(other["state_dict"][key], value), key
+
+
 def test_without_a_compiler_a_run_goes_on_eagerly(
+    fit: Fit, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("PPO", "--episodes", "2")
+    cpp_compiler_search.cache_clear()  # torch remembers the one it found
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "g++"))  # what CXX named
+    monkeypatch.setenv("PATH", str(place))
+    words = ("--episodes", "2", "--name", "without", "--model.compile", "true")
+    check_eager(fit("PPO", *words).out)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_compiler_goes_on_eagerly(
     fit: Fit, place: Path, environment: dict[str, str]
 ) -> None:
     fit("PPO", "--episodes", "2")
@@ -188,12 +215,4 @@ def test_without_a_compiler_a_run_goes_on_eagerly(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    line = "The update cannot be compiled: no C++ compiler was found; training goes on without"
-    assert done.stdout.count(line) == 1
-    for episode in (1, 2):
-        own, other = (
-            TrainingCheckpoint.read(Path(f"checkpoints/{run}/episode_{episode:04d}.pt"))
-            for run in ("PPO", "without")
-        )
-        for key, value in own["state_dict"].items():
-            assert torch.equal(other["state_dict"][key], value), key
+    check_eager(done.stdout)

@@ -20,14 +20,10 @@ from co2lightning.env import (
 from co2lightning.errors import UserError
 from co2lightning.observation import FEATURES
 from co2lightning.rules import run_days, uncontrolled
-from co2lightning.site import Site, T, load_site
+from co2lightning.site import T
+from small_site import shipped
 
 ID = "co2lightning/ChargingSite-v0"
-
-
-@functools.cache
-def shipped() -> Site:
-    return load_site("iquitos")
 
 
 @functools.cache

@@ -15,14 +15,10 @@ from co2lightning.hindsight import HINDSIGHT
 from co2lightning.observation import FEATURES
 from co2lightning.physics import build_model
 from co2lightning.rules import rbc_b, run_days
-from co2lightning.site import Site, T, load_site
+from co2lightning.site import T
+from small_site import shipped
 
 O, K = len(FEATURES), len(HINDSIGHT)  # noqa: E741
-
-
-@functools.cache
-def shipped() -> Site:
-    return load_site("iquitos")
 
 
 @functools.cache

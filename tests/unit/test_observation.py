@@ -1,7 +1,6 @@
 """The observation: within bounds, right in a case worked by hand, and blind to the future."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -11,15 +10,10 @@ from torch import Tensor
 from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
 from co2lightning.physics import State, begin_day, build_model, step
 from co2lightning.rules import rbc_b
-from co2lightning.site import Sessions, Site, T, load_site
-from small_site import H, Row, small_site
+from co2lightning.site import Sessions, Site, T
+from small_site import H, Row, shipped, small_site
 
 NAMES = [feature.name for feature in FEATURES]
-
-
-@functools.cache
-def shipped() -> Site:
-    return load_site("iquitos")
 
 
 def observations(site: Site, days: Tensor, actions: Tensor, soc_start: float = 0.5) -> Tensor:

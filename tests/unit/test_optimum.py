@@ -13,7 +13,8 @@ from co2lightning.env import evaluation_soc
 from co2lightning.optimum import optimum, optimum_days
 from co2lightning.physics import SiteModel, State, build_model
 from co2lightning.rules import RULES, run_days
-from co2lightning.site import Battery, Sessions, Site, SocketType, T, load_site
+from co2lightning.site import Battery, Sessions, Site, SocketType, T
+from small_site import shipped
 
 Row = tuple[int, int, float, float]  # arrival step, departure step, kWh, kW
 
@@ -160,7 +161,7 @@ def test_two_processes_give_what_one_gives() -> None:
 
 @pytest.mark.parametrize("name", ["iquitos", "iquitos-flat"])
 def test_no_rule_passes_the_bound_on_the_shipped_sites(name: str) -> None:
-    site = load_site(name)
+    site = shipped(name)
     model, soc_start = build_model(site), evaluation_soc(site)
     days = torch.arange(5, 365, 90)
     bound = np.array([optimum(site, d, float(soc_start[d])).co2_kg for d in days.tolist()])

@@ -8,8 +8,8 @@ import torch
 from co2lightning.env import evaluation_soc
 from co2lightning.physics import SiteModel, begin_day, build_model
 from co2lightning.rules import RULES, Rule, rbc_a, rbc_b, run_days, solar_only, uncontrolled
-from co2lightning.site import STEP_H, Site, load_site
-from small_site import Row, small_site
+from co2lightning.site import STEP_H
+from small_site import Row, shipped, small_site
 
 # Mean kg of 365 days from two models written independently of this one, and how far another
 # random draw of the year may lie.
@@ -26,14 +26,13 @@ FIGURES = [
 
 
 @functools.cache
-def shipped(name: str) -> tuple[Site, SiteModel]:
-    site = load_site(name)
-    return site, build_model(site)
+def model_of(name: str) -> SiteModel:
+    return build_model(shipped(name))
 
 
 @pytest.mark.parametrize(("name", "rule", "expected_kg", "tolerance"), FIGURES)
 def test_a_year_of_a_rule(name: str, rule: Rule, expected_kg: float, tolerance: float) -> None:
-    site, model = shipped(name)
+    site, model = shipped(name), model_of(name)
     trace = run_days(model, rule, torch.arange(len(site.days)), evaluation_soc(site))
     assert trace.total("co2_kg").mean().item() == pytest.approx(expected_kg, rel=tolerance)
     assert trace.total("unmet_kwh").max().item() < 1e-6
@@ -66,7 +65,7 @@ def test_a_rule_runs_on_no_vehicles_and_stays_within_bounds() -> None:
 
 
 def test_uncontrolled_leaves_the_battery_alone() -> None:
-    _, model = shipped("iquitos")
+    model = model_of("iquitos")
     trace = run_days(model, uncontrolled, torch.tensor([3]), torch.tensor([0.5]))
     assert all(flow.battery_kw.item() == 0.0 for flow in trace.flows)
     assert len(trace.flows) == 96
