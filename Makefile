@@ -1,10 +1,10 @@
 # make train   everything from a fresh machine: environment, then 10 episodes of PPO
 # make test    the quick checks; make test-slow: the long ones
-# make bench   all benchmarks, tables on the screen
+# make bench   speed and memory, into benchmarks/RESULTS.md; make bench-learning: what is learned
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow bench clean
+.PHONY: train test test-slow bench bench-learning clean
 
 train: .venv/.installed
 	$(BIN)/co2lightning fit --config ppo.yaml --episodes 10
@@ -23,7 +23,11 @@ test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"
 
 bench: .venv/.installed-bench
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/results.py
+
+bench-learning: .venv/.installed-bench
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/stable_baselines.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ start them in every way a user can.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -186,10 +187,23 @@ class Launched:
     def second(self) -> int:
         """Return the process that the command has started."""
         (process,) = self.processes
-        found = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, check=True
-        )
-        return int(found.stdout)
+        children = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        (found,) = [line.split()[0] for line in children.splitlines() if " fit " in line]
+        return int(found)
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.mark.slow
@@ -198,12 +212,11 @@ class Launched:
 def test_every_way_to_start_them(how: str, place: Path, environment: dict[str, str]) -> None:
     train(place, "PPO", "--episodes", "2", "--name", "expected")
     words = words_of("PPO", "--name", "started")
-    assert Launched(place, how, environment, *words, "--episodes", "1").wait() == (
-        [0, 0] if how == "SLURM" else [0]
-    )
-    again = Launched(place, how, environment, *words, "--episodes", "1", "--ckpt_path", "last")
-    assert set(again.wait()) == {0}, again.said()
-    assert again.said().count("Resuming PPO at episode 2") == 1
+    for more in ([], ["--ckpt_path", "last"]):
+        with Launched(place, how, environment, *words, "--episodes", "1", *more) as ranks:
+            assert set(ranks.wait()) == {0}, ranks.said()
+    assert ranks.said().count("Training PPO for 1 episode") == 1
+    assert ranks.said().count("Resuming PPO at episode 2") == 1
     assert state("checkpoints/started", 2) == state("checkpoints/expected", 2)
     assert digest(kept(place, "started", 1)) == digest(kept(place, "expected", 1))
 
@@ -219,13 +232,13 @@ def test_a_signal_to_one_ends_all(
     victim: int, signum: signal.Signals, status: str, place: Path, environment: dict[str, str]
 ) -> None:
     words = words_of("PPO", "--figures_every", "0")
-    ranks = Launched(place, "the command", environment, *words, "--episodes", "10000")
     deadline = time.monotonic() + PATIENCE
-    while "Episode    2/" not in ranks.said():
-        assert time.monotonic() < deadline, ranks.said()
-        time.sleep(0.02)
-    os.kill(ranks.second() if victim else ranks.processes[0].pid, signum)
-    (code,) = ranks.wait()
+    with Launched(place, "the command", environment, *words, "--episodes", "10000") as ranks:
+        while "Episode    2/" not in ranks.said():
+            assert time.monotonic() < deadline, ranks.said()
+            time.sleep(0.02)
+        os.kill(ranks.second() if victim else ranks.processes[0].pid, signum)
+        (code,) = ranks.wait()
     if signum == signal.SIGKILL:
         assert code == (1 if victim else -signum), ranks.said()
         assert "another process of this run ended" in ranks.said()
