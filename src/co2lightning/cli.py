@@ -19,21 +19,23 @@ from co2lightning.errors import UserError
 _HELP = """\
 usage: co2lightning COMMAND [options]
 
-Train A2C, SAC and PPO controllers that cut the CO2 of a site with solar panels, a battery and EV
-charging sockets. Every episode is checkpointed; training can be cut anywhere and continued.
+Train A2C, SAC and PPO controllers that cut the CO2 of a site with solar panels,
+a battery and EV charging sockets. Every episode is checkpointed; training can
+be cut anywhere and continued.
 
 commands:
-  fit       train an agent           co2lightning fit --config ppo.yaml
-                                     co2lightning fit --config ppo.yaml --ckpt_path last
-  fit-all   train all agents         co2lightning fit-all --episodes 5
-  test      compare on held-out days co2lightning test PPO
-  report    one HTML file to look at co2lightning report --output report.html
-  history   what was trained so far  co2lightning history
-  verify    check a run's files      co2lightning verify PPO
-  predict   a day's schedule as CSV  co2lightning predict PPO --output schedule.csv
-  export    the policy as ONNX       co2lightning export PPO --output policy.onnx
+  fit      train an agent        co2lightning fit --config ppo.yaml
+  fit-all  train all agents      co2lightning fit-all --episodes 5
+  test     run on held-out days  co2lightning test PPO
+  report   all in one HTML file  co2lightning report --output report.html
+  history  what was trained      co2lightning history
+  verify   check a run's files   co2lightning verify PPO
+  predict  a day's plan as CSV   co2lightning predict PPO --output schedule.csv
+  export   the policy as ONNX    co2lightning export PPO --output policy.onnx
 
-co2lightning COMMAND --help says more. Curves: tensorboard --logdir lightning_logs
+After a stop: co2lightning fit --config ppo.yaml --ckpt_path last
+More:         co2lightning COMMAND --help
+Curves:       tensorboard --logdir lightning_logs
 """
 
 

@@ -139,7 +139,7 @@ class _Help(DefaultHelpFormatter):
     """Help in one line or two: what it is, and the default."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
+        super().__init__(prog, max_help_position=30, width=80)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if "." not in action.dest and action.dest == "help":
@@ -156,12 +156,13 @@ def build_parser(agent: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog="co2lightning fit",
         usage=(
-            "co2lightning fit --config RECIPE [options]      such as --config ppo.yaml\n"
-            "       co2lightning fit --model AGENT [options]        the agent's own recipe\n"
-            "       co2lightning fit --ckpt_path FILE [options]     go on from an episode"
+            "co2lightning fit --config RECIPE [options]    such as --config ppo.yaml\n"
+            "       co2lightning fit --model AGENT [options]      the agent's own recipe\n"
+            "       co2lightning fit --ckpt_path FILE [options]   go on from an episode"
         ),
         description=f"Train {agent}. An episode is one day of the site; CO2 is in kg, energy in "
-        "kWh, the reward in kg CO2. Flags win over the run they resume, that over the recipe.",
+        "kWh, the reward in kg CO2. Flags win over the run they resume, that over the recipe, "
+        "that over the defaults below.",
         epilog="example: co2lightning fit --config ppo.yaml --ckpt_path last --episodes 5",
         formatter_class=_Help,
         exit_on_error=False,
@@ -178,7 +179,9 @@ def build_parser(agent: str) -> ArgumentParser:
     )
     parser.add_argument("--seed_everything", type=int, default=0, help="the run's seed")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--checkpoints.dir", type=str, default="checkpoints", help="of all runs")
+    parser.add_argument(
+        "--checkpoints.dir", type=str, default="checkpoints", help="where the runs are"
+    )
     parser.add_argument(
         "--checkpoints.keep_last",
         type=int | None,
@@ -189,7 +192,7 @@ def build_parser(agent: str) -> ArgumentParser:
         action="store_true",
         help="resume SAC although pieces of its replay buffer are missing",
     )
-    parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="of TensorBoard")
+    parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="where curves go")
     parser.add_argument(
         "--figures_every",
         type=int,

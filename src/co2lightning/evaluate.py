@@ -359,9 +359,12 @@ def _read(
     if checkpoint is None:
         place = run.directory.parent
         runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
-        known = f"; runs there: {', '.join(runs)}" if runs else ""
-        raise UserError(f"{command} {run.name}: no episode in {run.directory}{known}")
-    return checkpoint, run.path(checkpoint["episode"])
+        known = f"runs there: {', '.join(runs)}" if runs else "co2lightning fit trains one"
+        raise UserError(f"{command} {run.name}: no episode in {run.directory}; {known}")
+    newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
+    if run.path(episode) != newest:
+        print(f"{newest} is damaged: this is episode {episode}", file=sys.stderr)
+    return checkpoint, run.path(episode)
 
 
 def as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from co2lightning.agents.agent import Agent
 from co2lightning.env import day_index
+from co2lightning.errors import UserError
 from co2lightning.evaluate import TITLES, RunParser, open_run
 from co2lightning.observation import FEATURES, build_observer, observe
 from co2lightning.physics import SiteModel, State, build_model
@@ -57,7 +58,10 @@ def main(argv: Sequence[str]) -> int:
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
     agent, episode, site, _, _ = open_run(arguments, "predict")
-    day = day_index(site, arguments.day) if arguments.day else int(site.held_out_days[0])
+    try:
+        day = day_index(site, arguments.day) if arguments.day else int(site.held_out_days[0])
+    except UserError as error:
+        raise UserError(f"--{error}") from None
     if not site.held_out[day]:
         print(f"{site.days[day]} is a training day of {site.name}", file=sys.stderr)
     planned, seen = day_schedule(agent, site, day)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +14,6 @@ PATHS = (
     "return [...document.querySelectorAll('[data-chart=explorer]')[0].querySelectorAll('svg path')]"
     ".map(path => path.getAttribute('d'))"
 )
-
-
-@pytest.fixture(scope="module")
-def chrome() -> Iterator[Any]:
-    """Start Chromium without a display, or say why not."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((found for name in names if (found := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if not program or not driver:
-        why = "no chromium and chromedriver here: apt-get install chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture
@@ -123,7 +96,7 @@ def test_a_click_on_a_day_opens_it(page: Any) -> None:
 
 
 def test_other_units_draw_other_figures(page: Any) -> None:
-    for chart, value in (("learning", "kg"), ("heat", "ev_kw")):
+    for chart, value in (("learning", "kg"), ("days", "rule"), ("heat", "ev_kw")):
         drawn = f"return document.querySelector('[data-chart={chart}]').innerHTML"
         before = page.execute_script(drawn)
         choose(page, chart, 0, value)

@@ -1,8 +1,6 @@
 """TensorBoard's own server and a browser: one curve for each agent, charts, figures, no overlap."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -116,38 +114,19 @@ def test_the_layout_of_three_runs_is_one(server: str) -> None:
         assert list(found["tag_to_events"]) == ["site/co2_kg"]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (program and driver):
-        reason = "no chromium with chromedriver here: apt-get install chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,2600"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    yield browser
-    browser.quit()
-
-
 @pytest.fixture
-def see(browser: Any, server: str) -> Callable[..., list[Any]]:
+def see(chrome: Any, server: str) -> Callable[..., list[Any]]:
     """Open a page of TensorBoard; return what `script` makes of the elements of a selector."""
 
+    chrome.set_window_size(1500, 2600)
+
     def see(page: str, selector: str, script: str, ready: Callable[[list[Any]], bool]) -> list[Any]:
-        browser.get("about:blank")
-        browser.get(f"{server}/#{page}")
+        chrome.get("about:blank")
+        chrome.get(f"{server}/#{page}")
         found: list[Any] = []
         for _ in range(100):
             code = f"const arguments_ = arguments;{DEEP}.map({script});"
-            found = browser.execute_script(code, selector)
+            found = chrome.execute_script(code, selector)
             if ready(found):
                 return found
             time.sleep(0.3)

@@ -61,8 +61,9 @@ def test_without_colours_or_a_terminal_lines_are_plain(
 def test_help_has_an_example_that_is_taken(
     command: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     text = help_of(command, capsys, name)
+    assert max(map(len, text.splitlines())) <= 80
     example = re.search(rf"^example: co2lightning {name} (.+)$", text, re.M)
     assert example, text
     for flag in re.findall(r"--[\w.-]+", example[1]):
@@ -73,7 +74,9 @@ def test_help_has_an_example_that_is_taken(
 
 
 def test_the_list_of_commands_is_whole(command: Fit) -> None:
-    listed = re.findall(r"^  ([a-z-]+) +\S", command("--help").out, re.M)
+    text = command("--help").out
+    assert max(map(len, text.splitlines())) <= 80
+    listed = re.findall(r"^  ([a-z-]+) +\S", text, re.M)
     assert set(listed) == set(cli._COMMANDS)
     assert command().code == 2
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ from packaging.version import Version
 
 import co2lightning
 from co2lightning import cli, config, fit_all
+from co2lightning.evaluate import TITLES
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -241,9 +243,50 @@ def test_the_readmes_results_are_the_committed_ones() -> None:
             for episode in ("10", "30", "100", "300"):
                 if episode in entry["summary"] and (agent != "PPO-long" or episode == "300"):
                     wanted.append(_readme_row(agent, episode, entry["summary"][episode]))
-        assert f"| RBC B | | {results['references']['rbc_b']['co2_kg']:.1f} |" in README
-        assert f"| optimum (LP) | | {results['references']['optimum']['co2_kg']:.1f} |" in README
+        for name, title in TITLES.items():
+            if name in results["references"]:
+                figures = results["references"][name]
+                row = f"{figures['co2_kg']:.1f} | {100 * figures['gap_closed']:.1f} % | 0.0 |"
+                assert f"| {title} | | {row}" in README
     assert found == wanted
+
+
+def test_the_readmes_sentence_on_the_rule_is_the_committed_one() -> None:
+    """How far PPO is below RBC B, and for how many seeds the interval says so."""
+    for file, agent, episode, told, seeds, count in (
+        ("results", "PPO", "100", "it is {:.1f} kg a day below it", "two of the three seeds", 2),
+        (
+            "long",
+            "PPO-long",
+            "300",
+            "{:.1f} kg a day below RBC B ({:.1f} to {:.1f})",
+            "each seed",
+            3,
+        ),
+    ):
+        results = json.loads((ROOT / f"docs/learning-{file}.json").read_text(encoding="utf-8"))
+        entry = results["agents"][agent]
+        kg = entry["summary"][episode]["vs_rbc_b_kg"]
+        assert told.format(-kg["median"], -kg["max"], -kg["min"]) in README
+        last = [run["episodes"][episode] for run in entry["runs"]]
+        clear = [row for row in last if row["vs_rbc_b_kg"] + row["vs_rbc_b_kg_interval"] < 0]
+        assert f"below 0 for {seeds}" in README
+        assert len(clear) == count
+
+
+def test_the_learning_logs_tables_beside_another_library_are_the_committed_ones() -> None:
+    page = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "docs/stable-baselines.json").read_text(encoding="utf-8"))
+    assert results["command"] in page
+    for library in ("Stable-Baselines3", "co2lightning"):
+        for agent, entry in results["pendulum"].items():
+            steps = [run["steps"] for run in entry[library]]
+            seeds = ", ".join(f"{n:,}" for n in steps)
+            assert f"| {agent} | {library} | {statistics.median(steps):,} | {seeds} |" in page
+        for agent, entry in results["site"].items():
+            kg = [run["episodes"]["10"]["co2_kg"] for run in entry[library]]
+            seeds = ", ".join(f"{n:.1f}" for n in kg)
+            assert f"| {agent} | {library} | {statistics.median(kg):.1f} | {seeds} |" in page
 
 
 def _readme_row(agent: str, episode: str, figures: dict[str, dict[str, float]]) -> list[str]:

@@ -87,12 +87,25 @@ def test_an_older_episode(capsys: Run) -> None:
     assert "PPO after episode 1 emits" in capsys.readouterr().err
 
 
+def test_an_older_episode_because_the_newest_is_damaged(capsys: Run) -> None:
+    newest = Path("checkpoints/PPO/episode_0002.pt")
+    content = newest.read_bytes()
+    try:
+        newest.write_bytes(content[:3000])
+        assert main(["predict", "PPO"]) == 0
+    finally:
+        newest.write_bytes(content)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"{newest} is damaged: this is episode 1"
+    assert "PPO after episode 1 emits" in second
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "predict: the following arguments are required: NAME; such as: co2lightning predict"),
         (["SAC"], "predict SAC: no episode in checkpoints/SAC; runs there: PPO"),
-        (["PPO", "--day", "2025-04-01"], "2025-04-01 is not a day of site village; its days run"),
+        (["PPO", "--day", "2025-04-01"], "--day: 2025-04-01 is not a day of site village; its"),
         (["PPO", "--day", "today"], "today is not a day"),
         (["PPO", "--output", "no/where.csv"], "--output no/where.csv: there is no directory"),
         (["PPO", "--output", "."], "--output .: is a directory"),

@@ -37,6 +37,11 @@ function signed(value, digits, plus = "") {
 const ruler = document.createElement("canvas").getContext("2d");
 ruler.font = `12px ${getComputedStyle(document.body).fontFamily}`;
 
+/** Return the width that names of rows need beside a plot; long ones will be cut. */
+function gutter(names, width) {
+  return Math.min(170, width * 0.38, 14 + Math.max(...names.map((name) => ruler.measureText(name).width)));
+}
+
 /** Write the name of a row so that it ends at `x`, cut where it is too long. */
 function rowName(svg, x, y, name) {
   let text = name;
@@ -72,7 +77,7 @@ function plot(parent, { width, height, x, y, name, left = 46 }) {
   const map = ([low, high], from, to) => (value) =>
     from + ((value - low) / (high - low)) * (to - from);
   const px = map(x.range, left, right), py = map(y.range, bottom, top);
-  const xTicks = x.ticks || ticks(...x.range, (right - left) / 80);
+  const xTicks = x.ticks || ticks(...x.range, (right - left) / 60);
   for (const [value, text] of xTicks) {
     const at = px(value).toFixed(1);
     shape(svg, "line", { class: "tick", x1: at, x2: at, y1: top, y2: bottom });
@@ -82,7 +87,7 @@ function plot(parent, { width, height, x, y, name, left = 46 }) {
     shape(svg, "text", { x: place, y: bottom + 16, "text-anchor": anchor }, text);
   }
   if (y.label) {
-    for (const [value, text] of y.ticks || ticks(...y.range, (bottom - top) / 38)) {
+    for (const [value, text] of y.ticks || ticks(...y.range, (bottom - top) / 32)) {
       const at = py(value).toFixed(1);
       shape(svg, "line", { class: "tick", x1: left, x2: right, y1: at, y2: at });
       shape(svg, "text", { x: left - 6, y: +at + 4, "text-anchor": "end" }, text);

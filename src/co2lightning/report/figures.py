@@ -78,6 +78,11 @@ def _colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
+def _hollow(colour: str) -> dict[str, Any]:
+    """Return the look of a marker that hides no other beneath it."""
+    return {"color": colour, "fillstyle": "none", "mew": 1.5}
+
+
 def _learning(result: SiteResult) -> Figure:
     figure = Figure(figsize=(6.3, 3.8))
     axes = figure.add_subplot()
@@ -93,17 +98,20 @@ def _learning(result: SiteResult) -> Figure:
         episodes = range(min(known, default=1), max(known, default=0) + 1)
         shares = [known.get(episode, np.nan) for episode in episodes]
         marker = "o" if len(known) < 40 else ""
-        axes.plot(episodes, shares, color=_colour(i), marker=marker, ms=3, label=run.title)
+        look = {"color": _colour(i), "marker": marker, "ms": 3}
+        axes.plot(episodes, shares, label=f"{run.title}, training days", **look)
         own = summarise(run.evaluation)["agent"].co2_kg
-        axes.plot(run.episode, 100 * own / uncontrolled_kg, "D", color=_colour(i), ms=6, mec="w")
-    axes.plot([], [], "D", color="#57606a", ms=6, label="run, held-out days")
+        axes.plot(run.episode, 100 * own / uncontrolled_kg, "D", ms=6, **_hollow(_colour(i)))
+    axes.plot([], [], "D", ms=6, label="the same run, held-out days", **_hollow("#57606a"))
     for name in REFERENCES:
         share = 100 * summaries[name].co2_kg / uncontrolled_kg
         look = {"color": _GREYS[name], "ls": _DASHES[name], "lw": 1.2}
         axes.axhline(share, label=f"{TITLES[name]}, held-out days", **look)
     axes.set(xlabel="episode", ylabel="CO2, % of the same days uncontrolled")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = max(run.episode for run in result.runs)
+    axes.set_xlim(0.5, 1.02 * last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -119,16 +127,17 @@ def _intervals(result: SiteResult) -> Figure:
     mean, paired = figure.subplots(1, 2)
     for y, (_, colour, s) in enumerate(rows):
         error = {"xerr": s.co2_kg_interval, "ecolor": "#1b1f24", "capsize": 2}
-        mean.barh(y, s.co2_kg, 0.6, color=colour, **error)
+        mean.barh(y, s.co2_kg, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    mean.set(xlabel="CO2, kg a day")
+    mean.set(xlabel="mean CO2 and its 95 % interval, kg a day")
     others = [row for row in rows if row[2] not in (summaries["rbc_b"], summaries["uncontrolled"])]
     for y, (_, colour, s) in enumerate(others):
         paired.errorbar(
-            s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", color=colour, capsize=2
+            s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", ms=4, color=colour, capsize=2
         )
     paired.set_yticks(range(len(others)), [title for title, _, _ in others])
-    paired.set(xlabel="CO2 against RBC B, kg a day")
+    paired.set(xlabel="paired difference to RBC B, kg a day")
+    paired.set_ylim(-0.5, len(others) - 0.5)
     paired.axvline(0.0, color="#1b1f24", lw=1)
     for axes in (mean, paired):
         axes.invert_yaxis()
@@ -165,16 +174,17 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
     }
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (title, difference_kw) in zip(panels, differences.items(), strict=True):
-        limit = max(1.0, float(np.nanmax(np.abs(difference_kw))))
+        # A few cells, such as the last hour's, would leave the others without colour.
+        limit = max(1.0, float(np.nanpercentile(np.abs(difference_kw), 95)))
         edges = np.arange(HOURS + 1), 100 * np.arange(SOC_CLASSES + 1) / SOC_CLASSES
         mesh = axes.pcolormesh(*edges, difference_kw.T, cmap="PuOr_r", vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
-        figure.colorbar(mesh, ax=axes, label="run - RBC B, kW")
+        figure.colorbar(mesh, ax=axes, label="run minus RBC B, kW", extend="both")
         axes.set_title(title, fontsize=9)
         axes.set(xlabel="time of day, h", xticks=range(0, HOURS + 1, 6), facecolor="#c4cad1")
         axes.grid(False)
     panels[0].set(ylabel="battery SoC, %", ylim=(100 * battery.soc_min, 100 * battery.soc_max))
-    figure.suptitle(f"{run.title} in its own states; grey: no such state", fontsize=9)
+    figure.suptitle(f"{run.title} in its own states; grey: it was never there", fontsize=9)
     return figure
 
 
@@ -210,7 +220,7 @@ def _day(result: SiteResult, run: RunResult, colour: str) -> Figure:
         total.plot(edges, sums, lw=1.3, label=title, **look)
     soc.set(ylabel="battery SoC, %", ylim=(0, 100))
     _outside(soc)
-    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color="#c2500a")
+    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color="#57606a")
     carbon.set(ylabel="intensity,\nkg/kWh")
     carbon.set_ylim(bottom=0)
     total.set(ylabel="CO2 since\nmidnight, kg", xlabel="time of day, h")

@@ -213,7 +213,7 @@ def _site(index: int, result: SiteResult) -> str:
 <section>
 <h2>Site {escape(site.name)}</h2>
 <p class="facts">{_facts(site)} {count} held-out days, {result.references.days[0]} to
-{result.references.days[-1]}.</p>
+{result.references.days[-1]}. sha256 {site.sha256[:12]}.</p>
 {_foreign(result)}
 <h3>Held-out days: how good is each controller?</h3>
 {_comparison(result)}
@@ -236,7 +236,7 @@ only roughly. Source: checkpoints/*/history.json; the table above.</figcaption><
 <h3>CO2 of each held-out day</h3>
 <figure>{figure}"days"></div>
 <figcaption>Every held-out day: the run, the rule RBC B and the optimum met the same weather,
-vehicles and battery start. A bar joins run and rule. Click a day to open it below. Source: as the
+vehicles and battery start. A line joins run and rule. Click a day to open it below. Source: as the
 table.</figcaption></figure>
 
 <h3>Day explorer</h3>
@@ -249,7 +249,8 @@ behind the table; PV, load and carbon intensity from the site's series.</figcapt
 <figure>{figure}"heat"></div>
 <figcaption>Mean power of the run minus what RBC B would do in the very same state, by the hour and
 the battery's SoC at the step's beginning, over the states the run itself came to on the held-out
-days. Blank: no such state came up. Source: the files named under the table, {held_out}.
+days. Blank: the run was never there. What lies beyond the scale has the colour of its end; each
+cell's own figure shows under the pointer. Source: the files named under the table, {held_out}.
 </figcaption></figure>
 </section>"""
 
@@ -258,7 +259,7 @@ def _facts(site: Site) -> str:
     battery = site.battery
     sockets = ", ".join(f"{s.count} {escape(s.name)} sockets" for s in site.sockets)
     return (
-        f"sha256 {site.sha256[:12]}: {site.pv_kwp:g} kWp of PV, battery {battery.capacity_kwh:g} "
+        f"{site.pv_kwp:g} kWp of PV, battery {battery.capacity_kwh:g} "
         f"kWh / {battery.power_kw:g} kW, {sockets}; {len(site.days)} days of which"
     )
 

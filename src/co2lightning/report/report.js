@@ -20,7 +20,7 @@ function intervals(host, site) {
   ];
   const panel = (inner, width, label, shown, mean, half, bars) => {
     const spread = shown.flatMap((row) => [row[mean] - (row[half] || 0), row[mean] + (row[half] || 0)]);
-    const left = Math.min(170, width * 0.38), height = shown.length * 24 + 52;
+    const left = gutter(shown.map((row) => row.title), width), height = shown.length * 24 + 52;
     const range = bars ? extent(spread, 0) : extent([0, ...spread]);
     const area = plot(inner, {
       width, height, left, name: label, x: { range, label }, y: { range: [0, 1] },
@@ -42,7 +42,7 @@ function intervals(host, site) {
           class: "whisker", x1: area.x(row[mean] - row[half]), x2: area.x(row[mean] + row[half]), y1: y, y2: y,
         });
       }
-      if (!bars) mark(area.svg, "dot", x, y, 5, `mark ${row.look}`);
+      if (!bars) mark(area.svg, "dot", x, y, 3.5, `mark ${row.look}`);
     });
   };
   return (width) => {
@@ -105,10 +105,15 @@ function learning(host, site) {
 
 function days(host, site) {
   const rule = policy(site, "rbc_b"), best = policy(site, "optimum"), count = site.days.length;
-  const [, high] = extent([rule, best, ...site.runs].flatMap((one) => one.co2_kg), 0);
-  return (width) => {
-    host.replaceChildren();
-    site.runs.forEach((run, i) => {
+  let against = "", width = 0;
+  const [, label] = choice("Show", [["", "CO2"], ["rule", "difference to RBC B"]], against,
+    (value) => { against = value; draw(width); });
+  const inner = body(host, html("div", { class: "controls" }, label));
+  const draw = (now) => {
+    width = now;
+    const level = (one, at) => one.co2_kg[at] - (against ? rule.co2_kg[at] : 0);
+    const all = [rule, best, ...site.runs].flatMap((one) => one.co2_kg.map((_, at) => level(one, at)));
+    const panels = site.runs.map((run, i) => {
       const panel = html("div", { class: "panel" });
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       panel.append(legend([
@@ -123,13 +128,13 @@ function days(host, site) {
           range: [-0.5, count - 0.5], label: "held-out day",
           ticks: site.days.map((day, at) => [at, day]).filter((_, at) => at % every === 0),
         },
-        y: { range: [0, high], label: "CO2, kg" },
+        y: { range: extent(all, against ? undefined : 0), label: against ? "CO2 against RBC B, kg (down is better)" : "CO2, kg" },
       });
       const column = (area.right - area.left) / count, size = Math.max(2, Math.min(5, column * 0.4));
       site.days.forEach((day, at) => {
-        const x = area.x(at), own = area.y(run.co2_kg[at]), ruled = area.y(rule.co2_kg[at]);
+        const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
         shape(area.svg, "line", { class: `join ${look(i)}`, x1: x, x2: x, y1: own, y2: ruled });
-        mark(area.svg, "dash", x, area.y(best.co2_kg[at]), size, "mark optimum");
+        mark(area.svg, "dash", x, area.y(level(best, at)), size, "mark optimum");
         mark(area.svg, "dot", x, ruled, size, "hollow rbc_b");
         mark(area.svg, "dot", x, own, size, `mark ${look(i)}`);
         const hit = shape(area.svg, "rect", {
@@ -139,15 +144,18 @@ function days(host, site) {
           `${rule.title} ${rule.co2_kg[at].toFixed(1)} kg, ${best.title} ${best.co2_kg[at].toFixed(1)} kg`);
         hit.addEventListener("click", () => explorers.get(site)(at, run.key));
       });
-      host.append(panel);
+      return panel;
     });
+    inner.replaceChildren(...panels);
   };
+  return draw;
 }
 
 function explorer(host, site) {
   // A run may be named as a rule is; its place tells them apart.
   const shown = [...site.runs.map((run, i) => [run, look(i)]), ...site.policies.map((one) => [one, one.key])];
-  let day = site.typical_day, chosen = 0, width = 0;
+  let day = site.typical_day, width = 0;
+  let chosen = site.runs.reduce((best, run, i) => (run.mean_kg < site.runs[best].mean_kg ? i : best), 0);
   const [daySelect, dayLabel] = choice("Day", site.days.map((text, at) => [at, text]), day,
     (value) => { day = Number(value); draw(width); });
   const [ownSelect, ownLabel] = choice("Controller", shown.map(([one], at) => [at, one.title]), chosen,
@@ -258,7 +266,9 @@ function heat(host, site) {
   const draw = (now) => {
     width = now;
     const values = site.runs.flatMap((run) => run.heat[what].flat()).filter((value) => value !== null);
-    const limit = ticks(0, Math.max(1, ...values.map(Math.abs)), 4).at(-1)[0];
+    // A few cells, such as the last hour's, would leave the others without colour.
+    const sizes = values.map(Math.abs).sort((a, b) => a - b);
+    const limit = ticks(0, Math.max(1, sizes[Math.floor(0.95 * sizes.length)]), 4).at(-1)[0];
     const tint = (value) => ({
       class: value < 0 ? "minus" : "plus", "fill-opacity": Math.min(1, Math.abs(value) / limit).toFixed(3),
     });
@@ -296,10 +306,10 @@ function heat(host, site) {
       scale.append(item);
     };
     for (const part of [-1, -0.5, 0, 0.5, 1]) {
-      const unit = part === 1 ? " kW: the run more than RBC B" : part === -1 ? " kW: less" : " kW";
+      const unit = part === 1 ? " kW and more: above RBC B" : part === -1 ? " kW and less: below" : " kW";
       swatch(signed(part * limit, limit < 10 ? 1 : 0, "+") + unit, { class: "visited" }, tint(part * limit));
     }
-    swatch("no such state", { class: "empty" });
+    swatch("never there", { class: "empty" });
     inner.replaceChildren(scale, panels);
   };
   return draw;
@@ -317,7 +327,7 @@ function sessions(host) {
   const from = Math.min(...rows.map((row) => row.begun)), to = Math.max(from + 1000, ...rows.map((row) => row.end));
   const STEPS_S = [1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 10800, 21600, 43200, 86400];
   return (width) => {
-    const most = Math.max(1, (width - 170) / 110), span = to - from;
+    const left = gutter(runs.map((run) => run.key), width), most = Math.max(1, (width - left) / 75), span = to - from;
     const step = 1000 * (STEPS_S.find((s) => span / 1000 / s <= most) || 86400 * Math.ceil(span / 864e5 / most));
     const text = (ms) => {
       const iso = new Date(ms + offset).toISOString();
@@ -325,7 +335,6 @@ function sessions(host) {
     };
     const marks = [];
     for (let at = Math.ceil((from + offset) / step) * step - offset; at <= to; at += step) marks.push([at, text(at)]);
-    const left = Math.min(170, width * 0.38);
     const day = new Date(from + offset).toISOString().slice(0, 10);
     const area = plot(html("div"), {
       width, height: runs.length * 24 + 52, left, name: "Sessions over time",
