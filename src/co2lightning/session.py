@@ -677,6 +677,7 @@ def _train(
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be restored ({reason})") from error
     signals.check()
+    target = trainer.current_epoch  # a callback may have ended it earlier
     echo(
         f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
     )
@@ -741,8 +742,6 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 with torch 2.13, harmless.
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
-            # What an agent logs are means over the ranks already.
-            warnings.filterwarnings("ignore", r"It is recommended to use .*sync_dist=True")
             yield
     finally:
         threading.excepthook = hook

@@ -1,5 +1,6 @@
 """What `fit` promises: which episodes, which settings, which files."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from co2lightning import agents
 from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.ppo import PPO
+from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import find_recipe, read_recipe
 from co2lightning.errors import UserError
@@ -359,12 +360,13 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     if agent == "PPO":
         loss = PPO.loss
 
-        def watch_loss(self: PPO, batch: Any) -> Any:
+        def watch_loss(self: PPO, samples: Samples) -> Any:
             if len(first_ratios) < len(learned):
                 with torch.no_grad():
-                    log_ratio = self.log_prob(batch.obs, batch.action) - batch.log_prob
+                    batch, old = samples
+                    log_ratio = self.log_prob(batch.obs, batch.action) - old
                 first_ratios.append(float(log_ratio.abs().max()))
-            return loss(self, batch)
+            return loss(self, samples)
 
         monkeypatch.setattr(PPO, "loss", watch_loss)
     fit(agent, "--episodes", "2", "--model.n_steps", "24")
@@ -383,3 +385,16 @@ def test_an_episode_without_a_gradient_step_is_saved_too(
     monkeypatch.setattr(agents.agent_class(agent), "learn", lambda self, rollout: {})
     fit(agent, "--episodes", "2")
     assert done(agent) == 2
+
+
+def test_a_callback_may_end_training_early(fit: Fit, place: Path) -> None:
+    """It sees an episode's figures; what is said and kept is what was trained."""
+    stop = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "site/unmet_kwh", "stopping_threshold": 1.0},
+    }
+    said = fit("PPO", "--episodes", "4", "--trainer.callbacks", json.dumps([stop])).out
+    assert "1 episode in checkpoints/PPO" in said
+    run = TrainingCheckpoint("checkpoints/PPO")
+    assert run.episodes() == [1]
+    assert run.load_metadata()["status"] == "completed"

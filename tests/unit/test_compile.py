@@ -20,6 +20,7 @@ from co2lightning.agents import AGENTS, agent_class, descent
 from co2lightning.agents.actor_critic import Transitions
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.descent import Descent, worth_compiling
+from co2lightning.agents.ppo import Samples
 from co2lightning.agents.sac import Update
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import complete, read_recipe
@@ -35,9 +36,9 @@ def minibatch(name: str, size: int) -> Any:
     if name == "SAC":
         batch = ReplayBatch(obs, action, torch.randn(size), torch.randn(size, 3), torch.zeros(size))
         return Update(batch, torch.randn(size, 2), torch.randn(size, 2))
-    log_prob = torch.randn(size) - 2.0
     weight = (torch.rand(size) < 0.9).float()
-    return Transitions(obs, action, log_prob, torch.randn(size), torch.randn(size), weight)
+    batch = Transitions(obs, action, torch.randn(size), torch.randn(size), weight)
+    return Samples(batch, torch.randn(size) - 2.0) if name == "PPO" else batch
 
 
 def pupil(

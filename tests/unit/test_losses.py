@@ -11,7 +11,7 @@ from torch import nn
 
 from co2lightning.agents.a2c import A2C
 from co2lightning.agents.actor_critic import Transitions
-from co2lightning.agents.ppo import PPO
+from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.agents.sac import SAC, Update
 from co2lightning.networks import (
     MLP,
@@ -34,16 +34,19 @@ def number(tensor: torch.Tensor) -> float:
     return float(tensor.detach())
 
 
-def transitions(action: list[float], old_log_prob: list[float], advantage: list[float]):
+def transitions(action: list[float], advantage: list[float]) -> Transitions:
     n = len(action)
     return Transitions(
         obs=torch.zeros(n, 3),
         action=torch.tensor(action).unsqueeze(1),
-        log_prob=torch.tensor(old_log_prob),
         advantage=torch.tensor(advantage),
         value_target=torch.tensor([1.0, -2.0][:n]),
         weight=torch.ones(n),
     )
+
+
+def samples(action: list[float], old_log_prob: list[float], advantage: list[float]) -> Samples:
+    return Samples(transitions(action, advantage), torch.tensor(old_log_prob))
 
 
 LOG_NORMAL_0 = -0.5 * math.log(2 * math.pi)  # log density of N(0, 1) at 0
@@ -54,7 +57,7 @@ def test_ppo_clips_only_where_it_would_gain() -> None:
     silence(agent)
     # Under the policy N(0, 1) both actions 0 have LOG_NORMAL_0; ratios 1.5 and 0.5.
     old = [LOG_NORMAL_0 - math.log(1.5), LOG_NORMAL_0 - math.log(0.5)]
-    loss, parts = agent.loss(transitions([0.0, 0.0], old, [1.0, 1.0]))
+    loss, parts = agent.loss(samples([0.0, 0.0], old, [1.0, 1.0]))
     # min(1.5, 1.2) = 1.2 and min(0.5, 0.8) = 0.5; value 0 against 1 and -2.
     entropy = 0.5 + 0.5 * math.log(2 * math.pi)
     assert number(parts["policy_loss"]) == pytest.approx(-(1.2 + 0.5) / 2)
@@ -70,7 +73,7 @@ def test_ppo_with_a_bad_action_takes_the_worse_of_both() -> None:
     agent = PPO(3, 1, hidden=(4,), clip_range=0.2)
     silence(agent)
     old = [LOG_NORMAL_0 - math.log(1.5), LOG_NORMAL_0 - math.log(0.5)]
-    _, parts = agent.loss(transitions([0.0, 0.0], old, [-1.0, -1.0]))
+    _, parts = agent.loss(samples([0.0, 0.0], old, [-1.0, -1.0]))
     # min(-1.5, -1.2) = -1.5 and min(-0.5, -0.8) = -0.8
     assert number(parts["policy_loss"]) == pytest.approx((1.5 + 0.8) / 2)
 
@@ -78,8 +81,8 @@ def test_ppo_with_a_bad_action_takes_the_worse_of_both() -> None:
 def test_a_reset_step_counts_for_nothing() -> None:
     agent = PPO(3, 1, hidden=(4,))
     silence(agent)
-    batch = transitions([0.0, 5.0], [LOG_NORMAL_0, -1.0], [1.0, 9.0])
-    loss, parts = agent.loss(batch._replace(weight=torch.tensor([1.0, 0.0])))
+    batch, old = samples([0.0, 5.0], [LOG_NORMAL_0, -1.0], [1.0, 9.0])
+    loss, parts = agent.loss(Samples(batch._replace(weight=torch.tensor([1.0, 0.0])), old))
     assert number(parts["policy_loss"]) == pytest.approx(-1.0)
     assert number(loss) == pytest.approx(-1.0 + 0.5 * 1.0)
 
@@ -87,7 +90,7 @@ def test_a_reset_step_counts_for_nothing() -> None:
 def test_a2c_is_log_density_times_advantage() -> None:
     agent = A2C(3, 1, hidden=(4,), vf_coef=0.5, ent_coef=0.01)
     silence(agent)
-    loss, parts = agent.loss(transitions([1.0, 0.0], [0.0, 0.0], [2.0, -1.0]))
+    loss, parts = agent.loss(transitions([1.0, 0.0], [2.0, -1.0]))
     policy_loss = -((LOG_NORMAL_0 - 0.5) * 2.0 - LOG_NORMAL_0) / 2
     entropy = 0.5 + 0.5 * math.log(2 * math.pi)
     assert number(parts["policy_loss"]) == pytest.approx(policy_loss)

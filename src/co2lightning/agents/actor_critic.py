@@ -22,7 +22,6 @@ class Transitions(NamedTuple):
 
     obs: Tensor  # [N, O + K]
     action: Tensor  # [N, A]
-    log_prob: Tensor  # [N] under the policy that acted: no update came between
     advantage: Tensor  # [N]
     value_target: Tensor  # [N]
     weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
@@ -75,8 +74,10 @@ class ActorCritic(Agent):
             The transitions and the explained variance of the value function, 1 - Var(target -
             value) / Var(target).
         """
-        value = self.critic(rollout.obs).squeeze(-1)
-        next_value = self.critic(rollout.next_obs).squeeze(-1)
+        # What is seen after a step is what the next one acts on.
+        seen = torch.cat([rollout.obs, rollout.next_obs[-1:]])
+        values = self.critic(seen).squeeze(-1)
+        value, next_value = values[:-1], values[1:]
         advantage = gae(
             rollout.reward * self.hparams["reward_scale"],
             value,
@@ -96,7 +97,6 @@ class ActorCritic(Agent):
         transitions = Transitions(
             obs=rollout.obs.flatten(0, 1),
             action=rollout.action.flatten(0, 1),
-            log_prob=self.log_prob(rollout.obs, rollout.action).flatten(),
             advantage=advantage.flatten(),
             value_target=target.flatten(),
             weight=rollout.valid.flatten(),

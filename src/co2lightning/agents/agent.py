@@ -148,6 +148,12 @@ class Agent(pl.LightningModule):
         assert self.env is not None, "call train_on(env) before Trainer.fit"
         return RolloutDataset(self.env, self)
 
+    def transfer_batch_to_device(
+        self, batch: Rollout, device: torch.device, dataloader_idx: int
+    ) -> Rollout:
+        """Leave a rollout where the agent acted, on its own device."""
+        return batch
+
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""
         self.world_size = self.trainer.world_size
@@ -205,7 +211,9 @@ class Agent(pl.LightningModule):
             logger.log_metrics(self.metrics, step=self.episode)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
-        self.log_dict(self.metrics, logger=False)
+        # For callbacks such as EarlyStopping; `log_dict` does the same in 5 ms instead of 50 us.
+        tensors = {tag: torch.tensor(value) for tag, value in self.metrics.items()}
+        self.trainer.callback_metrics.update(tensors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters."""

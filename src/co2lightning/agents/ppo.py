@@ -5,7 +5,7 @@ Shapes: N transitions of a rollout, M of a minibatch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from co2lightning.agents.actor_critic import ActorCritic, Transitions, weighted_
 from co2lightning.env import Environment
 from co2lightning.networks import gaussian_entropy
 from co2lightning.rollout import Rollout
+
+
+class Samples(NamedTuple):
+    """Transitions and the log density of their actions under the policy that acted."""
+
+    transitions: Transitions
+    log_prob: Tensor  # [N] no update came between
 
 
 class PPO(ActorCritic):
@@ -78,9 +85,10 @@ class PPO(ActorCritic):
 
     clip_range: Tensor
 
-    def loss(self, batch: Transitions, /) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, samples: Samples, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a minibatch and its parts: eqs. 7 and 9 of the paper."""
-        log_ratio = self.log_prob(batch.obs, batch.action) - batch.log_prob
+        batch, old_log_prob = samples
+        log_ratio = self.log_prob(batch.obs, batch.action) - old_log_prob
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1.0 - self.clip_range, 1.0 + self.clip_range)
         surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
@@ -106,13 +114,15 @@ class PPO(ActorCritic):
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Run n_epochs passes of minibatches over a rollout."""
         transitions, explained_variance = self.evaluate_rollout(rollout)
+        with torch.no_grad():
+            columns = (*transitions, self.log_prob(transitions.obs, transitions.action))
         for _ in range(self.hparams["n_epochs"]):
             order = torch.randperm(
                 len(transitions.weight), generator=self.update_generator, device=self.device
             )
-            shuffled = (column[order].split(self.hparams["batch_size"]) for column in transitions)
-            for columns in zip(*shuffled, strict=True):
-                self.descend(Transitions(*columns))
+            shuffled = (column[order].split(self.hparams["batch_size"]) for column in columns)
+            for *minibatch, log_prob in zip(*shuffled, strict=True):
+                self.descend(Samples(Transitions(*minibatch), log_prob))
         return {"explained_variance": explained_variance}
 
     def on_train_epoch_start(self) -> None:
