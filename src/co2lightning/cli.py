@@ -5,12 +5,15 @@ Imports are lazy: `--help` and `history` need neither torch nor Lightning.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -75,11 +78,15 @@ def _run(argv: list[str]) -> int:
     command = _COMMANDS.get(argv[0])
     if command is None:
         raise UserError(f"{argv[0]}: no such command; choose one of {', '.join(_COMMANDS)}")
-    return command(argv[1:])
+    module, function = command
+    with _importing():
+        run = getattr(import_module(f"co2lightning.{module}"), function)
+    return run(argv[1:])
 
 
 def _fit(argv: list[str]) -> int:
-    from co2lightning import config
+    with _importing():
+        from co2lightning import config
 
     given, rest = config.split_arguments(argv)
     agent, recipe = given.get("agent"), given.get("config")
@@ -107,58 +114,34 @@ def _fit(argv: list[str]) -> int:
     return 0
 
 
-def _history(argv: list[str]) -> int:
-    from co2lightning.history import main
-
-    return main(argv)
-
-
-def _predict(argv: list[str]) -> int:
-    from co2lightning.predict import main
-
-    return main(argv)
-
-
-def _export(argv: list[str]) -> int:
-    from co2lightning.export import main
-
-    return main(argv)
-
-
-def _verify(argv: list[str]) -> int:
-    from co2lightning.history import verify_main
-
-    return verify_main(argv)
-
-
-def _fit_all(argv: list[str]) -> int:
-    from co2lightning.fit_all import main
-
-    return main(argv)
-
-
-def _test(argv: list[str]) -> int:
-    from co2lightning.evaluate import main
-
-    return main(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from co2lightning.report.command import main
-
-    return main(argv)
-
-
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "fit": _fit,
-    "fit-all": _fit_all,
-    "test": _test,
-    "report": _report,
-    "history": _history,
-    "verify": _verify,
-    "predict": _predict,
-    "export": _export,
+_COMMANDS = {
+    "fit": ("cli", "_fit"),
+    "fit-all": ("fit_all", "main"),
+    "test": ("evaluate", "main"),
+    "report": ("report.command", "main"),
+    "history": ("history", "main"),
+    "verify": ("history", "verify_main"),
+    "predict": ("predict", "main"),
+    "export": ("export", "main"),
 }
+"""Command -> its module and function there."""
+
+
+@contextlib.contextmanager
+def _importing() -> Generator[None]:
+    """Collect no garbage while torch and Lightning are imported.
+
+    They make a million objects that stay; to go through them again and again takes a second.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _echo(line: str) -> None:

@@ -126,18 +126,17 @@ def build_model(
     exact = np.float64 if dtype == torch.float64 else np.float32
     sockets = np.zeros((days, T, 4, n_sockets), dtype=exact)
     sockets[:, :, 1] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
+    # Where a session's rows stand in the flat table, step after step of its stay.
     window = sessions.departure_step - sessions.arrival_step
-    session = np.repeat(np.arange(len(window)), window)
-    first = np.repeat(np.cumsum(window) - window, window)
-    since = np.arange(len(session)) - first
-    step, day = sessions.arrival_step[session] + since, sessions.day[session]
-    socket, power_kw = sessions.socket[session], sessions.max_kw[session]
-    later = sessions.departure_step[session] - step - 1
-    sockets[day, step, 0, socket] = power_kw * later
-    sockets[day, step, 1, socket] = power_kw
-    sockets[day, step, 2, socket] = since > 0
-    owed_kw = sessions.energy_kwh / STEP_H
-    sockets[sessions.day, sessions.arrival_step, 3, sessions.socket] = owed_kw
+    arrival = ((sessions.day * T + sessions.arrival_step) * 4) * n_sockets + sessions.socket
+    since = np.arange(window.sum()) - np.repeat(np.cumsum(window) - window, window)
+    place = np.repeat(arrival, window) + since * (4 * n_sockets)
+    power_kw = np.repeat(sessions.max_kw.astype(exact), window)
+    flat = sockets.reshape(-1)
+    flat[place] = power_kw * (np.repeat(window - 1, window) - since)
+    flat[place + n_sockets] = power_kw
+    flat[place + 2 * n_sockets] = since > 0
+    flat[arrival + 3 * n_sockets] = sessions.energy_kwh / STEP_H
 
     net_kw = site.load_kw - site.pv_kw
     carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
