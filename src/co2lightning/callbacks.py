@@ -26,6 +26,7 @@ from torch.utils.tensorboard.summary import hparams
 from co2lightning import ranks
 from co2lightning.agents.agent import Agent
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.errors import UserError
 from co2lightning.replay import fewest_rows
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
@@ -172,6 +173,11 @@ class History(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Agent)
+        if trainer.world_size > 1 and not ranks.agree(pl_module.episode, pl_module.device):
+            raise UserError(
+                f"{self.run.directory}: the processes see different episodes in it; all of them "
+                "need the same directory, on several machines on a shared disk"
+            )
         if trainer.is_global_zero:
             self.run.begin_session(
                 start_episode=pl_module.episode,
@@ -310,9 +316,8 @@ class Signals(pl.Callback):
     def _agree(self, trainer: pl.Trainer) -> None:
         if trainer.world_size > 1:
             self.received = ranks.highest(self.received, trainer.strategy.root_device)
-            if self.received:
-                raise Interrupted(self.received, trainer.global_rank)
-        self.check()
+        if self.received:
+            raise Interrupted(self.received, trainer.global_rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._previous:

@@ -129,7 +129,7 @@ def build_model(
     # Where a session's rows stand in the flat table, step after step of its stay.
     window = sessions.departure_step - sessions.arrival_step
     arrival = ((sessions.day * T + sessions.arrival_step) * 4) * n_sockets + sessions.socket
-    since = np.arange(window.sum()) - np.repeat(np.cumsum(window) - window, window)
+    since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
     place = np.repeat(arrival, window) + since * (4 * n_sockets)
     power_kw = np.repeat(sessions.max_kw.astype(exact), window)
     flat = sockets.reshape(-1)

@@ -45,6 +45,11 @@ def highest(value: int, device: torch.device) -> int:
     return int(number)
 
 
+def agree(value: int, device: torch.device) -> bool:
+    """Say whether all ranks have the same number."""
+    return highest(value, device) == -highest(-value, device)
+
+
 def gather(value: Any) -> list[Any] | None:
     """Return what every rank has, in their order, to rank 0; None to the others."""
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,23 @@ def rank(place: str, number: int, port: int, words: list[str]) -> None:
     os._exit(main(words))
 
 
-def train(place: Path, agent: str, *words: str) -> str:
-    """Run `fit` on two forked ranks; return what they said."""
+def run(places: Sequence[Path], words: list[str]) -> tuple[list[int | None], str]:
+    """Run the command on two forked ranks; return their exit codes and what they said."""
     port = free_port()
-    (place / "out").unlink(missing_ok=True)
-    ranks = [fork(rank, str(place), n, port, words_of(agent, *words)) for n in (0, 1)]
+    for place in places:
+        (place / "out").unlink(missing_ok=True)
+    ranks = [fork(rank, str(place), n, port, words) for n, place in enumerate(places)]
     for process in ranks:
         process.join(PATIENCE)
         process.kill()
-    said = (place / "err").read_text() + (place / "out").read_text()
-    assert [process.exitcode for process in ranks] == [0, 0], said
+    said = [(place / name).read_text() for place in {*places} for name in ("err", "out")]
+    return [process.exitcode for process in ranks], "".join(said)
+
+
+def train(place: Path, agent: str, *words: str) -> str:
+    """Run `fit` on two forked ranks, which must succeed; return what they said."""
+    codes, said = run([place, place], words_of(agent, *words))
+    assert codes == [0, 0], said
     return said
 
 
@@ -131,6 +138,17 @@ def test_a_step_follows_the_mean_of_the_gradients(
     assert "episode_0001.pt: trained on 2 processes, not on 1" in outcome.err
     assert "give --trainer.devices 2" in outcome.err
     assert tree(place) == before
+
+
+def test_ranks_that_see_different_directories_are_refused(place: Path) -> None:
+    train(place, "PPO", "--episodes", "1")
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    before = tree(place / "checkpoints" / "PPO")
+    codes, said = run([place, elsewhere], words_of("PPO", "--ckpt_path", "last"))
+    assert codes == [2, 2], said
+    assert said.count("on several machines on a shared disk") == 2
+    assert tree(place / "checkpoints" / "PPO") == before
 
 
 class Launched:
