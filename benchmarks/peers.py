@@ -12,7 +12,8 @@ a replay buffer lie before the first round. Nobody writes logs or checkpoints.
 `native`: an environment of 20 observations and 2 actions that costs next to nothing, so that the
 trainer itself is measured. PPO: 16 environments x 128 steps, minibatches of 256, 10 epochs, two
 layers of 64. A2C: 16 x 5 steps. SAC: 1 environment, an update of 256 after each step, two layers
-of 256. `site`: 64 days of the shipped site at once with the recipes' own updates.
+of 256. `site`: 64 days of the shipped site at once, updates of the same sizes and counts; SAC's
+comes after each step of the 64.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents import agent_class
-from co2lightning.config import Settings, check_settings, complete, read_recipe
+from co2lightning.config import Settings, complete
 from co2lightning.env import Environment, SiteDays, Step
 from co2lightning.site import load_site
 from learning import machine, versions
 from stable_baselines import VecEnv, stable_baselines
 
 SMALL = {"env.hindsight": False, "model.hidden": (64, 64), "model.activation": "tanh"}
-NATIVE: dict[str, Settings] = {
+SIZES: dict[str, Settings] = {
     "PPO": SMALL | {"env.num_envs": 16, "model.n_steps": 0, "model.batch_size": 256},
     "A2C": SMALL | {"env.num_envs": 16, "model.n_steps": 5},
     "SAC": {
@@ -185,12 +186,7 @@ def compare(
     place: str, agent: str, compiled: bool, libraries: Sequence[str], rounds: int
 ) -> dict[str, Any]:
     """Train one agent of ours with its peers in between; return microseconds a step of each."""
-    if place == "native":
-        settings = complete({**NATIVE[agent]}, agent)
-    else:
-        recipe = read_recipe(f"{agent.lower()}.yaml")[1]
-        recipe |= {"env.num_envs": 64, "env.hindsight": False}
-        settings = complete(check_settings(recipe, agent, "recipe"), agent)
+    settings = complete(SIZES[agent] | ({"env.num_envs": 64} if place == "site" else {}), agent)
     num_envs = settings["env.num_envs"]
 
     def make() -> Environment:
