@@ -140,6 +140,18 @@ def test_a_step_follows_the_mean_of_the_gradients(
     assert tree(place) == before
 
 
+@pytest.mark.slow
+def test_compiled_ranks_do_what_eager_ones_do(place: Path) -> None:
+    train(place, "PPO", "--episodes", "2", "--name", "eager")
+    said = train(place, "PPO", "--episodes", "2", "--name", "graph", "--model.compile", "true")
+    assert said.count("Compiling the update") == 1
+    assert "cannot be compiled" not in said
+    graph = kept(place, "graph", 0)
+    assert digest(graph["weights"]) == digest(kept(place, "graph", 1)["weights"])
+    for name, weight in kept(place, "eager", 0)["weights"].items():
+        torch.testing.assert_close(graph["weights"][name], weight, rtol=0.0, atol=1e-5)
+
+
 def test_ranks_that_see_different_directories_are_refused(place: Path) -> None:
     train(place, "PPO", "--episodes", "1")
     elsewhere = place / "elsewhere"
