@@ -568,11 +568,13 @@ def _prepare_run(
         return None
     own = run.path(start.episode)
     if start.path.resolve() == own.resolve():
+        newest = run.get_next_episode() - 1
         moved = run.branch(start.episode)
         if moved:
             # The old branch keeps its curves; here they are purged from this episode on.
             _copy_logs(run.logs, run.logs and run.logs.parent / "archive" / moved.name)
-            echo(f"Later episodes of the old branch moved to {moved}")
+            how = _how_to_continue(moved / run.path(newest).name, plan.settings)
+            echo(f"Later episodes of the old branch moved to {moved}; {how}")
     else:
         _archive(run, plan.settings, echo)
         _copy_logs(_logs_of(start.path.parent, run), run.logs)
@@ -588,16 +590,20 @@ def _archive(run: TrainingCheckpoint, settings: Settings, echo: Callable[[str], 
         return
     line = f"The run in {run.directory} was moved to {archived}"
     if newest:
-        flags = [f"--ckpt_path {shlex.quote(str(archived / run.path(newest).name))}"]
-        for key, default in (
-            ("name", None),
-            ("checkpoints.dir", "checkpoints"),
-            ("logs.dir", "lightning_logs"),
-        ):
-            if settings[key] != default:
-                flags.append(f"--{key} {shlex.quote(settings[key])}")
-        line += f"; co2lightning fit {' '.join(flags)} continues it"
+        line += f"; {_how_to_continue(archived / run.path(newest).name, settings)}"
     echo(line)
+
+
+def _how_to_continue(file: Path, settings: Settings) -> str:
+    flags = [f"--ckpt_path {shlex.quote(str(file))}"]
+    for key, default in (
+        ("name", None),
+        ("checkpoints.dir", "checkpoints"),
+        ("logs.dir", "lightning_logs"),
+    ):
+        if settings[key] != default:
+            flags.append(f"--{key} {shlex.quote(settings[key])}")
+    return f"co2lightning fit {' '.join(flags)} continues it"
 
 
 def _logs_of(directory: Path, run: TrainingCheckpoint) -> Path | None:

@@ -1,6 +1,8 @@
 """What `fit` promises: which episodes, which settings, which files."""
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +156,7 @@ def test_the_line_of_an_archived_run_names_its_name_and_directories(fit: Fit) ->
     assert Path("c/night tariff/episode_0001.pt").is_file()
 
 
-def test_a_file_of_the_run_branches(fit: Fit) -> None:
+def test_a_file_of_the_run_branches(fit: Fit, command: Fit) -> None:
     fit("PPO", "--episodes", "4")
     outcome = fit("PPO", "--episodes", "1", "--ckpt_path", "checkpoints/PPO/episode_0002.pt")
     assert "Later episodes of the old branch moved to checkpoints/archive/PPO-" in outcome.out
@@ -165,6 +167,10 @@ def test_a_file_of_the_run_branches(fit: Fit) -> None:
     assert sorted(scalars(f"archive/{archived.name}")["site/co2_kg"]) == [1, 2, 3, 4]
     assert sorted(scalars("PPO")["site/co2_kg"]) == [1, 2, 3]
     assert TrainingCheckpoint("checkpoints/PPO").verify() == []
+    told = re.search(r"co2lightning (fit .*) continues it", outcome.out)
+    assert told
+    back = command(*shlex.split(told[1]), "--episodes", "1")
+    assert "Resuming PPO at episode 5 (4 episodes done)" in back.out
 
 
 def test_a_file_of_elsewhere_is_adopted(fit: Fit, command: Fit, place: Path) -> None:
