@@ -43,7 +43,7 @@ from co2lightning.config import Settings, complete
 from co2lightning.env import Environment, SiteDays, Step
 from co2lightning.site import load_site
 from learning import machine, versions
-from stable_baselines import VecEnv, stable_baselines
+from stable_baselines import Lockstep, VecEnv, stable_baselines
 
 SMALL = {"env.hindsight": False, "model.hidden": (64, 64), "model.activation": "tanh"}
 SIZES: dict[str, Settings] = {
@@ -96,11 +96,11 @@ class Native:
         return {}
 
 
-class Vectorized(VecEnv):
+class Vectorized(Lockstep):
     """One of our environments as Stable-Baselines3 and SBX want it."""
 
     def __init__(self, env: Environment, reward_scale: float) -> None:
-        self.env = env
+        self.inner = env
         self.reward_scale = reward_scale
         self.seeds = iter(range(10**9))
         box = gym.spaces.Box(-np.inf, np.inf, (env.observation_dim,), np.float32)
@@ -108,34 +108,20 @@ class Vectorized(VecEnv):
 
     def reset(self) -> np.ndarray:
         with torch.inference_mode():
-            return self.env.reset(next(self.seeds)).numpy()
+            return self.inner.reset(next(self.seeds)).numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self.actions = torch.from_numpy(actions)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         with torch.inference_mode():
-            result = self.env.step(self.actions)
+            result = self.inner.step(self.actions)
         obs, done = result.obs.numpy(), result.terminated.numpy() > 0.5
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if done.all():
             infos = [{"terminal_observation": last, "TimeLimit.truncated": False} for last in obs]
             obs = self.reset()
         return obs, self.reward_scale * result.reward.numpy(), done, infos
-
-    def close(self) -> None: ...
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self.env, attr_name, None)] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 def sbx(agent: str, settings: Settings, env: VecEnv, n_steps: int) -> Any:

@@ -295,7 +295,27 @@ def pendulum_table(results: dict[str, Any]) -> str:
 # --- the site ------------------------------------------------------------------------------------
 
 
-class SiteVecEnv(VecEnv):
+class Lockstep(VecEnv):
+    """What Stable-Baselines3 asks of an environment beside steps; `inner` is ours."""
+
+    inner: Any
+
+    def close(self) -> None: ...
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self.inner, attr_name, None)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+class SiteVecEnv(Lockstep):
     """The site's own vector environment as Stable-Baselines3 wants it.
 
     All days end with the same step; the next ones begin at once, and `terminal_observation` holds
@@ -309,15 +329,15 @@ class SiteVecEnv(VecEnv):
     """
 
     def __init__(self, site: str, num_envs: int, seed: int, reward_scale: float) -> None:
-        self.days = gym.make_vec("co2lightning/ChargingSite-v0", num_envs=num_envs, site=site)
+        self.inner = gym.make_vec("co2lightning/ChargingSite-v0", num_envs=num_envs, site=site)
         super().__init__(
-            num_envs, self.days.single_observation_space, self.days.single_action_space
+            num_envs, self.inner.single_observation_space, self.inner.single_action_space
         )
         self.first_seed: int | None = seed
         self.reward_scale = reward_scale
 
     def reset(self) -> np.ndarray:
-        obs, _ = self.days.reset(seed=self.first_seed)
+        obs, _ = self.inner.reset(seed=self.first_seed)
         self.first_seed = None  # the environment's generator goes on
         return obs
 
@@ -325,27 +345,12 @@ class SiteVecEnv(VecEnv):
         self.actions = actions
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        obs, reward, terminated, _, _ = self.days.step(self.actions)
+        obs, reward, terminated, _, _ = self.inner.step(self.actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if terminated.all():
             infos = [{"terminal_observation": last, "TimeLimit.truncated": False} for last in obs]
             obs = self.reset()
         return obs, self.reward_scale * reward, terminated, infos
-
-    def close(self) -> None:
-        self.days.close()
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self.days, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 class Policy:
