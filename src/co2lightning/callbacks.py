@@ -314,10 +314,11 @@ class Signals(pl.Callback):
             raise Interrupted(self.received)
 
     def _agree(self, trainer: pl.Trainer) -> None:
+        received = self.received  # a copy: a signal during the message belongs to the next one
         if trainer.world_size > 1:
-            self.received = ranks.highest(self.received, trainer.strategy.root_device)
-        if self.received:
-            raise Interrupted(self.received, trainer.global_rank)
+            received = ranks.highest(received, trainer.strategy.root_device)
+        if received:
+            raise Interrupted(received, trainer.global_rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._previous:

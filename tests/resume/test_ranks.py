@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from test_exact import check_history, curves, digest, state
 from co2lightning.agents import AGENTS
 from co2lightning.agents.a2c import A2C
 from co2lightning.agents.descent import Descent
+from co2lightning.callbacks import Interrupted, Signals
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import make_environment
 from co2lightning.rollout import RolloutDataset
@@ -161,6 +163,24 @@ def test_ranks_that_see_different_directories_are_refused(place: Path) -> None:
     assert codes == [2, 2], said
     assert said.count("on several machines on a shared disk") == 2
     assert tree(place / "checkpoints" / "PPO") == before
+
+
+def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes between what a rank tells the others and their answer."""
+    signals = Signals()
+    trainer: Any = SimpleNamespace(
+        world_size=2, global_rank=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+
+    def message(value: int, device: torch.device) -> int:
+        if not signals.received:
+            signals._handle(signal.SIGTERM, None)
+        return value
+
+    monkeypatch.setattr("co2lightning.ranks.highest", message)
+    signals.on_train_batch_start(trainer)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        signals.on_train_batch_start(trainer)
 
 
 class Launched:
