@@ -94,8 +94,9 @@ def _fit(argv: list[str]) -> int:
         named = config.check_agent(agent or "PPO", "--model")
         config.build_parser(config.read_recipe(recipe)[0] if recipe else named).print_help()
         return 0
-    from co2lightning.callbacks import Interrupted, Signals
-    from co2lightning.session import run_fit, which_agent
+    with _importing():
+        from co2lightning.callbacks import Interrupted, Signals
+        from co2lightning.session import run_fit, which_agent
 
     agent = which_agent(agent, recipe, given.get("ckpt_path"))
     flags = config.parse_flags(rest, agent)
@@ -131,9 +132,10 @@ _COMMANDS = {
 def _importing() -> Generator[None]:
     """Collect no garbage while torch and Lightning are imported.
 
-    They make a million objects that stay; to go through them again and again takes a second.
+    They make a million objects that stay; to go through them again and again, and once more at
+    the end, takes two seconds.
     """
-    if "torch" in sys.modules or not gc.isenabled():
+    if "lightning.pytorch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
