@@ -4,9 +4,8 @@
 
 One core, in seconds of its time, not of the clock's, so that other programs count for little; what
 they take of caches and memory still shows. Every figure is the median of whole days, the best one
-in brackets. `rollout` is the training's own,
-a policy of two layers of 64 that acts, observations and actions kept, log densities worked out.
-Memory is that of the tensors which a day of many environments makes; the site's tables are shared
+in brackets. `rollout` is the training's own, a policy of two layers of 64 that acts, observations
+and actions kept; `compiled` as with `--model.compile true`, the compiling left out. Memory is that of the tensors which a day of many environments makes; the site's tables are shared
 and counted apart.
 """
 
@@ -124,10 +123,13 @@ def main() -> None:
         env = SiteDays(site, int(size))
         median, best = steps_per_second(day_of(env), int(size), arguments.seconds)
         print(f"{size:>12} | {median:9,.0f} ({best:,.0f})")
-    env = SiteDays(site, 64)
-    dataset = RolloutDataset(env, Actor(env.observation_dim, env.action_dim))
-    median, best = steps_per_second(lambda: list(dataset), 64, arguments.seconds)
-    print(f"  rollout 64 | {median:9,.0f} ({best:,.0f})")
+    for compile in (False, True):
+        env = SiteDays(site, 64)
+        actor = Actor(env.observation_dim, env.action_dim, compile=compile)
+        actor.say = lambda line: None
+        dataset = RolloutDataset(env, actor)
+        median, best = steps_per_second(lambda: list(dataset.play()), 64, arguments.seconds)
+        print(f"  rollout 64 | {median:9,.0f} ({best:,.0f}){' compiled' if compile else ''}")
     between, within = memory(site, 64)
     tables = sum(nbytes(part) for part in (*env.model, *env.observer))
     print(f"memory of an environment: {between / 1000:.1f} kB kept between steps,", end=" ")

@@ -20,7 +20,6 @@ import torch
 from co2lightning.agents.ppo import PPO
 from co2lightning.config import check_settings, complete, read_recipe
 from co2lightning.env import make_environment
-from co2lightning.rollout import RolloutDataset
 from co2lightning.session import run_fit
 
 
@@ -41,6 +40,7 @@ class BareLoop:
             **groups["model"],
         )
         self.agent.train_on(self.env)
+        self.dataset = self.agent.train_dataloader()
         # All that the agent asks of a Trainer.
         self.trainer: Any = SimpleNamespace(
             optimizers=[self.agent.configure_optimizers()],
@@ -55,7 +55,7 @@ class BareLoop:
     def episode(self) -> None:
         """Play one episode and learn from it."""
         self.agent.on_train_epoch_start()
-        for rollout in RolloutDataset(self.env, self.agent):
+        for rollout in self.dataset.play():
             self.agent.learn(rollout)
         self.trainer.current_epoch += 1
 

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -324,9 +325,8 @@ class Signals(pl.Callback):
         if self._previous:
             self.install()
         self._agree(trainer)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._agree(trainer)
+        assert isinstance(pl_module, Agent)
+        pl_module.between_segments = partial(self._agree, trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)

@@ -21,9 +21,10 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from co2lightning.errors import UserError
+from co2lightning.graphs import as_graph
 from co2lightning.hindsight import HINDSIGHT, measure_against_rule
 from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
-from co2lightning.physics import State, begin_day, build_model, step
+from co2lightning.physics import Carry, State, begin_day, build_model, restore, step
 from co2lightning.rules import run_days, uncontrolled
 from co2lightning.site import STEP_H, Site, T, load_site
 
@@ -38,6 +39,12 @@ class Step(NamedTuple):
     terminated: Tensor  # [B] 1.0 where the future is worth nothing
     truncated: Tensor  # [B] 1.0 where only the clock stopped it
     valid: Tensor  # [B] 0.0 where the step was a reset, not a transition
+
+
+Policy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From observations [B, O + K] and noise [B, A] to the policy's output and the action [B, A]."""
+Play = Callable[[Tensor, Tensor], tuple[Tensor, Step]]
+"""From the same to the policy's output and what the environment made of it."""
 
 
 class Environment(Protocol):
@@ -87,7 +94,7 @@ class SiteDays:
         self.num_envs = num_envs
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._uncontrolled_kg: Tensor | None = None
-        self.state: State | None = None
+        self._set(None)
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
@@ -129,33 +136,84 @@ class SiteDays:
     def begin(self, days: Tensor, soc_start: Tensor) -> Tensor:
         """Begin given days [B] with given battery starts [B]; returns observations [B, O]."""
         self._day = days.to(self.model.device)
-        self.state = begin_day(self.model, self._day, soc_start.to(self.model.device))
+        state = begin_day(self.model, self._day, soc_start.to(self.model.device))
+        self._set(state)
         self._past: list[tuple[Tensor, ...]] = []
-        self._ones = torch.ones_like(self.state.soc)
-        self._zeros = torch.zeros_like(self.state.soc)
-        return self._observe(self.state)
+        self._ones = torch.ones_like(state.soc)
+        self._zeros = torch.zeros_like(state.soc)
+        return self._observe(state)
+
+    @property
+    def state(self) -> State | None:
+        """The site at the beginning of the running step; None where no day is running."""
+        if self._state is None and self._carry is not None:
+            self._state = restore(self.model, self._step, self._carry)
+        return self._state
+
+    def _set(self, state: State | None) -> None:
+        self._state = state
+        self._step, self._carry = (state.step, state.carry) if state else (0, None)
 
     def _observe(self, state: State) -> Tensor:
         obs = observe(self.observer, self.model, state)
         if not self.hindsight_dim:
             return obs
-        ahead = self._hindsight[state.step].index_select(0, state.day)
+        ahead = self._hindsight.index_select(0, state.place)
         return torch.cat([obs, ahead], dim=1)
 
     def step(self, action: Tensor) -> Step:
         """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
-        if self.state is None:
+        state = self.state
+        if state is None:
             raise RuntimeError("no day is running: call reset() or begin() first")
-        self.state, self.flows = step(self.model, self.state, action)
-        flows = self.flows
+        state, flows = step(self.model, state, action)
+        self._set(state)
+        self.flows = flows
         self._past.append((flows.co2_kg, flows.grid_kw, flows.unmet_kw))
         zeros, ones = self._zeros, self._ones
-        if self.state is None:
+        if state is None:
             # The battery's settlement at midnight makes the day's end a real end.
             obs = zeros.new_zeros(len(zeros), self.observation_dim + self.hindsight_dim)
-            return Step(obs, self.flows.reward, ones, zeros, ones)
-        obs = self._observe(self.state)
-        return Step(obs, self.flows.reward, zeros, zeros, ones)
+            return Step(obs, flows.reward, ones, zeros, ones)
+        return Step(self._observe(state), flows.reward, zeros, zeros, ones)
+
+    def fuse(self, policy: Policy, obs: Tensor, noise: Tensor) -> Play:
+        """Return `step` with a policy before it, as one graph for all steps but a day's last.
+
+        Args:
+            policy: What acts.
+            obs: [B, O + K] to compile with, of the running day.
+            noise: [B, A] likewise.
+
+        Raises:
+            Exception: Whatever the compiler raises.
+        """
+
+        def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            output, action = policy(obs, noise)
+            state, flows = step(self.model, restore(self.model, 0, carry), action)
+            assert state is not None
+            past = flows.co2_kg, flows.grid_kw, flows.unmet_kw
+            carried = state.place, state.soc, state.owed_kw
+            return *carried, *past, output, flows.reward, self._observe(state)
+
+        if self._carry is None:
+            raise RuntimeError("no day is running: call reset() or begin() first")
+        graph = as_graph(advance, cpp_wrapper=True)
+        # At midnight two of them are one tensor; a graph would take that for granted.
+        graph(Carry(*(part.clone() for part in self._carry)), obs, noise)
+
+        def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Step]:
+            if self._carry is None or self._step == T - 1:
+                output, action = policy(obs, noise)
+                return output, self.step(action)
+            place, soc, owed_kw, *past, output, reward, following = graph(self._carry, obs, noise)
+            self._carry = Carry(place, soc, self._carry.soc_start, owed_kw)
+            self._step, self._state = self._step + 1, None
+            self._past.append(tuple(past))
+            return output, Step(following, reward, self._zeros, self._zeros, self._ones)
+
+        return play
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the days [B] added up to so far."""

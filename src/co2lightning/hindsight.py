@@ -40,12 +40,12 @@ _BASELINE_ROW = 2  # of a step's series in the model
 
 
 @torch.no_grad()
-def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, tuple[Tensor, ...]]:
+def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tensor]:
     """Run RBC B through every day of the site, the battery starting in the middle of its range.
 
     Returns:
         The model with the rule's reward as its reference, so that a step's reward is what the
-        rule's is exceeded by, and the hindsight features, T of [D, K].
+        rule's is exceeded by, and the hindsight features [T * D, K], each step at its place.
     """
     days = torch.arange(len(site.days), device=model.device)
     middle = (site.battery.start_soc_min + site.battery.start_soc_max) / 2
@@ -75,10 +75,10 @@ def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, tuple
         np.maximum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
         np.minimum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
     ]
-    table = torch.as_tensor(np.stack(features, axis=-1).transpose(1, 0, 2).copy())
-    series = torch.stack(model.series)
-    series[:, _BASELINE_ROW] -= torch.as_tensor(reward.T.copy()).to(series)
-    return model._replace(series=series.unbind(0)), table.to(series).unbind(0)
+    table = np.stack(features, axis=-1).transpose(1, 0, 2).reshape(-1, len(HINDSIGHT))
+    series = model.series.clone()
+    series[_BASELINE_ROW] -= torch.as_tensor(reward.T.ravel()).to(series)
+    return model._replace(series=series), torch.as_tensor(table).to(series)
 
 
 def _ahead(values: np.ndarray, steps: int) -> np.ndarray:

@@ -79,7 +79,7 @@ _STEPS_2_H, _STEPS_5_H = 8.0, 20.0
 class Observer(NamedTuple):
     """The tables `observe` looks things up in, on the model's device."""
 
-    exogenous: tuple[Tensor, ...]  # T of [len(_EXOGENOUS) + 2, D]
+    exogenous: Tensor  # [len(_EXOGENOUS) + 2, T * D], each step at its place in the model's tables
     scale: Tensor  # [O, 1] from kW and shares to the units of the features
     shift: Tensor  # [O, 1]
     low: Tensor  # [O, 1]
@@ -102,7 +102,7 @@ def build_observer(
     exogenous = _exogenous_features(site, power_kw, energy_kwh)
     per_kw = STEP_H / energy_kwh
     ahead_kw = exogenous[..., _AHEAD] * [1.0 / per_kw, -1.0 / per_kw]
-    table = np.concatenate([exogenous, ahead_kw], axis=-1).transpose(1, 2, 0)
+    table = np.concatenate([exogenous, ahead_kw], axis=-1).transpose(2, 1, 0)
     scale = {f.name: {_P: 1.0 / power_kw, _E: per_kw}.get(f.unit, 1.0) for f in FEATURES}
     scale |= {f.name: 1.0 for f in _EXOGENOUS}
     scale["discharge_limit"] = scale["surplus"] = -1.0 / power_kw
@@ -116,7 +116,7 @@ def build_observer(
         return torch.tensor(values, dtype=dtype, device=device)
 
     return Observer(
-        exogenous=tensor(table.copy()).unbind(0),
+        exogenous=tensor(table.reshape(len(table), -1)),
         scale=tensor(list(scale.values())).unsqueeze(1),
         shift=tensor(shift).unsqueeze(1),
         low=tensor([f.low for f in FEATURES]).unsqueeze(1),
@@ -128,7 +128,7 @@ def build_observer(
 def observe(observer: Observer, model: SiteModel, state: State) -> Tensor:
     """Return the observations [B, O] of a state, each feature within its bounds."""
     # Features come first until the end: [B] rows are quick to stack, scale and clamp.
-    table = observer.exogenous[state.step].index_select(1, state.day)
+    table = observer.exogenous.index_select(1, state.place)
     exogenous, ahead_kw = table.split_with_sizes([len(_EXOGENOUS), 2])
     owed_kw = state.owed_kw.sum(1)
     # A vehicle with laxity 0 cannot wait for any of its energy, one with 8 steps can 2 h for all.

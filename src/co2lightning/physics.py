@@ -32,17 +32,18 @@ class SiteModel(NamedTuple):
     """A site as tensors on one device. Build it with `build_model`.
 
     Who stands where and for how long is a fact of the day that no controller changes, so it is
-    looked up, not simulated. Each table is one tensor, cut into T views.
+    looked up, not simulated. Step t of day d has place t * D + d in every table.
     """
 
-    series: tuple[Tensor, ...]  # T of [5, D]: what `State` calls net_kw ... room_kw
-    sockets: tuple[Tensor, ...]  # T of [D, 4, S]: later kW, session kW, 1.0 if it stays, owed kW
+    series: Tensor  # [5, T * D]: what `State` calls net_kw ... room_kw
+    sockets: Tensor  # [4, T * D, S]: later kW, session kW, 1.0 if it stays, owed kW
     soc_bounds: Tensor  # [2, 1] soc_max, soc_min
     kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
     action_scale: Tensor  # [2] from actions to the share of the EV power and to the battery's kW
     action_shift: Tensor  # [2]
     soc_per_kw: float  # what a kW at the AC side charges within a step
     # The rest is 0-dim.
+    days: Tensor  # D, an integer: from one step's place to the next one's
     charge_kw_per_soc: Tensor
     losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
@@ -57,11 +58,20 @@ class SiteModel(NamedTuple):
         return self.zero.device
 
 
+class Carry(NamedTuple):
+    """What a step takes over from the one before; everything else follows from it."""
+
+    place: Tensor  # [B] where this step of the day stands in the tables
+    soc: Tensor  # [B] 0-1
+    soc_start: Tensor  # [B] 0-1, at midnight
+    owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
+
+
 class State(NamedTuple):
     """The site at the beginning of a step, arrivals of that step included."""
 
     step: int
-    day: Tensor  # [B]
+    place: Tensor  # [B] where this step of the day stands in the tables
     soc: Tensor  # [B] 0-1
     soc_start: Tensor  # [B] 0-1, at midnight
     net_kw: Tensor  # [B] building load - PV
@@ -82,6 +92,10 @@ class State(NamedTuple):
     spread_kw: Tensor  # [B] could - must
     need_kw: Tensor  # [B] load + must - PV
     supply_kw: Tensor  # [B] EV power the grid connection has room for when the battery helps
+
+    @property
+    def carry(self) -> Carry:
+        return Carry(self.place, self.soc, self.soc_start, self.owed_kw)
 
 
 class Flows(NamedTuple):
@@ -124,19 +138,19 @@ def build_model(
     days, n_sockets = len(site.days), site.n_sockets
     sessions = site.sessions
     exact = np.float64 if dtype == torch.float64 else np.float32
-    sockets = np.zeros((days, T, 4, n_sockets), dtype=exact)
-    sockets[:, :, 1] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
-    # Where a session's rows stand in the flat table, step after step of its stay.
+    sockets = np.zeros((4, T * days * n_sockets), dtype=exact)
+    later_kw, max_kw, stays, arriving_kw = sockets
+    max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
+    # Where a session stands in a column, step after step of its stay.
     window = sessions.departure_step - sessions.arrival_step
-    arrival = ((sessions.day * T + sessions.arrival_step) * 4) * n_sockets + sessions.socket
+    arrival = (sessions.arrival_step * days + sessions.day) * n_sockets + sessions.socket
     since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
-    place = np.repeat(arrival, window) + since * (4 * n_sockets)
+    stay = np.repeat(arrival, window) + since * (days * n_sockets)
     power_kw = np.repeat(sessions.max_kw.astype(exact), window)
-    flat = sockets.reshape(-1)
-    flat[place] = power_kw * (np.repeat(window - 1, window) - since)
-    flat[place + n_sockets] = power_kw
-    flat[place + 2 * n_sockets] = since > 0
-    flat[arrival + 3 * n_sockets] = sessions.energy_kwh / STEP_H
+    later_kw[stay] = power_kw * (np.repeat(window - 1, window) - since)
+    max_kw[stay] = power_kw
+    stays[stay] = since > 0
+    arriving_kw[arrival] = sessions.energy_kwh / STEP_H
 
     net_kw = site.load_kw - site.pv_kw
     carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
@@ -153,13 +167,14 @@ def build_model(
         return torch.as_tensor(values, dtype=dtype, device=device)
 
     return SiteModel(
-        series=tensor(series.transpose(2, 0, 1).copy()).unbind(0),
-        sockets=tensor(sockets).unbind(1),
+        series=tensor(series.transpose(0, 2, 1).reshape(len(series), -1)),
+        sockets=tensor(sockets.reshape(4, T * days, n_sockets)),
         soc_bounds=tensor([[battery.soc_max], [battery.soc_min]]),
         kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
         action_scale=tensor([0.5, battery.power_kw]),
         action_shift=tensor([0.5, 0.0]),
         soc_per_kw=1.0 / charge_kw_per_soc,
+        days=torch.tensor(days, device=device),
         charge_kw_per_soc=tensor(charge_kw_per_soc),
         losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
         battery_kw=tensor(battery.power_kw),
@@ -174,12 +189,12 @@ def build_model(
 def begin_day(model: SiteModel, day: Tensor, soc_start: Tensor) -> State:
     """Return the state at midnight of `day` [B] with the battery at `soc_start` [B]."""
     soc_start = soc_start.to(model.zero.dtype)
-    nobody = model.zero.new_zeros(len(day), model.sockets[0].shape[2])
+    nobody = model.zero.new_zeros(len(day), model.sockets.shape[-1])
     return _arrive(model, 0, day, soc_start, soc_start, nobody)[0]
 
 
 def _arrive(
-    model: SiteModel, step: int, day: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
+    model: SiteModel, step: int, place: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
 ) -> tuple[State, Tensor]:
     """Let vehicles leave and arrive before `step` and work out what can be done in it.
 
@@ -189,12 +204,26 @@ def _arrive(
     Returns:
         The state and what those that left are still owed [B].
     """
-    series = model.series[step].index_select(1, day)
-    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw = series.unbind(0)
-    later_kw, power_kw, stays, arriving_kw = model.sockets[step].index_select(0, day).unbind(1)
+    later_kw, power_kw, stays, arriving_kw = model.sockets.index_select(1, place).unbind(0)
     staying_kw = left_kw * stays
     unmet_kw = (left_kw - staying_kw).sum(1)
-    owed_kw = staying_kw + arriving_kw
+    carry = Carry(place, soc, soc_start, staying_kw + arriving_kw)
+    return _work_out(model, step, carry, later_kw, power_kw), unmet_kw
+
+
+def restore(model: SiteModel, step: int, carry: Carry) -> State:
+    """Return the state at the beginning of `step` from what it came from."""
+    later_kw, power_kw = model.sockets[:2].index_select(1, carry.place).unbind(0)
+    return _work_out(model, step, carry, later_kw, power_kw)
+
+
+def _work_out(
+    model: SiteModel, step: int, carry: Carry, later_kw: Tensor, power_kw: Tensor
+) -> State:
+    """Work out what can be done in a step; later and power [B, S] are the sessions' of it."""
+    place, soc, soc_start, owed_kw = carry
+    series = model.series.index_select(1, place)
+    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw = series.unbind(0)
     could_kw = torch.minimum(owed_kw, power_kw)
     # What the steps after this one cannot deliver at full power must be charged now.
     pressing_kw = owed_kw - later_kw
@@ -204,9 +233,9 @@ def _arrive(
     reach_kw = (model.soc_bounds - soc) * model.kw_per_soc
     limits_kw = reach_kw.clamp(model.least_battery_kw, model.battery_kw)
     battery_max_kw, battery_min_kw = limits_kw.unbind(0)
-    state = State(
+    return State(
         step=step,
-        day=day,
+        place=place,
         soc=soc,
         soc_start=soc_start,
         net_kw=net_kw,
@@ -228,7 +257,6 @@ def _arrive(
         need_kw=net_kw + must_total_kw,
         supply_kw=room_kw - battery_min_kw,
     )
-    return state, unmet_kw
 
 
 def laxity_order(laxity: Tensor) -> Tensor:
@@ -242,7 +270,7 @@ def laxity_order(laxity: Tensor) -> Tensor:
     socket_bits = (n_sockets - 1).bit_length()
     per_step = 1 << (31 - _LAXITY_BITS - socket_bits)
     laxity = laxity.detach() if laxity.requires_grad else laxity
-    if laxity.is_cpu:
+    if laxity.is_cpu and not torch.compiler.is_compiling():
         key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
         key <<= socket_bits
         key |= np.arange(n_sockets, dtype=np.int32)
@@ -251,7 +279,17 @@ def laxity_order(laxity: Tensor) -> Tensor:
         return torch.as_tensor(key.astype(np.int64))
     key = (laxity * per_step).to(torch.int32) << socket_bits
     key = key | torch.arange(n_sockets, dtype=torch.int32, device=laxity.device)
-    return (key.sort(dim=1).values & ((1 << socket_bits) - 1)).long()
+    rows = sort_rows(key) if key.is_cpu else key.sort(dim=1).values
+    return (rows & ((1 << socket_bits) - 1)).long()
+
+
+@torch.library.custom_op("co2lightning::sort_rows", mutates_args=())
+def sort_rows(key: Tensor) -> Tensor:
+    """Sort each row of integers [B, S] with numpy, which a compiled graph cannot do by itself."""
+    return torch.as_tensor(np.sort(key.numpy(), axis=1))
+
+
+sort_rows.register_fake(torch.empty_like)  # pyright: ignore[reportUnknownMemberType]
 
 
 def dispatch(model: SiteModel, state: State, ev_kw: Tensor) -> Tensor:
@@ -328,7 +366,7 @@ def step(model: SiteModel, state: State, action: Tensor) -> tuple[State | None, 
         reward = reward - settlement_kg - gained_kw * state.credit_kg_per_kw
     else:
         following, unmet_kw = _arrive(
-            model, state.step + 1, state.day, soc, state.soc_start, left_kw
+            model, state.step + 1, state.place + model.days, soc, state.soc_start, left_kw
         )
     flows = Flows(
         ev_kw=ev_kw,

@@ -5,6 +5,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from co2lightning.env import Environment, Step
+from co2lightning.env import Environment, Play, SiteDays, Step
+from co2lightning.graphs import NO_COMPILER, why_not
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
@@ -49,46 +51,72 @@ def episode_generator(
     return generator.manual_seed(episode_seed(seed, episode, rank, stream))
 
 
-class RolloutDataset(IterableDataset[Rollout]):
-    """Lets the agent act for one episode and yields it segment by segment.
+class RolloutDataset(IterableDataset[Iterator[Rollout]]):
+    """Lets the agent act, one episode after the other; an episode is played segment by segment.
 
-    One `iter` is one episode. The next segment is collected only when it is asked for, so the
-    agent always acts with the weights its last update left; `__len__` is what keeps Lightning
-    from fetching one segment ahead.
+    One `iter` is one episode, given as its segments: the next is collected only when it is asked
+    for, so the agent always acts with the weights its last update left.
 
     Args:
         env: The environment, B copies in lockstep.
-        agent: Acts; also says how long a segment is and which episode it is in.
+        agent: Acts; also says how long a segment is, which episode it is in and whether to compile.
     """
 
     def __init__(self, env: Environment, agent: Agent) -> None:
         self.env = env
         self.agent = agent
+        self._graph: Play | None = None
 
     def __len__(self) -> int:
-        """Return the number of segments in an episode."""
-        return -(-self.env.horizon // self.agent.segment_steps(self.env.horizon))
+        """Return the number of episodes of an epoch."""
+        return 1
 
-    def __iter__(self) -> Iterator[Rollout]:
+    def __iter__(self) -> Iterator[Iterator[Rollout]]:
+        """Give the agent's current episode, still to be played."""
+        yield self.play()
+
+    def play(self) -> Iterator[Rollout]:
         """Play the agent's current episode."""
         env, agent = self.env, self.agent
         env.to(agent.device)
         obs = env.reset(agent.episode_seed("days"))
         noise = agent.draw_noise(env.horizon, env.num_envs)
         length = agent.segment_steps(env.horizon)
+        play = self._step
+        if agent.acts_in_a_graph and isinstance(env, SiteDays):
+            self._graph = self._graph or self._fuse(env, obs, noise[0])
+            play = self._graph
         for start in range(0, env.horizon, length):
-            obs, rollout = self._segment(obs, noise[start : start + length])
+            obs, rollout = self._segment(play, obs, noise[start : start + length])
             yield rollout
 
+    def _policy(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.agent.explore(obs, noise)
+        return output, self.agent.environment_action(obs, output)
+
+    def _step(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Step]:
+        output, action = self._policy(obs, noise)
+        return output, self.env.step(action)
+
+    def _fuse(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
+        """Return policy and environment as one graph, or one after the other if that fails."""
+        self.agent.say("Compiling the rollout (some 20 s, once)")
+        try:
+            with torch.inference_mode(), warnings.catch_warnings(action="ignore"):
+                return env.fuse(self._policy, obs, noise)
+        except Exception as error:
+            if (why := why_not(error)) != NO_COMPILER:  # which the update will say
+                self.agent.say(f"The rollout cannot be compiled: {why}; training goes on without")
+            return self._step
+
     @torch.no_grad()
-    def _segment(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Rollout]:
+    def _segment(self, play: Play, obs: Tensor, noise: Tensor) -> tuple[Tensor, Rollout]:
         actions: list[Tensor] = []
         results: list[Step] = []
         first = obs
         with torch.inference_mode():
             for step_noise in noise.unbind(0):
-                action = self.agent.explore(obs, step_noise)
-                result = self.env.step(self.agent.environment_action(obs, action))
+                action, result = play(obs, step_noise)
                 actions.append(action)
                 results.append(result)
                 obs = result.obs

@@ -195,13 +195,13 @@ def test_a_file_of_elsewhere_is_adopted(fit: Fit, command: Fit, place: Path) -> 
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the rate of every optimizer when a segment is learned."""
     seen: list[float] = []
-    learn = Agent.training_step
+    learn = Agent.take_in
 
-    def watch(self: Agent, rollout: Rollout, batch_idx: int) -> Any:
+    def watch(self: Agent, rollout: Rollout) -> Any:
         seen.extend(g["lr"] for o in self.trainer.optimizers for g in o.param_groups)
-        return learn(self, rollout, batch_idx)
+        return learn(self, rollout)
 
-    monkeypatch.setattr(Agent, "training_step", watch)
+    monkeypatch.setattr(Agent, "take_in", watch)
     return seen
 
 
@@ -347,21 +347,21 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     """Each segment is played by the policy that is about to learn from it."""
     played: list[int] = []
     learned: list[bool] = []
-    play, learn = RolloutDataset._segment, Agent.training_step
+    play, learn = RolloutDataset._segment, Agent.take_in
 
     def watch_play(self: RolloutDataset, *rest: Any) -> Any:
         played.append(len(learned))
         return play(self, *rest)
 
-    def watch_learn(self: Agent, rollout: Rollout, batch_idx: int) -> Any:
-        noise = self.draw_noise(96, rollout.obs.shape[1])[24 * batch_idx :]
+    def watch_learn(self: Agent, rollout: Rollout) -> Any:
+        noise = self.draw_noise(96, rollout.obs.shape[1])[24 * (len(learned) % 4) :]
         with torch.inference_mode():
             now = [self.explore(*each) for each in zip(rollout.obs, noise, strict=False)]
         learned.append(torch.allclose(torch.stack(now), rollout.action, rtol=0.0, atol=2e-6))
-        return learn(self, rollout, batch_idx)
+        return learn(self, rollout)
 
     monkeypatch.setattr(RolloutDataset, "_segment", watch_play)
-    monkeypatch.setattr(Agent, "training_step", watch_learn)
+    monkeypatch.setattr(Agent, "take_in", watch_learn)
     first_ratios: list[float] = []
     if agent == "PPO":
         loss = PPO.loss
@@ -369,8 +369,8 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
         def watch_loss(self: PPO, samples: Samples) -> Any:
             if len(first_ratios) < len(learned):
                 with torch.no_grad():
-                    batch, old = samples
-                    log_ratio = self.log_prob(batch.obs, batch.action) - old
+                    now = self.log_prob(samples.obs, samples.action)
+                    log_ratio = now - samples.log_prob
                 first_ratios.append(float(log_ratio.abs().max()))
             return loss(self, samples)
 

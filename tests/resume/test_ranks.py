@@ -122,8 +122,8 @@ def test_a_step_follows_the_mean_of_the_gradients(
     reward: list[float] = []
     for kind in (Second, A2C):
         agent = kind(**content["hyper_parameters"])
-        (rollout,) = RolloutDataset(env, agent)
-        loss, _ = agent.loss(agent.evaluate_rollout(rollout)[0])
+        (rollout,) = RolloutDataset(env, agent).play()
+        loss, _ = agent.loss(rollout)
         gradients.append(list(torch.autograd.grad(loss, list(agent.parameters()))))
         reward.append(float(rollout.reward.sum(0).mean()))
     assert content["metrics"]["reward"] == pytest.approx(sum(reward) / 2)
@@ -172,15 +172,17 @@ def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch)
         world_size=2, global_rank=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
     )
 
+    agent = A2C(3, 2)
+
     def message(value: int, device: torch.device) -> int:
         if not signals.received:
             signals._handle(signal.SIGTERM, None)
         return value
 
     monkeypatch.setattr("co2lightning.ranks.highest", message)
-    signals.on_train_batch_start(trainer)
+    signals.on_train_epoch_start(trainer, agent)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        signals.on_train_batch_start(trainer)
+        signals.on_train_epoch_start(trainer, agent)
 
 
 class Launched:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from co2lightning.agents.a2c import A2C
-from co2lightning.agents.actor_critic import Transitions
 from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.agents.sac import SAC, Update
 from co2lightning.networks import (
@@ -21,6 +20,7 @@ from co2lightning.networks import (
     squashed_gaussian,
 )
 from co2lightning.replay import ReplayBatch
+from co2lightning.rollout import Rollout
 
 
 def silence(module: nn.Module) -> None:
@@ -34,19 +34,16 @@ def number(tensor: torch.Tensor) -> float:
     return float(tensor.detach())
 
 
-def transitions(action: list[float], advantage: list[float]) -> Transitions:
+def samples(action: list[float], old_log_prob: list[float], advantage: list[float]) -> Samples:
     n = len(action)
-    return Transitions(
+    return Samples(
         obs=torch.zeros(n, 3),
         action=torch.tensor(action).unsqueeze(1),
+        log_prob=torch.tensor(old_log_prob),
         advantage=torch.tensor(advantage),
         value_target=torch.tensor([1.0, -2.0][:n]),
         weight=torch.ones(n),
     )
-
-
-def samples(action: list[float], old_log_prob: list[float], advantage: list[float]) -> Samples:
-    return Samples(transitions(action, advantage), torch.tensor(old_log_prob))
 
 
 LOG_NORMAL_0 = -0.5 * math.log(2 * math.pi)  # log density of N(0, 1) at 0
@@ -81,19 +78,26 @@ def test_ppo_with_a_bad_action_takes_the_worse_of_both() -> None:
 def test_a_reset_step_counts_for_nothing() -> None:
     agent = PPO(3, 1, hidden=(4,))
     silence(agent)
-    batch, old = samples([0.0, 5.0], [LOG_NORMAL_0, -1.0], [1.0, 9.0])
-    loss, parts = agent.loss(Samples(batch._replace(weight=torch.tensor([1.0, 0.0])), old))
+    batch = samples([0.0, 5.0], [LOG_NORMAL_0, -1.0], [1.0, 9.0])
+    loss, parts = agent.loss(batch._replace(weight=torch.tensor([1.0, 0.0])))
     assert number(parts["policy_loss"]) == pytest.approx(-1.0)
     assert number(loss) == pytest.approx(-1.0 + 0.5 * 1.0)
 
 
 def test_a2c_is_log_density_times_advantage() -> None:
-    agent = A2C(3, 1, hidden=(4,), vf_coef=0.5, ent_coef=0.01)
+    agent = A2C(3, 1, hidden=(4,), gamma=0.5, vf_coef=0.5, ent_coef=0.01)
     silence(agent)
-    loss, parts = agent.loss(transitions([1.0, 0.0], [2.0, -1.0]))
+    # The values are 0, so advantage and target are what comes: 2.5 - 0.5 * 1 and then -1.
+    reward = torch.tensor([[2.5], [-1.0]])
+    obs, one, zero = torch.zeros(2, 1, 3), torch.ones(2, 1), torch.zeros(2, 1)
+    action = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)
+    rollout = Rollout(obs, action, reward, obs, zero, zero, one)
+    loss, parts = agent.loss(rollout)
     policy_loss = -((LOG_NORMAL_0 - 0.5) * 2.0 - LOG_NORMAL_0) / 2
     entropy = 0.5 + 0.5 * math.log(2 * math.pi)
     assert number(parts["policy_loss"]) == pytest.approx(policy_loss)
+    assert number(parts["value_loss"]) == pytest.approx(2.5)
+    assert number(parts["explained_variance"]) == pytest.approx(0.0)
     assert number(loss) == pytest.approx(policy_loss + 0.5 * 2.5 - 0.01 * entropy)
 
 

@@ -46,6 +46,7 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
     return SimpleNamespace(
         device=torch.device("cpu"),
         weight=weight,
+        acts_in_a_graph=False,
         segment_steps=lambda horizon: min(segment, horizon),
         episode_seed=lambda stream: 7,
         draw_noise=lambda horizon, num_envs: (
@@ -57,7 +58,7 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
 
 
 def episode(actor: SimpleNamespace) -> list[Rollout]:
-    return list(RolloutDataset(Counter(), cast(Agent, actor)))
+    return list(RolloutDataset(Counter(), cast(Agent, actor)).play())
 
 
 def test_a_rollout_holds_what_happened() -> None:
@@ -80,9 +81,9 @@ def test_a_rollout_holds_what_happened() -> None:
 @pytest.mark.parametrize(("segment", "lengths"), [(10, [10]), (4, [4, 4, 2]), (1, [1] * 10)])
 def test_segments_are_an_episode_cut_in_pieces(segment: int, lengths: list[int]) -> None:
     dataset = RolloutDataset(Counter(), cast(Agent, agent(segment)))
-    pieces = list(dataset)
+    assert len(dataset) == 1
+    (pieces,) = (list(episode) for episode in dataset)
     assert [len(piece.reward) for piece in pieces] == lengths
-    assert len(dataset) == len(lengths)
     (whole,) = episode(agent(10))
     for name, column in zip(Rollout._fields, zip(*pieces, strict=True), strict=True):
         assert torch.equal(torch.cat(column), getattr(whole, name)), name
@@ -90,7 +91,7 @@ def test_segments_are_an_episode_cut_in_pieces(segment: int, lengths: list[int])
 
 def test_the_next_segment_is_played_by_what_the_last_one_taught() -> None:
     actor = agent(5)
-    pieces = iter(RolloutDataset(Counter(), cast(Agent, actor)))
+    pieces = RolloutDataset(Counter(), cast(Agent, actor)).play()
     next(pieces)
     actor.weight.data.fill_(3.0)
     second = next(pieces)

@@ -1,12 +1,9 @@
 """What the on-policy agents share: a Gaussian policy, a value function, advantages.
 
-Shapes: n steps of a rollout, B environments, N = n * B transitions, O features, A actions, K
-features that only the critic observes.
+Shapes: n steps of a rollout, B environments, O features, A actions.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +12,6 @@ from co2lightning.agents.agent import Agent
 from co2lightning.networks import MLP, gaussian_log_prob
 from co2lightning.returns import gae
 from co2lightning.rollout import Rollout
-
-
-class Transitions(NamedTuple):
-    """Transitions of a rollout, or a minibatch of them, with what they teach."""
-
-    obs: Tensor  # [N, O + K]
-    action: Tensor  # [N, A]
-    advantage: Tensor  # [N]
-    value_target: Tensor  # [N]
-    weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
 
 
 class ActorCritic(Agent):
@@ -66,17 +53,24 @@ class ActorCritic(Agent):
         """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
         return gaussian_log_prob(action, self.actor(self.policy_obs(obs)), self.log_std)
 
-    @torch.no_grad()
-    def evaluate_rollout(self, rollout: Rollout) -> tuple[Transitions, Tensor]:
-        """Flatten a rollout and work out advantages and value targets.
-
-        Returns:
-            The transitions and the explained variance of the value function, 1 - Var(target -
-            value) / Var(target).
-        """
+    def values(self, rollout: Rollout) -> Tensor:
+        """Return the critic's values [n + 1, B] of what is seen before and after each step."""
         # What is seen after a step is what the next one acts on.
         seen = torch.cat([rollout.obs, rollout.next_obs[-1:]])
-        values = self.critic(seen).squeeze(-1)
+        return self.critic(seen).squeeze(-1)
+
+    @torch.no_grad()
+    def judge(self, rollout: Rollout, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Work out what a rollout teaches.
+
+        Args:
+            rollout: [n, B].
+            values: [n + 1, B].
+
+        Returns:
+            Advantages [n, B], value targets [n, B], and the explained variance of the value
+            function, 1 - Var(target - value) / Var(target).
+        """
         value, next_value = values[:-1], values[1:]
         advantage = gae(
             rollout.reward * self.hparams["reward_scale"],
@@ -88,20 +82,11 @@ class ActorCritic(Agent):
             gae_lambda=self.hparams["gae_lambda"],
         )
         target = advantage + value
-        _, unexplained = _moments(advantage, rollout.valid)
+        mean, variance = _moments(advantage, rollout.valid)
         _, spread = _moments(target, rollout.valid)
-        explained_variance = 1.0 - unexplained / (spread + 1e-8)
         if self.hparams["normalize_advantage"]:
-            mean, variance = _moments(advantage, rollout.valid)
             advantage = (advantage - mean) / (variance.sqrt() + 1e-8)
-        transitions = Transitions(
-            obs=rollout.obs.flatten(0, 1),
-            action=rollout.action.flatten(0, 1),
-            advantage=advantage.flatten(),
-            value_target=target.flatten(),
-            weight=rollout.valid.flatten(),
-        )
-        return transitions, explained_variance
+        return advantage, target, 1.0 - variance / (spread + 1e-8)
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +45,7 @@ class Agent(pl.LightningModule):
         self.updates = 0
         self.metrics: dict[str, float] = {}
         self.say: Callable[[str], None] = print
+        self.between_segments: Callable[[], None] = lambda: None  # may raise, to end training
 
     # -- what an agent defines -----------------------------------------------------------------
 
@@ -95,6 +96,11 @@ class Agent(pl.LightningModule):
     def act(self, obs: Tensor) -> Tensor:
         """Return the deterministic action [..., A] in [-1, 1] for obs [..., O]."""
         return self.environment_action(obs, self.policy_mean(obs))
+
+    @property
+    def acts_in_a_graph(self) -> bool:
+        """Whether `explore` may be compiled for this episode."""
+        return self.hparams["compile"] is True
 
     # -- episodes and seeds --------------------------------------------------------------------
 
@@ -149,9 +155,9 @@ class Agent(pl.LightningModule):
         return RolloutDataset(self.env, self)
 
     def transfer_batch_to_device(
-        self, batch: Rollout, device: torch.device, dataloader_idx: int
-    ) -> Rollout:
-        """Leave a rollout where the agent acted, on its own device."""
+        self, batch: Iterator[Rollout], device: torch.device, dataloader_idx: int
+    ) -> Iterator[Rollout]:
+        """Leave an episode where the agent acts, on its own device."""
         return batch
 
     def on_train_start(self) -> None:
@@ -174,8 +180,14 @@ class Agent(pl.LightningModule):
         self.update_generator = self.episode_generator("updates")
         self.descent.begin(self.annealed(self.hparams["learning_rate"]))
 
-    def training_step(self, rollout: Rollout, batch_idx: int) -> None:
-        """Learn from one segment."""
+    def training_step(self, episode: Iterator[Rollout], batch_idx: int) -> None:
+        """Learn from one episode, segment by segment."""
+        for rollout in episode:
+            self.between_segments()
+            self.take_in(rollout)
+
+    def take_in(self, rollout: Rollout) -> None:
+        """Count a segment and learn from it."""
         self.env_steps += rollout.reward.numel() * self.world_size
         ended = (rollout.terminated + rollout.truncated).clamp(max=1.0)
         for name, value in (

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# Measured on one core of a server: what an update saves, what the first one waits for.
-_SAVED_SECONDS, _WARM_UP_SECONDS = 1e-3, 20.0
+from co2lightning.graphs import as_graph, why_not
+
+# Measured on one core of a server: what an update saves, what the first episode waits for.
+_SAVED_SECONDS, _WARM_UP_SECONDS = 1e-3, 30.0
 
 
 def worth_compiling(updates: int) -> bool:
@@ -169,39 +171,21 @@ class Descent:
         """Take the first step, compiled if the machine can."""
         self._shape = batch[-1].shape
         self.say("Compiling the update (some 20 s, once)")
-        # Nothing that a graph takes for given changes within a session but the minibatch's shape,
-        # which `_update` looks at; torch's own look at everything takes a tenth of an update.
-        options: dict[str, Any] = {
-            "guard_filter_fn": lambda guards: [False] * len(guards),
-            "triton.cudagraphs": self._rate.is_cuda,
-        }
-        settings: dict[str, Any] = {
-            "fullgraph": True,
-            "dynamic": False,
-            "isolate_recompiles": True,  # agents of one process would share one limit
-            "options": options,
-        }
         try:
-            import torch._dynamo.config
-            from torch._inductor.cpp_builder import get_cpp_compiler
+            import torch._dynamo
 
-            get_cpp_compiler()  # raises at once where there is none
-            torch._dynamo.config.trace_autograd_ops = True
             for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
                 torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
+            graph_of = partial(as_graph, cudagraphs=self._rate.is_cuda)
             if self.average:  # the ranks' message goes between two graphs
-                gradient = torch.compile(self.gradient, **settings)
-                step = torch.compile(self.step, **settings)
+                gradient, step = graph_of(self.gradient), graph_of(self.step)
                 graph = partial(self._take, gradient=gradient, step=step)
             else:
-                graph = torch.compile(self.update, **settings)
+                graph = graph_of(self.update)
             with warnings.catch_warnings(action="ignore"):  # torch's about itself
                 figures = graph(batch)
         except Exception as error:  # a compiler that is missing or fails; nothing was changed yet
-            reason = " ".join(str(error).split())
-            missing = "C++ compiler" in reason or "is not found" in reason
-            why = "no C++ compiler was found" if missing else reason[:200]
-            self.say(f"The update cannot be compiled: {why}; training goes on without")
+            self.say(f"The update cannot be compiled: {why_not(error)}; training goes on without")
             self.compiled = False
             return self.update(batch)
         self._graph = graph

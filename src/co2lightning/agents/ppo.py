@@ -10,17 +10,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from co2lightning.agents.actor_critic import ActorCritic, Transitions, weighted_mean
+from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
 from co2lightning.env import Environment
 from co2lightning.networks import gaussian_entropy
 from co2lightning.rollout import Rollout
 
 
 class Samples(NamedTuple):
-    """Transitions and the log density of their actions under the policy that acted."""
+    """Transitions of a rollout, or a minibatch of them, with what they teach."""
 
-    transitions: Transitions
-    log_prob: Tensor  # [N] no update came between
+    obs: Tensor  # [N, O + K], K features that only the critic observes
+    action: Tensor  # [N, A]
+    log_prob: Tensor  # [N] log density of the action under the policy that acted
+    advantage: Tensor  # [N]
+    value_target: Tensor  # [N]
+    weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
 
 
 class PPO(ActorCritic):
@@ -49,7 +53,7 @@ class PPO(ActorCritic):
         activation: tanh, relu or silu.
         log_std_init: Logarithm of the first standard deviation of an action.
         reward_scale: Factor on rewards before they reach the critic.
-        compile: Updates as one compiled graph; auto: in runs that repay some 20 s of compiling.
+        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
     """
 
     def __init__(
@@ -87,14 +91,13 @@ class PPO(ActorCritic):
 
     def loss(self, samples: Samples, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a minibatch and its parts: eqs. 7 and 9 of the paper."""
-        batch, old_log_prob = samples
-        log_ratio = self.log_prob(batch.obs, batch.action) - old_log_prob
+        log_ratio = self.log_prob(samples.obs, samples.action) - samples.log_prob
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1.0 - self.clip_range, 1.0 + self.clip_range)
-        surrogate = torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
-        policy_loss = -weighted_mean(surrogate, batch.weight)
-        value = self.critic(batch.obs).squeeze(-1)
-        value_loss = weighted_mean((value - batch.value_target).square(), batch.weight)
+        surrogate = torch.minimum(ratio * samples.advantage, clipped * samples.advantage)
+        policy_loss = -weighted_mean(surrogate, samples.weight)
+        value = self.critic(samples.obs).squeeze(-1)
+        value_loss = weighted_mean((value - samples.value_target).square(), samples.weight)
         entropy = gaussian_entropy(self.log_std)
         loss = (
             policy_loss + self.hparams["vf_coef"] * value_loss - self.hparams["ent_coef"] * entropy
@@ -106,23 +109,24 @@ class PPO(ActorCritic):
                 "value_loss": value_loss,
                 "entropy": entropy,
                 # Schulman's low-variance estimate, http://joschu.net/blog/kl-approx.html
-                "approx_kl": weighted_mean(ratio - 1.0 - log_ratio, batch.weight),
-                "clip_fraction": weighted_mean((ratio != clipped).float(), batch.weight),
+                "approx_kl": weighted_mean(ratio - 1.0 - log_ratio, samples.weight),
+                "clip_fraction": weighted_mean((ratio != clipped).float(), samples.weight),
             }
         return loss, figures
 
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Run n_epochs passes of minibatches over a rollout."""
-        transitions, explained_variance = self.evaluate_rollout(rollout)
         with torch.no_grad():
-            columns = (*transitions, self.log_prob(transitions.obs, transitions.action))
+            advantage, target, explained_variance = self.judge(rollout, self.values(rollout))
+            obs, action = rollout.obs.flatten(0, 1), rollout.action.flatten(0, 1)
+            log_prob = self.log_prob(obs, action)
+        judged = advantage.flatten(), target.flatten(), rollout.valid.flatten()
+        samples = Samples(obs, action, log_prob, *judged)
         for _ in range(self.hparams["n_epochs"]):
-            order = torch.randperm(
-                len(transitions.weight), generator=self.update_generator, device=self.device
-            )
-            shuffled = (column[order].split(self.hparams["batch_size"]) for column in columns)
-            for *minibatch, log_prob in zip(*shuffled, strict=True):
-                self.descend(Samples(Transitions(*minibatch), log_prob))
+            order = torch.randperm(len(obs), generator=self.update_generator, device=self.device)
+            shuffled = (column[order].split(self.hparams["batch_size"]) for column in samples)
+            for minibatch in zip(*shuffled, strict=True):
+                self.descend(Samples(*minibatch))
         return {"explained_variance": explained_variance}
 
     def on_train_epoch_start(self) -> None:

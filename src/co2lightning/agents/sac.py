@@ -52,7 +52,7 @@ class SAC(Agent):
         hidden: Width of each hidden layer, of actor and critics alike.
         activation: tanh, relu or silu.
         reward_scale: Factor on rewards before they reach the critics.
-        compile: Updates as one compiled graph; auto: in runs that repay some 20 s of compiling.
+        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
     """
 
     def __init__(
@@ -111,6 +111,10 @@ class SAC(Agent):
         if self.env_steps < self.hparams["learning_starts"]:
             return torch.erf(noise / math.sqrt(2.0))  # uniform in (-1, 1)
         return squashed_gaussian(self.actor(self.policy_obs(obs)), noise)[0]
+
+    @property
+    def acts_in_a_graph(self) -> bool:
+        return super().acts_in_a_graph and self.env_steps >= self.hparams["learning_starts"]
 
     def policy_mean(self, obs: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)).chunk(2, dim=-1)[0].tanh()
