@@ -1,0 +1,93 @@
+"""How a recipe learns with other settings, judged on the training days alone.
+
+    python benchmarks/settings.py --agent PPO --episodes 10 --seeds 10,11,12 \
+        --try "" --try "model.n_epochs=5" --try "model.n_epochs=5 model.activation=relu"
+
+Each `--try` is one variant: keys of the recipe and their values, none for the recipe as it is.
+Every run is `co2lightning fit`, a process with one torch thread in a temporary directory. The table
+gives the deterministic policy's kg CO2 a day less those of the rule RBC B on the same training
+days, so the held-out days stay unseen until a choice is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.env import evaluation_soc
+from co2lightning.evaluate import load_agent, policy_of
+from co2lightning.physics import build_model
+from co2lightning.rules import RULES, run_days
+from co2lightning.site import load_site
+
+
+def main() -> None:
+    """Train every variant with every seed; print a row for each."""
+    parser = argparse.ArgumentParser(description="Variants of a recipe, on the training days.")
+    parser.add_argument("--agent", default="PPO", help="a recipe: PPO is ppo.yaml")
+    parser.add_argument("--episodes", type=int, default=10, help="of each run")
+    parser.add_argument("--at", default="", help="episodes to judge, comma separated; default last")
+    parser.add_argument("--seeds", default="10,11,12", help="comma separated")
+    parser.add_argument("--site", default="iquitos", help="a shipped site")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--try", action="append", default=[], dest="variants", metavar="SETTINGS")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    variants: list[str] = arguments.variants or [""]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    at = [int(episode) for episode in arguments.at.split(",") if episode] or [arguments.episodes]
+    site = load_site(arguments.site)
+    model, days = build_model(site), torch.as_tensor(site.training_days)
+    soc = evaluation_soc(site)[days]
+    rule_kg = run_days(model, RULES["rbc_b"], days, soc).total("co2_kg").mean()
+
+    def train(run: tuple[int, str, int], place: Path) -> tuple[dict[int, float], float]:
+        number, settings, seed = run
+        name = f"{number}-{seed}"
+        command = [sys.executable, "-m", "co2lightning", "fit", "--name", name]
+        command += ["--config", f"{arguments.agent.lower()}.yaml", "--seed_everything", str(seed)]
+        command += ["--episodes", str(arguments.episodes), "--env.site", site.name]
+        command += [f"--{setting}" for setting in settings.split()]
+        subprocess.run(
+            command,
+            cwd=place,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        files = TrainingCheckpoint(place / "checkpoints" / name)
+        above: dict[int, float] = {}
+        seconds: list[float] = []
+        for episode in range(1, arguments.episodes + 1):
+            content = files.read(files.path(episode))
+            seconds.append(content["metrics"]["time_seconds"])
+            if episode in at:
+                policy = policy_of(load_agent(content, files.path(episode)), site)
+                co2_kg = run_days(model, policy, days, soc).total("co2_kg").mean()
+                above[episode] = float(co2_kg - rule_kg)
+        return above, statistics.median(seconds)
+
+    runs = [(n, variant, seed) for n, variant in enumerate(variants) for seed in seeds]
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(lambda run: train(run, Path(place)), runs))
+    columns = " | ".join(f"after {episode}" for episode in at)
+    print(f"| settings | {columns} | s an episode |")
+    print("|---|" + "---|" * (len(at) + 1))
+    for n, variant in enumerate(variants):
+        mine = results[n * len(seeds) : (n + 1) * len(seeds)]
+        cells = [" ".join(f"{above[episode]:+.1f}" for above, _ in mine) for episode in at]
+        seconds = statistics.median(s for _, s in mine)
+        print(f"| {variant or 'the recipe'} | {' | '.join(cells)} | {seconds:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
