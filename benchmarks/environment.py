@@ -5,7 +5,8 @@
 One core, in seconds of its time, not of the clock's, so that other programs count for little; what
 they take of caches and memory still shows. Every figure is the median of whole days, the best one
 in brackets. `rollout` is the training's own, a policy of two layers of 64 that acts, observations
-and actions kept; `compiled` as with `--model.compile true`, the compiling left out. Memory is that of the tensors which a day of many environments makes; the site's tables are shared
+and actions kept; `compiled` as with `--model.compile true`, the compiling left out.
+Memory is that of the tensors which a day of many environments makes; the site's tables are shared
 and counted apart.
 """
 
@@ -44,6 +45,11 @@ def day_of(env: SiteDays) -> Callable[[], None]:
                 env.step(action)
 
     return play
+
+
+def episode_of(dataset: RolloutDataset) -> Callable[[], object]:
+    """Return a function that plays an episode as training does."""
+    return lambda: list(dataset.play())
 
 
 def steps_per_second(play: Callable[[], object], batch: int, seconds: float) -> tuple[float, float]:
@@ -128,7 +134,7 @@ def main() -> None:
         actor = Actor(env.observation_dim, env.action_dim, compile=compile)
         actor.say = lambda line: None
         dataset = RolloutDataset(env, actor)
-        median, best = steps_per_second(lambda: list(dataset.play()), 64, arguments.seconds)
+        median, best = steps_per_second(episode_of(dataset), 64, arguments.seconds)
         print(f"  rollout 64 | {median:9,.0f} ({best:,.0f}){' compiled' if compile else ''}")
     between, within = memory(site, 64)
     tables = sum(nbytes(part) for part in (*env.model, *env.observer))
