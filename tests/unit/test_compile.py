@@ -14,6 +14,7 @@ import torch
 import torch._dynamo.utils
 import torch._inductor.config
 from torch._inductor.cpp_builder import cpp_compiler_search
+from torch.nn.parallel import DistributedDataParallel
 
 from co2lightning import storage
 from co2lightning.agents import AGENTS, agent_class, descent
@@ -179,6 +180,17 @@ def test_agents_of_one_process_have_their_own_graphs() -> None:
         assert take.compiled
         for a, b in zip(eager.parameters(), agent.parameters(), strict=True):
             torch.testing.assert_close(b, a, rtol=0.0, atol=1e-6)
+
+
+def test_a_wide_network_of_a_rank_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside DistributedDataParallel torch would cut it where weights fill a bucket."""
+    bucket = SimpleNamespace(bucket_bytes_cap=64)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", bucket)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+    agent, _, adam = pupil("A2C", compiled=False)
+    take = Descent(agent, adam, max_norm=0.5, compiled=True, average=lambda gradients: gradients)
+    take(minibatch("A2C", M))
+    assert take.compiled, "the compiler failed"
 
 
 @pytest.mark.parametrize("name", AGENTS)
