@@ -94,6 +94,7 @@ class SiteDays:
         self.num_envs = num_envs
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._uncontrolled_kg: Tensor | None = None
+        self._past: list[tuple[Tensor, ...]] = []
         self._set(None)
         self._build(torch.device(device))
 
@@ -110,6 +111,7 @@ class SiteDays:
         if device != self.model.device:
             self._build(device)
             self._uncontrolled_kg = None
+            self._set(None)
 
     @property
     def uncontrolled_kg(self) -> Tensor:
@@ -138,7 +140,7 @@ class SiteDays:
         self._day = days.to(self.model.device)
         state = begin_day(self.model, self._day, soc_start.to(self.model.device))
         self._set(state)
-        self._past: list[tuple[Tensor, ...]] = []
+        self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
         return self._observe(state)

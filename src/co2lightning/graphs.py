@@ -27,6 +27,9 @@ def as_graph(
 
     get_cpp_compiler()  # raises where there is none
     torch._dynamo.config.trace_autograd_ops = True
+    # It would cut a graph at every MB of weights, for hooks that no gradient here goes through
+    # (see `ranks`); and half a graph cannot ask for the gradients of the whole.
+    torch._dynamo.config.optimize_ddp = False
     settings: dict[str, Any] = {
         "fullgraph": True,
         "dynamic": False,

@@ -183,6 +183,8 @@ def test_the_battery_starts_where_the_site_says() -> None:
 
 def test_totals_and_metrics_add_up_the_day() -> None:
     days = SiteDays(shipped(), 4)
+    with pytest.raises(RuntimeError, match="no step"):
+        days.totals()
     days.begin(torch.arange(4), torch.full((4,), 0.5))
     with pytest.raises(RuntimeError, match="no step"):
         days.totals()
@@ -202,6 +204,16 @@ def test_totals_and_metrics_add_up_the_day() -> None:
     used = 1.0 - totals["curtailed_kwh"].sum() / totals["pv_kwh"].sum()
     assert metrics["site/self_consumption"] == pytest.approx(used.item(), rel=1e-5)
     assert metrics["site/unmet_kwh"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_another_device_drops_the_running_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    days = SiteDays(shipped(), 1)
+    days.begin(torch.tensor([0]), torch.tensor([0.5]))
+    monkeypatch.setattr(days, "_build", lambda device: None)
+    days.to(torch.device("cpu"))
+    assert days.state is not None
+    days.to(torch.device("meta"))
+    assert days.state is None
 
 
 def test_no_step_without_a_day() -> None:

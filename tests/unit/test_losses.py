@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -82,6 +83,15 @@ def test_a_reset_step_counts_for_nothing() -> None:
     loss, parts = agent.loss(batch._replace(weight=torch.tensor([1.0, 0.0])))
     assert number(parts["policy_loss"]) == pytest.approx(-1.0)
     assert number(loss) == pytest.approx(-1.0 + 0.5 * 1.0)
+
+
+@pytest.mark.parametrize("kind", [A2C, PPO, SAC])
+def test_an_agent_can_be_pickled(kind: type[A2C | PPO | SAC]) -> None:
+    """As processes that are spawned need it."""
+    agent = kind(3, 1, seed=4, hidden=(4,))
+    again = pickle.loads(pickle.dumps(agent))
+    for name, weight in agent.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
 
 
 def test_a2c_is_log_density_times_advantage() -> None:

@@ -45,7 +45,6 @@ class Agent(pl.LightningModule):
         self.updates = 0
         self.metrics: dict[str, float] = {}
         self.say: Callable[[str], None] = print
-        self.between_segments: Callable[[], None] = lambda: None  # may raise, to end training
 
     # -- what an agent defines -----------------------------------------------------------------
 
@@ -185,6 +184,9 @@ class Agent(pl.LightningModule):
         for rollout in episode:
             self.between_segments()
             self.take_in(rollout)
+
+    def between_segments(self) -> None:
+        """Do nothing; a callback may put in its place what raises, to end training."""
 
     def take_in(self, rollout: Rollout) -> None:
         """Count a segment and learn from it."""
