@@ -294,10 +294,11 @@ def test_without_a_compiler_a_run_goes_on_eagerly(
 ) -> None:
     fit("PPO", "--episodes", "2")
     cpp_compiler_search.cache_clear()  # torch remembers the one it found
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "g++"))  # what CXX named
     monkeypatch.setenv("PATH", str(place))
     words = ("--episodes", "2", "--name", "without", "--model.compile", "true")
-    check_eager(fit("PPO", *words).out)
+    # What CXX named. By torch's own hand: monkeypatch would delete the setting in the end.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "g++")}):
+        check_eager(fit("PPO", *words).out)
 
 
 @pytest.mark.slow
