@@ -201,7 +201,7 @@ class SiteDays:
 
         if self._carry is None:
             raise RuntimeError("no day is running: call reset() or begin() first")
-        graph = as_graph(advance, cpp_wrapper=True)
+        graph = as_graph(advance, self.model.device)
         # At midnight two of them are one tensor; a graph would take that for granted.
         graph(Carry(*(part.clone() for part in self._carry)), obs, noise)
 

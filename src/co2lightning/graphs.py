@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def as_graph(
-    function: Callable[..., Any], *, cudagraphs: bool = False, cpp_wrapper: bool = False
+    function: Callable[..., Any], device: torch.device, *, record: bool = False
 ) -> Callable[..., Any]:
     """Return a function as one graph for the shapes of its first call, compiled then.
 
@@ -16,28 +18,28 @@ def as_graph(
 
     Args:
         function: Takes and returns tensors, or tuples of them.
-        cudagraphs: Record the kernels; what a call returns is then overwritten by the next one.
-        cpp_wrapper: Call the kernels from C++, which pays where they are many and small.
+        device: Where the tensors are.
+        record: On a GPU, record the kernels; what a call returns is overwritten by the next one.
 
     Raises:
         RuntimeError: This machine has no C++ compiler.
     """
-    import torch._dynamo.config
+    from torch._dynamo import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()  # raises where there is none
-    torch._dynamo.config.trace_autograd_ops = True
+    config.trace_autograd_ops = True
     # It would cut a graph at every MB of weights, for hooks that no gradient here goes through
     # (see `ranks`); and half a graph cannot ask for the gradients of the whole.
-    torch._dynamo.config.optimize_ddp = False
+    config.optimize_ddp = False
     settings: dict[str, Any] = {
         "fullgraph": True,
         "dynamic": False,
         "isolate_recompiles": True,  # agents of one process would share one limit
         "options": {
             "guard_filter_fn": lambda guards: [False] * len(guards),
-            "triton.cudagraphs": cudagraphs,
-            "cpp_wrapper": cpp_wrapper,
+            "triton.cudagraphs": record and device.type == "cuda",
+            "cpp_wrapper": device.type == "cpu",  # a tenth, where kernels are many and small
             "size_asserts": False,
             "alignment_asserts": False,
         },

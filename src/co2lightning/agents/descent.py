@@ -129,7 +129,9 @@ class Descent:
     def step(self, gradients: list[Tensor]) -> None:
         """Clip the gradients, take Adam's step, let the agent follow."""
         if self.max_norm is not None:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            each = map(torch.linalg.vector_norm, gradients)
+            norms = list(each) if self.compiled else torch._foreach_norm(gradients)
+            norm = torch.linalg.vector_norm(torch.stack(norms))
             torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         if self.compiled:
             self._adam(gradients)
@@ -176,7 +178,7 @@ class Descent:
 
             for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
                 torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
-            graph_of = partial(as_graph, cudagraphs=self._rate.is_cuda)
+            graph_of = partial(as_graph, device=self._rate.device, record=True)
             if self.average:  # the ranks' message goes between two graphs
                 gradient, step = graph_of(self.gradient), graph_of(self.step)
                 graph = partial(self._take, gradient=gradient, step=step)
