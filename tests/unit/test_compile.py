@@ -58,7 +58,11 @@ def pupil(
     return agent, Descent(agent, optimizer, max_norm=max_norm, compiled=compiled), optimizer
 
 
-@pytest.mark.parametrize("name", AGENTS)
+# A2C's graph holds its advantages too and takes the compiler longest.
+COMPILED = [pytest.param(n, marks=pytest.mark.slow) if n == "A2C" else n for n in AGENTS]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_hundred_compiled_updates_are_the_eager_ones(name: str) -> None:
     """Schedules move and a smaller minibatch ends each epoch, as in training."""
     torch.manual_seed(2)
@@ -114,7 +118,9 @@ def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> Rollo
     [
         ("PPO", True, {"n_steps": 40, "action": "correction"}),
         # Observations without hindsight lie the other way round, and a graph does not look.
-        ("SAC", False, {"train_freq": 40, "learning_starts": 0}),
+        pytest.param(
+            *("SAC", False, {"train_freq": 40, "learning_starts": 0}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_compiled_rollout_is_the_eager_one(
@@ -179,8 +185,8 @@ def test_a_rollout_that_cannot_be_compiled_goes_on_without(
 def test_agents_of_one_process_have_their_own_graphs() -> None:
     """Graphs are not guarded: one taken for another's would go unnoticed."""
     torch.manual_seed(3)
-    batches = [minibatch("A2C", M) for _ in range(3)]
-    pairs = [[pupil("A2C", compiled, width) for compiled in (False, True)] for width in (8, 8, 6)]
+    batches = [minibatch("PPO", M) for _ in range(3)]
+    pairs = [[pupil("PPO", compiled, width) for compiled in (False, True)] for width in (8, 8, 6)]
     for batch in batches:
         for pair in pairs:
             for _, take, _ in pair:
@@ -191,14 +197,15 @@ def test_agents_of_one_process_have_their_own_graphs() -> None:
             torch.testing.assert_close(b, a, rtol=0.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_wide_network_of_a_rank_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside DistributedDataParallel torch would cut it where weights fill a bucket."""
     bucket = SimpleNamespace(bucket_bytes_cap=64)
     monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", bucket)
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
-    agent, _, adam = pupil("A2C", compiled=False)
+    agent, _, adam = pupil("PPO", compiled=False)
     take = Descent(agent, adam, max_norm=0.5, compiled=True, average=lambda gradients: gradients)
-    take(minibatch("A2C", M))
+    take(minibatch("PPO", M))
     assert take.compiled, "the compiler failed"
 
 
@@ -244,6 +251,7 @@ def test_a_short_run_stays_eager_however_it_goes_on(
     assert kept("PPO", 3) == (False, False)
 
 
+@pytest.mark.slow
 def test_a_long_run_compiles_however_it_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
