@@ -28,7 +28,9 @@ ID = "co2lightning/ChargingSite-v0"
 
 @functools.cache
 def single() -> gym.Env:
-    return gym.make(ID)
+    # Shared by tests in any order, and Gymnasium 1.4's own checker fails for good where the first
+    # reset was refused, as for a day that the site does not have. `check_env` sees more anyway.
+    return gym.make(ID, disable_env_checker=True)
 
 
 @functools.cache

@@ -254,7 +254,7 @@ def test_the_readmes_results_are_the_committed_ones() -> None:
 def test_the_readmes_sentence_on_the_rule_is_the_committed_one() -> None:
     """How far PPO is below RBC B, and for how many seeds the interval says so."""
     for file, agent, episode, told, seeds, count in (
-        ("results", "PPO", "100", "it is {:.1f} kg a day below it", "two of the three seeds", 2),
+        ("results", "PPO", "100", "it is {:.1f} kg a day below it", "one of the three seeds", 1),
         (
             "long",
             "PPO-long",
@@ -274,13 +274,18 @@ def test_the_readmes_sentence_on_the_rule_is_the_committed_one() -> None:
         assert len(clear) == count
 
 
-@pytest.mark.parametrize("file", ["stable-baselines", "stable-baselines-sac"])
+LIBRARY = ["stable-baselines", "stable-baselines-sac", "stable-baselines-site"]
+
+
+@pytest.mark.parametrize("file", LIBRARY)
 def test_the_learning_logs_tables_beside_another_library_are_the_committed_ones(file: str) -> None:
     page = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
     results = json.loads((ROOT / f"docs/{file}.json").read_text(encoding="utf-8"))
     assert results["command"] in page
+    if file == "stable-baselines":  # measured again since
+        results["site"] = {"SAC": results["site"]["SAC"]}
     for library in ("Stable-Baselines3", "co2lightning"):
-        for agent, entry in results["pendulum"].items():
+        for agent, entry in results.get("pendulum", {}).items():
             steps = [run["steps"] for run in entry[library]]
             seeds = ", ".join(f"{n:,}" for n in steps)
             assert f"| {agent} | {library} | {statistics.median(steps):,} | {seeds} |" in page
