@@ -172,9 +172,9 @@ class Agent(pl.LightningModule):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Start the clock and the sums of an episode and set its learning rate."""
+        """Start an episode's clock and notes and set its learning rate."""
         self._began = time.perf_counter()
-        self._sums: dict[str, Tensor] = {}
+        self._outcomes: list[tuple[Tensor, ...]] = []
         self._learned: list[dict[str, Tensor]] = []
         self.update_generator = self.episode_generator("updates")
         self.descent.begin(self.annealed(self.hparams["learning_rate"]))
@@ -191,13 +191,9 @@ class Agent(pl.LightningModule):
     def take_in(self, rollout: Rollout) -> None:
         """Count a segment and learn from it."""
         self.env_steps += rollout.reward.numel() * self.world_size
-        ended = (rollout.terminated + rollout.truncated).clamp(max=1.0)
-        for name, value in (
-            ("reward", (rollout.reward * rollout.valid).sum()),
-            ("episodes", ended.sum()),
-            ("env_steps", rollout.valid.sum()),
-        ):
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._outcomes.append(
+            (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+        )
         self._learned.append(self.learn(rollout))
 
     def on_train_epoch_end(self) -> None:
@@ -208,18 +204,21 @@ class Agent(pl.LightningModule):
         figures = self.descent.end()
         for name in learned[0] if learned else ():
             figures[name] = torch.stack([segment[name] for segment in learned]).mean()
-        known = self._sums | figures
-        values = dict(zip(known, mean(torch.stack(list(known.values()))).tolist(), strict=True))
-        sums = {name: values.pop(name) for name in self._sums}
+        columns = zip(*self._outcomes, strict=True)
+        reward, terminated, truncated, valid = (torch.cat(column) for column in columns)
+        ended = (terminated + truncated).clamp(max=1.0)
+        totals = [(reward * valid).sum(), ended.sum(), valid.sum()]
+        known = mean(torch.stack([*totals, *figures.values()])).tolist()
+        total_reward, episodes, env_steps = known[:3]
         site = self.env.metrics(mean)
         seconds = time.perf_counter() - self._began
         self.metrics = {
-            "rollout/ep_rew_mean": sums["reward"] / max(sums["episodes"], self.env.num_envs),
+            "rollout/ep_rew_mean": total_reward / max(episodes, self.env.num_envs),
             **site,
-            **{f"train/{name}": value for name, value in values.items()},
+            **{f"train/{name}": value for name, value in zip(figures, known[3:], strict=True)},
             "train/learning_rate": self.annealed(self.hparams["learning_rate"]),
             "time/episode_seconds": seconds,
-            "time/env_steps_per_second": sums["env_steps"] * self.world_size / seconds,
+            "time/env_steps_per_second": env_steps * self.world_size / seconds,
         }
         for logger in self.loggers:
             logger.log_metrics(self.metrics, step=self.episode)
