@@ -26,7 +26,7 @@ from co2lightning.session import run_fit
 class BareLoop:
     """Plays and learns episode after episode without a Trainer."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], average: Any = None) -> None:
         groups: dict[str, dict[str, Any]] = {"env": {}, "model": {}}
         for key, value in settings.items():
             group, _, name = key.partition(".")
@@ -51,6 +51,7 @@ class BareLoop:
         )
         self.agent._trainer = self.trainer
         self.agent.on_train_start()
+        self.agent.descent.average = average
 
     def episode(self) -> None:
         """Play one episode and learn from it."""

@@ -23,6 +23,7 @@ SCRIPTS = {
     "peers.py": "Training beside other libraries",
     "environment.py": "The environment alone",
     "overhead.py": "What the Trainer adds to an episode",
+    "ranks.py": "What two ranks cost each other",
     "bookkeeping.py": "What keeping every episode costs",
     "commands.py": "Whole commands",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -167,9 +168,16 @@ class Agent(pl.LightningModule):
             self.trainer.optimizers[0],
             max_norm=self.hparams.get("max_grad_norm"),
             compiled=self.hparams["compile"] is True,
-            average=ranks.average_all if self.world_size > 1 else None,
+            average=self._average() if self.world_size > 1 else None,
             say=self.say if self.trainer.is_global_zero else lambda line: None,
         )
+
+    def _average(self) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Return what averages gradients over the ranks."""
+        lines = None
+        if self.device.type == "cpu" and self.trainer.num_nodes == 1:
+            lines = ranks.Lines.open()
+        return partial(ranks.average_all, average=lines.average) if lines else ranks.average_all
 
     def on_train_epoch_start(self) -> None:
         """Start an episode's clock and notes and set its learning rate."""

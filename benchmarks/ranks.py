@@ -1,0 +1,84 @@
+"""What two ranks cost each other, beside one process alone.
+
+    OMP_NUM_THREADS=1 python benchmarks/ranks.py
+
+Two processes, the shipped PPO recipe, rollout and updates as under the Trainer. In each round an
+episode is played in four ways: by one process while the other sleeps; by both at once, each for
+itself, which is what the machine leaves of two cores; as ranks that average their gradients over
+`ranks.Lines`; and as ranks that do so over gloo. The ratios, to the episode alone in the same
+round, are environment steps per second of a rank; the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from co2lightning import ranks
+from co2lightning.config import check_settings, complete, read_recipe
+from overhead import BareLoop
+
+WARM_UP = 2  # rounds
+
+
+def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> None:
+    """Be one of the two processes; the first prints the table."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=number, world_size=2)
+    agent, recipe = read_recipe(config)
+    settings = complete(check_settings(recipe, agent, config), agent)
+    settings["model.compile"] = compiled
+    lines = ranks.Lines.open()
+    assert lines, "this machine has no sockets between processes"
+    ways: dict[str, Any] = {
+        "alone": None,
+        "both at once, each for itself": None,
+        "ranks": partial(ranks.average_all, average=lines.average),
+        "ranks, over gloo": ranks.average_all,
+    }
+    loops = {name: BareLoop(settings, average) for name, average in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(WARM_UP + rounds):
+        for name, loop in loops.items():
+            dist.barrier()
+            began = time.perf_counter()
+            if name != "alone" or number == 0:
+                loop.episode()
+            seconds[name].append(time.perf_counter() - began)
+    if number == 0:
+        print(f"{rounds} rounds of an episode of {config}, {'compiled' if compiled else 'eager'}")
+        alone = seconds["alone"][WARM_UP:]
+        for name, each in seconds.items():
+            ratios = [a / b for a, b in zip(alone, each[WARM_UP:], strict=True)]
+            print(
+                f"{name:29} | {statistics.median(each[WARM_UP:]) * 1000:4.0f} ms | "
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
+
+
+def main() -> None:
+    """Measure and print the ratios."""
+    parser = argparse.ArgumentParser(description="Measure what two ranks cost each other.")
+    parser.add_argument("--config", default="ppo.yaml", help="a PPO recipe")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = (port, arguments.config, arguments.compile, arguments.rounds)
+    mp.spawn(play, args=words, nprocs=2)
+
+
+if __name__ == "__main__":
+    main()
