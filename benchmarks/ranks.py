@@ -5,8 +5,10 @@
 Two processes, the shipped PPO recipe, rollout and updates as under the Trainer. In each round an
 episode is played in four ways: by one process while the other sleeps; by both at once, each for
 itself, which is what the machine leaves of two cores; as ranks that average their gradients over
-`ranks.Lines`; and as ranks that do so over gloo. The ratios, to the episode alone in the same
-round, are environment steps per second of a rank; the median over the rounds.
+`ranks.Lines`; and as ranks that do so over gloo. Of the second way it is also worked out what it
+would have taken had each update lasted as long as the slower process's: ranks whose messages cost
+nothing would take that. The ratios, to the episode alone in the same round, are environment steps
+per second of a rank; the median over the rounds.
 """
 
 from __future__ import annotations
@@ -28,6 +30,21 @@ from co2lightning.config import check_settings, complete, read_recipe
 from overhead import BareLoop
 
 WARM_UP = 2  # rounds
+BOTH, FREE = "both at once, each for itself", "ranks, were messages free"
+
+
+def timed_updates(loop: BareLoop) -> list[float]:
+    """Return a list that the seconds of the loop's next updates will be added to."""
+    seconds: list[float] = []
+    descent = loop.agent.descent
+
+    def descend(batch: Any) -> None:
+        began = time.perf_counter()
+        descent(batch)
+        seconds.append(time.perf_counter() - began)
+
+    loop.agent.descend = descend
+    return seconds
 
 
 def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> None:
@@ -42,19 +59,25 @@ def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> No
     assert lines, "this machine has no sockets between processes"
     ways: dict[str, Any] = {
         "alone": None,
-        "both at once, each for itself": None,
+        BOTH: None,
         "ranks": partial(ranks.average_all, average=lines.average),
         "ranks, over gloo": ranks.average_all,
     }
     loops = {name: BareLoop(settings, average) for name, average in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in (*ways, FREE)}
     for _ in range(WARM_UP + rounds):
         for name, loop in loops.items():
+            updates = timed_updates(loop)
             dist.barrier()
             began = time.perf_counter()
             if name != "alone" or number == 0:
                 loop.episode()
             seconds[name].append(time.perf_counter() - began)
+            if name == BOTH:
+                every = [torch.zeros(len(updates)) for _ in range(2)]
+                dist.all_gather(every, torch.tensor(updates))
+                slower = torch.stack(every).amax(0).sum() - sum(updates)
+                seconds[FREE].append(seconds[name][-1] + float(slower))
     if number == 0:
         print(f"{rounds} rounds of an episode of {config}, {'compiled' if compiled else 'eager'}")
         alone = seconds["alone"][WARM_UP:]

@@ -21,10 +21,10 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from co2lightning.errors import UserError
-from co2lightning.graphs import as_graph
+from co2lightning.graphs import as_graph, as_recording
 from co2lightning.hindsight import HINDSIGHT, measure_against_rule
 from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
-from co2lightning.physics import Carry, State, begin_day, build_model, restore, step
+from co2lightning.physics import Carry, Flows, State, begin_day, build_model, restore, step
 from co2lightning.rules import run_days, uncontrolled
 from co2lightning.site import STEP_H, Site, T, load_site
 
@@ -43,8 +43,9 @@ class Step(NamedTuple):
 
 Policy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From observations [B, O + K] and noise [B, A] to the policy's output and the action [B, A]."""
-Play = Callable[[Tensor, Tensor], tuple[Tensor, Step]]
-"""From the same to the policy's output and what the environment made of it."""
+Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
+"""From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
+outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
 
 
 class Environment(Protocol):
@@ -94,7 +95,7 @@ class SiteDays:
         self.num_envs = num_envs
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._uncontrolled_kg: Tensor | None = None
-        self._past: list[tuple[Tensor, ...]] = []
+        self._past: list[Tensor] = []  # of each step [3, B]: CO2 kg, grid kW, unmet kW
         self._set(None)
         self._build(torch.device(device))
 
@@ -171,7 +172,7 @@ class SiteDays:
         state, flows = step(self.model, state, action)
         self._set(state)
         self.flows = flows
-        self._past.append((flows.co2_kg, flows.grid_kw, flows.unmet_kw))
+        self._past.append(_past_of(flows))
         zeros, ones = self._zeros, self._ones
         if state is None:
             # The battery's settlement at midnight makes the day's end a real end.
@@ -182,10 +183,12 @@ class SiteDays:
     def fuse(self, policy: Policy, obs: Tensor, noise: Tensor) -> Play:
         """Return `step` with a policy before it, as one graph for all steps but a day's last.
 
+        On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.
+
         Args:
             policy: What acts.
             obs: [B, O + K] to compile with, of the running day.
-            noise: [B, A] likewise.
+            noise: [n, B, A] likewise.
 
         Raises:
             Exception: Whatever the compiler raises.
@@ -195,25 +198,55 @@ class SiteDays:
             output, action = policy(obs, noise)
             state, flows = step(self.model, restore(self.model, 0, carry), action)
             assert state is not None
-            past = flows.co2_kg, flows.grid_kw, flows.unmet_kw
             carried = state.place, state.soc, state.owed_kw
-            return *carried, *past, output, flows.reward, self._observe(state)
+            return *carried, self._observe(state), output, flows.reward, _past_of(flows)
+
+        def run(*start: Tensor) -> tuple[Tensor, ...]:
+            *carry, obs, noise = start
+            carried, columns = Carry(*carry), list[tuple[Tensor, ...]]()
+            with torch.inference_mode(quick):
+                for draw in noise.unbind(0):
+                    place, soc, owed_kw, obs, *made = graph(carried, obs, draw)
+                    carried = Carry(place, soc, carried.soc_start, owed_kw)
+                    columns.append((obs, *made))
+            # What inference_mode made cannot be trained on; what is stacked outside of it can.
+            return *carried, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
 
         if self._carry is None:
             raise RuntimeError("no day is running: call reset() or begin() first")
-        graph = as_graph(advance, self.model.device)
         # At midnight two of them are one tensor; a graph would take that for granted.
-        graph(Carry(*(part.clone() for part in self._carry)), obs, noise)
+        carry = Carry(*(part.clone() for part in self._carry))
+        graph = as_graph(advance, self.model.device)
+        quick = self.model.device.type == "cpu"  # a recording shall not hold such tensors
+        with torch.inference_mode(quick):
+            graph(carry, obs, noise[0])
+        recorded = len(noise[: T - 1])
+        replay = as_recording(run, (*carry, obs, noise[:recorded]))
 
-        def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Step]:
-            if self._carry is None or self._step == T - 1:
-                output, action = policy(obs, noise)
-                return output, self.step(action)
-            place, soc, owed_kw, *past, output, reward, following = graph(self._carry, obs, noise)
-            self._carry = Carry(place, soc, self._carry.soc_start, owed_kw)
-            self._step, self._state = self._step + 1, None
-            self._past.append(tuple(past))
-            return output, Step(following, reward, self._zeros, self._zeros, self._ones)
+        def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
+            if self._carry is None:
+                raise RuntimeError("no day is running: call reset() or begin() first")
+            ending = self._step + len(noise) == T
+            count = len(noise) - ending
+            parts: list[tuple[Tensor, ...]] = []
+            if count:
+                whole = replay if count == recorded else run
+                made = whole(*self._carry, obs, noise[:count])
+                self._carry, obs = Carry(*made[:4]), made[4]
+                self._step, self._state = self._step + count, None
+                following, output, reward, past = made[5:]
+                self._past += past.unbind(0)
+                no, yes = torch.zeros_like(reward), torch.ones_like(reward)
+                parts.append((output, following, reward, no, no, yes))
+            if ending:
+                output, action = policy(obs, noise[-1])
+                result = self.step(action)
+                obs = result.obs
+                parts.append(tuple(part.unsqueeze(0) for part in (output, *result)))
+            if len(parts) > 1:
+                parts = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
+            ((output, *steps),) = parts
+            return obs, output, Step(*steps)
 
         return play
 
@@ -221,7 +254,7 @@ class SiteDays:
         """Return what the days [B] added up to so far."""
         if not self._past:
             raise RuntimeError("no step was made yet")
-        co2_kg, grid_kw, unmet_kw = (torch.stack(c) for c in zip(*self._past, strict=True))
+        co2_kg, grid_kw, unmet_kw = torch.stack(self._past, dim=1)
         totals = {
             "co2_kg": co2_kg.sum(0),
             "grid_import_kwh": grid_kw.relu().sum(0) * STEP_H,
@@ -253,6 +286,11 @@ class SiteDays:
             ),
             "site/unmet_kwh": day["unmet_kwh"],
         }
+
+
+def _past_of(flows: Flows) -> Tensor:
+    """Return [3, B] what a day's totals are made of: CO2 kg, grid kW, unmet kW."""
+    return torch.stack([flows.co2_kg, flows.grid_kw, flows.unmet_kw])
 
 
 def evaluation_soc(site: Site) -> Tensor:

@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def as_graph(
@@ -66,6 +67,34 @@ def as_graph(
         return result
 
     return call
+
+
+def as_recording(
+    function: Callable[..., tuple[Tensor, ...]], arguments: tuple[Tensor, ...]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function whose kernels are recorded on a GPU and replayed as one; else itself.
+
+    Args:
+        function: Takes and returns tensors, and asks the GPU for nothing.
+        arguments: To record with; later ones have their shapes.
+
+    Raises:
+        RuntimeError: The recording cannot be made, or does not give what it recorded.
+    """
+    if arguments[0].device.type != "cuda":
+        return function
+    expected = function(*arguments)
+    # A recording reads where its first arguments are and writes where its first results are.
+    own = tuple(argument.clone() for argument in arguments)
+    recording: Any = torch.cuda.make_graphed_callables(function, own)
+
+    def replay(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return tuple(result.clone() for result in recording(*arguments))
+
+    for given, result in zip(replay(*arguments), expected, strict=True):
+        if not torch.equal(given, result):
+            raise RuntimeError("a recording on the GPU gives other results than its functions")
+    return replay
 
 
 NO_COMPILER = "no C++ compiler was found"

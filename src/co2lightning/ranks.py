@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_CONNECT_S = 60.0  # time for the others to take up their lines
+_WATCHED_S = 0.02  # then the others are not about to send: rank 0 writes an episode, say
+
 
 class Rank(NamedTuple):
     """Which process of how many this is."""
@@ -141,10 +144,6 @@ class Lines:
             _move(socket.socket.send, outgoing)
             _move(socket.socket.recv_into, incoming)
         return parts.mean(0)
-
-
-_WATCHED_S = 0.02  # then the others are not about to send: rank 0 writes an episode, say
-_CONNECT_S = 60.0
 
 
 def _move(

@@ -82,9 +82,9 @@ class RolloutDataset(IterableDataset[Iterator[Rollout]]):
         obs = env.reset(agent.episode_seed("days"))
         noise = agent.draw_noise(env.horizon, env.num_envs)
         length = agent.segment_steps(env.horizon)
-        play = self._step
+        play = self._steps
         if agent.acts_in_a_graph and isinstance(env, SiteDays):
-            self._graph = self._graph or self._fuse(env, obs, noise[0])
+            self._graph = self._graph or self._fuse(env, obs, noise[:length])
             play = self._graph
         for start in range(0, env.horizon, length):
             obs, rollout = self._segment(play, obs, noise[start : start + length])
@@ -94,43 +94,40 @@ class RolloutDataset(IterableDataset[Iterator[Rollout]]):
         output = self.agent.explore(obs, noise)
         return output, self.agent.environment_action(obs, output)
 
-    def _step(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Step]:
-        output, action = self._policy(obs, noise)
-        return output, self.env.step(action)
+    def _steps(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
+        """Play as many steps as there is noise, one operation after the other."""
+        outputs: list[Tensor] = []
+        results: list[Step] = []
+        with torch.inference_mode():
+            for draw in noise.unbind(0):
+                output, action = self._policy(obs, draw)
+                outputs.append(output)
+                results.append(self.env.step(action))
+                obs = results[-1].obs
+        # What inference_mode made cannot be trained on; what is stacked outside of it can.
+        steps = Step(*(torch.stack(column) for column in zip(*results, strict=True)))
+        return obs, torch.stack(outputs), steps
 
     def _fuse(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
         """Return policy and environment as one graph, or one after the other if that fails."""
         self.agent.say("Compiling the rollout (some 20 s, once)")
         try:
-            with torch.inference_mode(), warnings.catch_warnings(action="ignore"):
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
                 return env.fuse(self._policy, obs, noise)
         except Exception as error:
             if (why := why_not(error)) != NO_COMPILER:  # which the update will say
                 self.agent.say(f"The rollout cannot be compiled: {why}; training goes on without")
-            return self._step
+            return self._steps
 
     @torch.no_grad()
     def _segment(self, play: Play, obs: Tensor, noise: Tensor) -> tuple[Tensor, Rollout]:
-        actions: list[Tensor] = []
-        results: list[Step] = []
-        first = obs
-        with torch.inference_mode():
-            for step_noise in noise.unbind(0):
-                action, result = play(obs, step_noise)
-                actions.append(action)
-                results.append(result)
-                obs = result.obs
-        # What inference_mode made cannot be trained on; what is stacked outside of it can.
-        next_obs, reward, terminated, truncated, valid = (
-            torch.stack(column) for column in zip(*results, strict=True)
-        )
-        observed, action = torch.cat([first.unsqueeze(0), next_obs[:-1]]), torch.stack(actions)
-        return obs, Rollout(
-            obs=observed,
+        following, action, steps = play(obs, noise)
+        return following, Rollout(
+            obs=torch.cat([obs.unsqueeze(0), steps.obs[:-1]]),
             action=action,
-            reward=reward,
-            next_obs=next_obs,
-            terminated=terminated,
-            truncated=truncated,
-            valid=valid,
+            reward=steps.reward,
+            next_obs=steps.obs,
+            terminated=steps.terminated,
+            truncated=steps.truncated,
+            valid=steps.valid,
         )

@@ -114,17 +114,21 @@ def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> Rollo
 
 
 @pytest.mark.parametrize(
-    ("name", "hindsight", "settings"),
+    ("name", "hindsight", "settings", "device"),
     [
-        ("PPO", True, {"n_steps": 40, "action": "correction"}),
+        ("PPO", True, {"n_steps": 40, "action": "correction"}, "cpu"),
         # Observations without hindsight lie the other way round, and a graph does not look.
         pytest.param(
-            *("SAC", False, {"train_freq": 40, "learning_starts": 0}), marks=pytest.mark.slow
+            *("SAC", False, {"train_freq": 40, "learning_starts": 0}, "cpu"), marks=pytest.mark.slow
+        ),
+        pytest.param(  # recorded: 40 steps twice, then 15 that are not, then the day's last
+            *("PPO", True, {"n_steps": 40}, "cuda"),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
         ),
     ],
 )
 def test_a_compiled_rollout_is_the_eager_one(
-    name: str, hindsight: bool, settings: dict[str, Any]
+    name: str, hindsight: bool, settings: dict[str, Any], device: str
 ) -> None:
     """Two episodes in segments, the weights moved in between; what the days added up to as well."""
     said: list[str] = []
@@ -133,6 +137,8 @@ def test_a_compiled_rollout_is_the_eager_one(
         played(name, SiteDays(site, 3, hindsight=hindsight), said, hidden=(8,), **how, **settings)
         for how in ({"compile": False}, {"compile": True})
     ]
+    for dataset in both:
+        dataset.agent.to(device)
     for episode in (1, 2):
         torch.manual_seed(episode)
         step = [0.1 * torch.randn_like(p) for p in both[0].agent.parameters()]
@@ -151,7 +157,7 @@ def test_a_compiled_rollout_is_the_eager_one(
         assert compiled == pytest.approx(eager, rel=1e-5, abs=1e-5)
         assert eager["site/co2_kg"] > 100.0
     assert said == ["Compiling the rollout (some 20 s, once)"]
-    assert both[1]._graph != both[1]._step
+    assert both[1]._graph != both[1]._steps
 
 
 def test_sac_explores_at_random_before_it_acts_in_a_graph() -> None:
