@@ -18,7 +18,6 @@ import os
 import socket
 import statistics
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> No
     ways: dict[str, Any] = {
         "alone": None,
         BOTH: None,
-        "ranks": partial(ranks.average_all, average=lines.average),
+        "ranks": lines.average_all,
         "ranks, over gloo": ranks.average_all,
     }
     loops = {name: BareLoop(settings, average) for name, average in ways.items()}

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 _CONNECT_S = 60.0  # time for the others to take up their lines
 _WATCHED_S = 0.02  # then the others are not about to send: rank 0 writes an episode, say
@@ -45,13 +46,17 @@ def average(values: Tensor) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-def average_all(
-    tensors: list[Tensor], average: Callable[[Tensor], Tensor] = average
-) -> list[Tensor]:
+def average_all(tensors: list[Tensor]) -> list[Tensor]:
     """Return the mean of each tensor over the ranks, in one message."""
-    flat = average(torch.cat([tensor.flatten() for tensor in tensors]))
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    return _apart(average(_together(tensors)), tensors)
+
+
+def _together(tensors: list[Tensor], out: Tensor | None = None) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors], out=out)
+
+
+def _apart(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    return list(_unflatten_dense_tensors(flat, like))
 
 
 def highest(value: int, device: torch.device) -> int:
@@ -91,6 +96,7 @@ class Lines:
     def __init__(self, number: int, lines: dict[int, socket.socket]) -> None:
         self._number = number
         self._lines = lines
+        self._parts = torch.empty(1 + len(lines), 0)  # [ranks, what is averaged]
 
     @classmethod
     def open(cls) -> Self | None:
@@ -126,15 +132,17 @@ class Lines:
             line.setblocking(False)
         return cls(number, lines) if able else None
 
-    def average(self, values: Tensor) -> Tensor:
-        """Return the mean of a tensor over the ranks, the same bits on each and as `average`'s.
+    def average_all(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the mean of each tensor over the ranks, the same bits as `average_all`'s.
 
         Raises:
             torch.distributed.DistError: A rank has gone.
         """
-        parts = values.new_empty(1 + len(self._lines), *values.shape)
-        parts[self._number] = values
-        rows = [part.numpy().data.cast("B") for part in parts]
+        size = sum(tensor.numel() for tensor in tensors)
+        if self._parts.shape[1] != size:
+            self._parts = torch.empty(len(self._parts), size, dtype=tensors[0].dtype)
+        _together(tensors, out=self._parts[self._number])
+        rows = [part.numpy().data.cast("B") for part in self._parts]
         outgoing = dict.fromkeys(self._lines.values(), rows[self._number])
         incoming = {line: rows[number] for number, line in self._lines.items()}
         watched_until = time.monotonic() + _WATCHED_S
@@ -143,7 +151,7 @@ class Lines:
                 select.select(incoming, outgoing, [])
             _move(socket.socket.send, outgoing)
             _move(socket.socket.recv_into, incoming)
-        return parts.mean(0)
+        return _apart(self._parts.mean(0), tensors)
 
 
 def _move(

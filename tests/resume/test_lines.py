@@ -47,7 +47,8 @@ def average_both_ways(number: int, place: str) -> None:
     for size in SIZES:
         values = torch.randn(size, generator=draws)
         for _ in range(3):
-            mean = lines.average(values)
+            one, mean = lines.average_all([torch.full((1, 2), float(number)), values])
+            assert one.shape == (1, 2)
             assert torch.equal(mean, ranks.average(values))
         results.append(mean)
     torch.save(results, f"{place}/{number}.pt")
@@ -68,11 +69,11 @@ def lose_the_first(number: int, watched_s: float) -> None:
     ranks._WATCHED_S = watched_s  # pyright: ignore[reportPrivateUsage]
     lines = ranks.Lines.open()
     assert lines
-    lines.average(torch.ones(10))
+    lines.average_all([torch.ones(10)])
     if number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        lines.average(torch.ones(300_000))
+        lines.average_all([torch.ones(300_000)])
     except Exception as error:
         os._exit(7 if ranks.is_loss(error) else 8)
 

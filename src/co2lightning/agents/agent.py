@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -177,7 +176,7 @@ class Agent(pl.LightningModule):
         lines = None
         if self.device.type == "cpu" and self.trainer.num_nodes == 1:
             lines = ranks.Lines.open()
-        return partial(ranks.average_all, average=lines.average) if lines else ranks.average_all
+        return lines.average_all if lines else ranks.average_all
 
     def on_train_epoch_start(self) -> None:
         """Start an episode's clock and notes and set its learning rate."""
