@@ -54,6 +54,7 @@ def as_graph(
     compiled: Any = torch.compile(whole, **settings)
     if device.type != "cpu":
         return compiled
+    region = compiled._isolate_recompiles_id
     graph: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
@@ -62,9 +63,10 @@ def as_graph(
             return graph(*args)
         result = compiled(*args)
         # What was compiled, without the 35 us a call that it takes to see that it was.
-        (entry,) = entries_of(whole, compiled._isolate_recompiles_id)
-        graph = FunctionType(entry.code, whole.__globals__, closure=whole.__closure__)
-        return result
+        graph = compiled
+        for entry in entries_of(whole, region):
+            graph = FunctionType(entry.code, whole.__globals__, closure=whole.__closure__)
+        return result  # after it nothing may fail: an update is not to be taken twice
 
     return call
 
