@@ -195,7 +195,8 @@ class History(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         if trainer.is_global_zero:
-            interrupted = isinstance(exception, Interrupted | KeyboardInterrupt)
+            # A signal's, or what a caller's own handler raised.
+            interrupted = isinstance(exception, Interrupted) or not isinstance(exception, Exception)
             self.run.end_session("interrupted" if interrupted else "failed")
 
 
@@ -291,12 +292,11 @@ class Signals(pl.Callback):
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take the signals over, also from Lightning, whose SIGTERM handler exits with 0."""
+        """Take the signals over."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)  # Windows has no SIGHUP
             if signum is not None:
-                previous = signal.signal(signum, self._handle)
-                self._previous.setdefault(signum, previous)
+                self._previous[signum] = signal.signal(signum, self._handle)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -322,8 +322,6 @@ class Signals(pl.Callback):
             raise Interrupted(received, trainer.global_rank)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._previous:
-            self.install()
         self._agree(trainer)
         assert isinstance(pl_module, Agent)
         pl_module.between_segments = partial(self._agree, trainer)

@@ -540,7 +540,7 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
         own["plugins"] = [*own.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
     try:
         with _quiet():
-            return pl.Trainer(
+            trainer = pl.Trainer(
                 **given,
                 **own,
                 enable_checkpointing=bool(own["logger"]),
@@ -552,6 +552,9 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{given_trainer_flags(settings, agent)}: {reason}") from None
+    # Signals are those of `Signals` or the caller's; Lightning would end with exit code 0.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _prepare_run(
@@ -628,7 +631,6 @@ def _train(
 ) -> FitResult:
     learner, settings, done, target = plan.learner, plan.settings, plan.done, plan.target
     agent = type(learner).__name__
-    torch.set_num_threads(settings["threads"])
     site_days = plan.environment if isinstance(plan.environment, SiteDays) else None
     logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None)
     progress = ProgressLine(target, echo)
@@ -665,8 +667,9 @@ def _train(
         echo(f"Training {agent} for {_count(target)} (seed {seed}){several}")
     learner.train_on(plan.environment)
     learner.say = echo
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        with _quiet():
+        with _threads(settings["threads"]), _quiet():
             try:
                 trainer.fit(learner, ckpt_path=str(path) if path else None, weights_only=True)
             finally:
@@ -674,6 +677,9 @@ def _train(
     except BaseException as error:
         if not isinstance(error, Interrupted) and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGTERM)  # the ranks it has started wait for this one
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, on_interrupt)  # which Lightning ignores from then on
+            raise error.__context__ from None
         if isinstance(error, UserError | OSError | Interrupted) or not isinstance(error, Exception):
             raise
         if is_loss(error):
@@ -729,6 +735,17 @@ def site_description(environment: SiteDays) -> dict[str, Any]:
         "days": len(site.days),
         "held_out_days": int(site.held_out.sum()),
     }
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,15 @@
 
 import ast
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 
 import co2lightning
 from conftest import TINY
@@ -70,6 +74,41 @@ def check_use(names: dict[str, Any]) -> None:
     _, reward, *_, info = envs.step(actions)
     assert reward.shape == (64,)
     assert isinstance(info["co2_kg"], np.ndarray)
+
+
+class SignalInTheSecondEpisode(pl.Callback):
+    """Sends this process the signal `signum`."""
+
+    signum = signal.SIGINT
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            signal.raise_signal(self.signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_and_threads_are_the_callers(
+    small: None, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, raised: type
+) -> None:
+    """SIGINT as Python has it; SIGTERM as a caller may."""
+    monkeypatch.setattr(SignalInTheSecondEpisode, "signum", signum)
+    callback = {"class_path": f"{__name__}.SignalInTheSecondEpisode"}
+    before = signal.getsignal(signum), torch.get_num_threads()
+    mine = signal.default_int_handler if raised is KeyboardInterrupt else lambda *_: sys.exit(143)
+    signal.signal(signum, mine)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(raised) as caught:
+            co2lightning.fit({"config": "ppo.yaml", "trainer.callbacks": [callback]})
+        assert (signal.getsignal(signum), torch.get_num_threads()) == (mine, 3)
+    finally:
+        signal.signal(signum, before[0])
+        torch.set_num_threads(before[1])
+    assert getattr(caught.value, "code", 143) == 143
+    (session,) = co2lightning.TrainingCheckpoint("checkpoints/PPO").load_history()["trainings"]
+    assert (session["end_episode"], session["status"]) == (1, "interrupted")
 
 
 def test_what_a_type_checker_needs_is_there() -> None:
