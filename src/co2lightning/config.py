@@ -21,13 +21,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from co2lightning.agents import AGENTS, agent_class
 from co2lightning.env import make_environment
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 from co2lightning.networks import ACTIVATIONS
+from co2lightning.plain_yaml import parse_yaml
 
 Settings = dict[str, Any]
 
@@ -311,9 +311,7 @@ def read_recipe(name: str) -> tuple[str, Settings]:
     """
     path = find_recipe(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{name}: not a YAML file ({_first_line(error)})") from None
+        content = parse_yaml(path.read_bytes(), name, "ppo.yaml")
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
@@ -324,7 +322,7 @@ def read_recipe(name: str) -> tuple[str, Settings]:
     agent = content.pop("agent", None)
     if agent is None:
         raise UserError(f"{name}: agent is missing; name one of {', '.join(AGENTS)}")
-    return check_agent(agent, f"{name}: agent"), _flatten_dict(content)
+    return check_agent(agent, f"{name}: agent"), flatten(content, f"{name}: ")
 
 
 def find_recipe(name: str) -> Path:
@@ -462,23 +460,31 @@ def as_flag(key: str, value: Any) -> str:
     return f"--{key} {text}"
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
-
-
 def _flatten(namespace: Namespace) -> Settings:
-    return _flatten_dict(namespace.as_dict())
+    return flatten(namespace.as_dict(), "")
 
 
-def _flatten_dict(content: dict[Any, Any], prefix: str = "") -> Settings:
-    """Flatten the groups; what lies deeper, such as a strategy's own arguments, stays whole."""
+def flatten(content: dict[Any, Any], origin: str) -> Settings:
+    """Put groups under dotted keys; what lies deeper, such as a class's arguments, stays whole.
+
+    Raises:
+        UserError: A key is there twice, as `model.gamma` and within `model`, or a group is no
+            group; `origin` begins the message.
+    """
     flat: Settings = {}
     for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in GROUPS:
-            flat |= _flatten_dict(value, f"{name}.")
+        if key in GROUPS:
+            value = {} if value is None else value  # a group whose keys are all commented out
+            if not isinstance(value, dict):
+                hint = "; agent: PPO names the agent" if key == "model" else ""
+                raise UserError(f"{origin}{key} {show(value)}: must be a group of settings{hint}")
+            found = {f"{key}.{name}": inner for name, inner in value.items()}
         else:
-            flat[name] = _plain(value)
+            found = {str(key): value}
+        for name, inner in found.items():
+            if name in flat:
+                raise UserError(f"{origin}{show(name)}: is there twice; keep one")
+            flat[name] = _plain(inner)
     return flat
 
 

@@ -1,4 +1,4 @@
-"""The one exception that becomes exit code 2."""
+"""The one exception that becomes exit code 2, and how its message shows a value."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,12 @@ class UserError(ValueError):
 
     It names the flag, file, row, column or key and says what would be right.
     """
+
+
+def show(value: object) -> str:
+    """Write a value for a message: one line, short, whatever it is."""
+    try:
+        text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    except (ValueError, RecursionError):  # an integer too long to be written out
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -49,6 +49,7 @@ from co2lightning.config import (
     check_agent,
     check_settings,
     complete,
+    flatten,
     given_trainer_flags,
     instantiate_trainer_settings,
     read_recipe,
@@ -222,15 +223,10 @@ def fit(options: dict[str, Any]) -> dict[str, Any]:
     """
     given = dict(options)
     config = given.pop("config", None)
+    if isinstance(given.get("model"), str) and "agent" not in given:
+        given["agent"] = given.pop("model")
     agent = given.pop("agent", None)
-    if isinstance(given.get("model"), str):
-        agent = given.pop("model")
-    flat: Settings = {}
-    for key, value in given.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": v for inner, v in value.items()}
-        else:
-            flat[key] = value
+    flat = flatten(given, "fit: ")
     agent = which_agent(agent, config, flat.get("ckpt_path"))
     result = run_fit(check_settings(flat, agent, "fit"), agent=agent, config=config)
     return {**vars(result), "checkpoint": str(result.checkpoint) if result.checkpoint else None}

@@ -18,7 +18,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
+from co2lightning.plain_yaml import parse_yaml
 
 T = 96
 STEP_H = 0.25
@@ -217,15 +217,6 @@ def load_site(site: str | Path) -> Site:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _show(value: object) -> str:
-    """Write a value for a message: one line, short, whatever it is."""
-    try:
-        text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
-    except (ValueError, RecursionError):  # an integer too long to be written out
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _locate(site: str | Path, notes: list[str]) -> Path:
     text = str(site)
     shipped = shipped_sites()
@@ -240,7 +231,7 @@ def _locate(site: str | Path, notes: list[str]) -> Path:
         found = False
     if not found:
         raise UserError(
-            f"site {_show(text)}: no such folder and no shipped site; give a folder with "
+            f"site {show(text)}: no such folder and no shipped site; give a folder with "
             f"site.yaml, series.csv.gz and sessions.csv.gz, or one of {', '.join(shipped)}"
         )
     return directory.resolve()
@@ -252,7 +243,7 @@ def _read_bytes(path: Path, limit: int) -> bytes:
         if not path.is_file():
             what = "is not a regular file" if path.exists() else "is missing"
             raise UserError(
-                f"{path.name}: {what} in {_show(str(path.parent))}; a site folder holds "
+                f"{path.name}: {what} in {show(str(path.parent))}; a site folder holds "
                 "site.yaml, series.csv.gz and sessions.csv.gz"
             )
         with path.open("rb") as file:
@@ -339,7 +330,7 @@ class _Table:
                 raise UserError(f"{self.name}: column {column} is missing; {expected}")
         for i, column in enumerate(names):
             if column not in columns:
-                raise UserError(f"{self.name}: column {_show(column)} is unknown; {expected}")
+                raise UserError(f"{self.name}: column {show(column)} is unknown; {expected}")
             if column in names[:i]:
                 raise UserError(f"{self.name}: column {column} is there twice; {expected}")
 
@@ -347,7 +338,7 @@ class _Table:
         """Make the error for the cell of a data row; `index` 0 is line 2 of the file."""
         return UserError(
             f"{self.name}: row {index + 2}, column {column}: "
-            f"{_show(self.columns[column][index])} {problem}"
+            f"{show(self.columns[column][index])} {problem}"
         )
 
     def check(self, bad: NDArray[np.bool_], column: str, problem: str) -> None:
@@ -420,60 +411,6 @@ def _is_number(cell: str) -> bool:
 # --- site.yaml -----------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also refuses aliases, duplicate keys and deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise UserError(
-                f"site.yaml: line {mark.line + 1}: aliases (*name) are not read; write the value"
-            )
-        if self.depth > 5:
-            mark = self.peek_event().start_mark
-            raise UserError(f"site.yaml: line {mark.line + 1}: is nested too deep")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise UserError(
-                        f"site.yaml: line {key_node.start_mark.line + 1}: the key "
-                        f"{_show(key_node.value)} is there twice; keep one"
-                    )
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(data: bytes) -> object:
-    try:
-        loader = _Loader(data.decode("utf-8-sig"))
-        return loader.get_single_data()
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        raise UserError("site.yaml: is not UTF-8 text; save the file as UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(
-            f"site.yaml: {line}is not plain YAML ({_show(error.problem or 'syntax')}); write "
-            "`key: value` lines as in docs/site-format.md"
-        ) from error
-    except Exception as error:  # PyYAML fails in many ways on odd tags, dates and numbers
-        problem = _show(" ".join(str(error).split()) or type(error).__name__)
-        raise UserError(
-            f"site.yaml: is not plain YAML ({problem}); write `key: value` lines as in "
-            "docs/site-format.md"
-        ) from error
-
-
 def _number(
     low: float, high: float, above: bool = False, hint: str = ""
 ) -> Callable[[str, object], float]:
@@ -521,7 +458,7 @@ def _zone(key: str, value: object) -> str:
 
 
 def _config_error(key: str, value: object, right: str) -> UserError:
-    return UserError(f"site.yaml: {key}: {_show(value)} is not {right}")
+    return UserError(f"site.yaml: {key}: {show(value)} is not {right}")
 
 
 _BATTERY = {
@@ -618,11 +555,11 @@ def _mapping(path: str, value: object, checks: dict[str, _Check]) -> dict[str, A
     where = f"{path}: " if path else ""
     keys = f"the keys are {', '.join(checks)}"
     if not isinstance(value, dict):
-        raise UserError(f"site.yaml: {where}{_show(value)} is not a mapping; {keys}")
+        raise UserError(f"site.yaml: {where}{show(value)} is not a mapping; {keys}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in checks:
-            raise UserError(f"site.yaml: {prefix}{_show(key)} is unknown; {keys}")
+            raise UserError(f"site.yaml: {prefix}{show(key)} is unknown; {keys}")
     for key in checks:
         if key not in value:
             raise UserError(f"site.yaml: {prefix}{key} is missing; {keys}")
@@ -630,7 +567,7 @@ def _mapping(path: str, value: object, checks: dict[str, _Check]) -> dict[str, A
 
 
 def _read_config(data: bytes) -> dict[str, Any]:
-    return _mapping("", _parse_yaml(data), _SITE)
+    return _mapping("", parse_yaml(data, "site.yaml", "docs/site-format.md"), _SITE)
 
 
 def _held_out(
@@ -829,7 +766,7 @@ def _check_ids_and_types(table: _Table, sockets: tuple[SocketType, ...]) -> Ints
             raise table.error(
                 i,
                 "socket_type",
-                f"is not a socket type of site.yaml; right is one of {_show(right)}",
+                f"is not a socket type of site.yaml; right is one of {show(right)}",
             )
     return np.array([known[name] for name in types], dtype=np.int64)
 
@@ -848,7 +785,7 @@ def _note_cuts(
     if not used.any():
         raise UserError(
             f"{table.name}: none of the {table.n_rows} sessions lies on a complete day of the "
-            f"series; row 2 arrives {_show(table.columns['arrival'][0])}"
+            f"series; row 2 arrives {show(table.columns['arrival'][0])}"
         )
     outside = np.zeros(table.n_rows, dtype=np.bool_)
     outside[row[~inside]] = True

@@ -129,8 +129,21 @@ def test_no_recipe_and_no_agent(refused: Callable[..., None]) -> None:
 
 RECIPES = [
     (None, "no such file, here, in configs/ or among the packaged ones"),
-    ("agent: [", "mine.yaml: not a YAML file"),
-    ("\x00", "mine.yaml: not a YAML file"),
+    ("agent: [", "mine.yaml: line 1: is not plain YAML ("),
+    ("\x00", "mine.yaml: is not plain YAML ("),
+    ("agent: !!python/name:os.system\n", "mine.yaml: line 1: is not plain YAML ("),
+    ("agent: " + "[" * 5000, "mine.yaml: line 1: is nested too deep"),
+    ("agent: PPO\nmodel: {hidden: &a [8]}\nenv: *a\n", "line 3: aliases (*name) are not read"),
+    (
+        "agent: PPO\nmodel: {gamma: 0.5}\nepisodes: 1\nmodel: {gae_lambda: 0.5}\n",
+        "mine.yaml: line 4: the key model is there twice, first in line 2; keep one",
+    ),
+    ("agent: PPO\nmodel: {gamma: 0.5, gamma: 0.6}\n", "line 2: the key gamma is there twice;"),
+    (
+        "agent: PPO\ntrainer:\n  callbacks:\n  - class_path: a\n    class_path: b\n",
+        "line 5: the key class_path is there twice, first in line 4",
+    ),
+    ("agent: PPO\nmodel: {gamma: 0.5}\nmodel.gamma: 0.6\n", "model.gamma: is there twice; keep"),
     ("- a\n- b\n", "mine.yaml: a recipe holds keys such as"),
     ("episodes: 3\n", "mine.yaml: agent is missing; name one of"),
     ("agent: DQN\n", "mine.yaml: agent DQN: no such agent"),
@@ -139,7 +152,10 @@ RECIPES = [
     ("agent: PPO\nmodel: {gamma: 2}\n", "mine.yaml: model.gamma 2.0: must be at least 0"),
     ("agent: PPO\nmodel: {gamma: high}\n", "mine.yaml: model.gamma high: must be a number"),
     ("agent: PPO\nmodel: {gamma: null}\n", "mine.yaml: model.gamma null: must be a number"),
-    ("agent: PPO\nmodel: 3\n", "mine.yaml: model is not a setting"),
+    ("agent: PPO\nmodel: 3\n", "mine.yaml: model 3: must be a group of settings"),
+    ("model: SAC\n", "mine.yaml: agent is missing; name one of"),
+    ("agent: SAC\nmodel: SAC\n", "model SAC: must be a group of settings; agent: PPO names"),
+    ("agent: PPO\nmodel:\nenv: {num_envs: 0}\n", "mine.yaml: env.num_envs 0: must be at least"),
     ("agent: PPO\ntrainer: {max_epochs: 3}\n", "mine.yaml: trainer.max_epochs"),
     ("agent: PPO\nckpt_path: last\n", "ckpt_path is for the command line"),
 ]
@@ -245,6 +261,8 @@ def test_from_python(place: Path) -> None:
         ({"config": "ppo.yaml", "episodes": 0}, "fit: episodes 0: must be at least 1"),
         ({"model": "DQN"}, "DQN: no such agent"),
         ({}, "--config"),
+        ({"model": "SAC", "agent": "PPO"}, "fit: model SAC: must be a group of settings; agent"),
+        ({"model": {"gamma": 0.5}, "model.gamma": 0.6}, "fit: model.gamma: is there twice"),
     ):
         with pytest.raises(UserError, match=says):
             fit(options)

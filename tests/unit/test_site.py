@@ -604,7 +604,10 @@ HOSTILE = [
     ("[" * 5000, "site.yaml: line 1: is nested too deep"),
     ("a: " + "{b: " * 5000, "site.yaml: line 1: is nested too deep"),
     ("a:\n" + "".join(" " * i + "b:\n" for i in range(1, 300)), "is nested too deep"),
-    ("name: a\nname: b\n", "site.yaml: line 2: the key name is there twice; keep one"),
+    (
+        "name: a\nname: b\n",
+        "site.yaml: line 2: the key name is there twice, first in line 1; keep one",
+    ),
     ("seed: " + "9" * 10_000, "is not plain YAML (Exceeds the limit"),
     ("? 0x" + "f" * 20_000 + "\n: 1", "site.yaml: a huge int is unknown"),
     ("held_out: [2025-02-31]", "is not plain YAML (day is out of range for month"),
