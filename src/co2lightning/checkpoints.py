@@ -48,12 +48,13 @@ from co2lightning.ledger import (
 )
 from co2lightning.storage import Damaged, Locked
 
-__all__ = ["EPISODE_PATTERN", "Damaged", "Locked", "TrainingCheckpoint"]
+__all__ = ["EPISODE_PATTERN", "ROOM_IN_NAMES", "Damaged", "Locked", "TrainingCheckpoint"]
 
 COMPUTED = {  # what metadata.json has beyond the run's info
     *("last_episode", "total_episodes_trained", "last_training", "final_metrics"),
     *("best_episode", "device", "session_timestamp", "status"),
 }
+ROOM_IN_NAMES = 55  # bytes that an archive's name and its temporary ones add to a run's
 WRITE_INTERVAL = 1.0  # seconds the JSON files may be behind during a session
 
 
@@ -88,7 +89,7 @@ class TrainingCheckpoint:
             the episodes back to the best one.
 
     Raises:
-        UserError: `keep_last` is below 1.
+        UserError: `keep_last` is below 1, or the logs lie in the run directory or around it.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class TrainingCheckpoint:
             raise UserError(f"--checkpoints.keep_last {keep_last}: must be at least 1")
         self._directory = Path(directory)
         self._logs = None if logs is None else Path(logs)
+        if self._logs:
+            _check_apart(self._directory, self._logs)
         self._keep_last = keep_last
         self._locks: list[storage.FileLock] = []
         self._depth = 0
@@ -928,10 +931,25 @@ def _lock_path(place: Path) -> Path:
     return place.parent / f".{place.name}.lock"
 
 
+def _check_apart(directory: Path, logs: Path) -> None:
+    """Refuse logs that lie where the episodes do: archiving one would move the other."""
+    own, other = (Path(os.path.realpath(place)) for place in (directory, logs))
+    if own.is_relative_to(other) or other.is_relative_to(own):
+        raise UserError(
+            f"--checkpoints.dir {directory.parent} and --logs.dir {logs.parent}: a run's episodes "
+            f"would be in {directory}, its curves in {logs}; give another --logs.dir, such as "
+            "lightning_logs"
+        )
+
+
 def _local(path: str | Path) -> str:
     text = str(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # Path turns :// into :/
         raise UserError(f"{text}: a checkpoint is a local file, not a URL")
+    if Path(text).is_dir():
+        newest = max(_listing(Path(text)), default=1)
+        file = TrainingCheckpoint(text).path(newest)
+        raise UserError(f"{text}: a directory, not a file; give a file in it, such as {file}")
     return text
 
 

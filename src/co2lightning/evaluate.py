@@ -274,6 +274,8 @@ def main(argv: list[str]) -> int:
         help="of TensorBoard; the figures go there too [default: lightning_logs]",
     )
     arguments = parser.parse_args(argv)
+    own_logs = Path(arguments.logs) / arguments.name
+    TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run = open_run(arguments, "test")
     evaluation = evaluate(agent, site)
     if arguments.json:

@@ -41,7 +41,7 @@ from co2lightning.callbacks import (
     ProgressLine,
     Signals,
 )
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.checkpoints import ROOM_IN_NAMES, TrainingCheckpoint
 from co2lightning.config import (
     MAX_EPISODES,
     Settings,
@@ -244,7 +244,7 @@ def _checkpoint_file(ckpt_path: str | None) -> Path | None:
     if "://" in str(ckpt_path):
         raise UserError(f"--ckpt_path {ckpt_path}: only local files; copy it here first")
     path = Path(str(ckpt_path))
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise UserError(
             f"--ckpt_path {ckpt_path}: no such file; give last, or a file such as "
             "checkpoints/PPO/episode_0004.pt"
@@ -271,6 +271,12 @@ def _check_place(flag: str, directory: str, name: str) -> None:
             raise UserError(f"{flag} {directory}: {place} is not a directory; give another place")
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"{flag} {directory}: {place} cannot be written; give another place")
+        longest = os.pathconf(place, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        if (size := len(os.fsencode(name))) > longest - ROOM_IN_NAMES:
+            raise UserError(
+                f"--name {name}: {size} bytes; at most {longest - ROOM_IN_NAMES} leave room for "
+                "the names of its archives"
+            )
         return
 
 

@@ -606,6 +606,14 @@ def test_archive_moves_run_and_logs_and_overwrites_nothing(tmp_path: Path) -> No
     assert targets[0].parent == tmp_path / "checkpoints" / "archive"
 
 
+def test_logs_in_the_run_or_around_it_are_refused_also_behind_links(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "PPO")
+    for logs in ("PPO", "PPO/PPO", ".", "link", "link/x"):
+        with pytest.raises(UserError, match=r"give another --logs.dir"):
+            TrainingCheckpoint(tmp_path / "PPO", logs=tmp_path / logs)
+    TrainingCheckpoint(tmp_path / "PPO", logs=tmp_path / "PPO-2")
+
+
 def test_branch_archives_the_old_future_as_a_whole_run(tmp_path: Path) -> None:
     train(tmp_path, 4, replay=True)
     run = train(tmp_path, 6, replay=True)
