@@ -29,6 +29,7 @@ from co2lightning.agents.agent import Agent
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
 from co2lightning.replay import fewest_rows
+from co2lightning.terminal import acknowledge, take_signals
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
 _SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
@@ -289,14 +290,13 @@ class Signals(pl.Callback):
 
     def __init__(self) -> None:
         self.received = 0
+        self.speaks = False
         self._previous: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Take the signals over."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)  # Windows has no SIGHUP
-            if signum is not None:
-                self._previous[signum] = signal.signal(signum, self._handle)
+    def install(self, speaks: bool = True) -> None:
+        """Take the signals over; `speaks` says whether the first one is acknowledged by a line."""
+        self.speaks = speaks
+        self._previous = take_signals(self._handle)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -308,6 +308,8 @@ class Signals(pl.Callback):
         if self.received:
             os._exit(128 + signum)
         self.received = signum
+        if self.speaks:
+            acknowledge("Stopping after this segment; once more ends at once")
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from co2lightning.errors import UserError
+from co2lightning.terminal import prepare, say, take_signals, tell
 
 _HELP = """\
 usage: co2lightning COMMAND [options]
@@ -49,16 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a disk that fails.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    prepare()
     previous = _end_on_signal()
     try:
-        return _run(argv)
+        try:
+            return _run(argv)
+        finally:
+            say()  # what argparse has printed may not be out yet
     except UserError as error:
         return _fail(error, 2)
-    except BrokenPipeError:  # whoever read our lines has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
-        return _fail(_disk_line(error), 1)
+        return _fail(_disk_line(error, training=argv[:1] in (["fit"], ["fit-all"])), 1)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -68,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP, end="")
+        say(*_HELP.splitlines())
         return 0 if argv else 2
     if argv[0] == "--version":
         from co2lightning import __version__
 
-        print(f"co2lightning {__version__}")
+        say(f"co2lightning {__version__}")
         return 0
     command = _COMMANDS.get(argv[0])
     if command is None:
@@ -103,12 +105,11 @@ def _fit(argv: list[str]) -> int:
     if "ckpt_path" in given:
         flags["ckpt_path"] = given["ckpt_path"]
     signals = Signals()
-    signals.install()
     try:
-        run_fit(flags, agent=agent, config=recipe, signals=signals, echo=_echo)
+        run_fit(flags, agent=agent, config=recipe, signals=signals)
     except Interrupted as interrupted:
         if interrupted.exit_code:
-            _echo(f"Stopped by {interrupted}; --ckpt_path last continues")
+            tell(f"Stopped by {interrupted}; --ckpt_path last continues")
         return interrupted.exit_code
     finally:
         signals.restore()
@@ -146,31 +147,32 @@ def _importing() -> Generator[None]:
         gc.enable()
 
 
-def _echo(line: str) -> None:
-    print(line, flush=True)
-
-
 def _fail(what: object, code: int) -> int:
-    print(f"error: {' '.join(str(what).split())}", file=sys.stderr)
+    say(f"error: {' '.join(str(what).split())}", err=True)
     return code
 
 
-def _disk_line(error: OSError) -> str:
+def _disk_line(error: OSError, training: bool) -> str:
     line = str(error.strerror or error)
     if error.filename:
         line = f"{os.fsdecode(error.filename)}: {line}"
+    if not training:
+        return line
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{line}; the last whole episode is safe: make room, then --ckpt_path last continues"
     return f"{line}; what was saved before is safe, --ckpt_path last continues"
 
 
 def _end_on_signal() -> dict[int, Any]:
-    """Until training takes the signals over there is nothing to save: end at once."""
+    """Until training takes the signals over there is nothing to save: end at once.
+
+    By the system's own action, for a solver or an import in C does not look at Python's handlers.
+    The first process of a container has no such action.
+    """
 
     def end(signum: int, frame: FrameType | None) -> None:
         os._exit(128 + signum)
 
     if threading.current_thread() is not threading.main_thread():
         return {}
-    present = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    return {signum: signal.signal(signum, end) for signum in present if signum is not None}
+    return take_signals(end if os.getpid() == 1 else signal.SIG_DFL)

@@ -1,11 +1,17 @@
 """The one exception that becomes exit code 2, and how its message shows a value."""
 
+from co2lightning.terminal import clean
+
 
 class UserError(ValueError):
     """What was asked cannot be done; the message is the one line the user reads.
 
     It names the flag, file, row, column or key and says what would be right.
     """
+
+    def __init__(self, message: object) -> None:
+        # It may quote a stranger's file, and a traceback would print it as it is.
+        super().__init__(clean(" ".join(str(message).split())))
 
 
 def show(value: object) -> str:

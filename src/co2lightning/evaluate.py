@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -31,6 +29,7 @@ from co2lightning.physics import build_model
 from co2lightning.rules import RULES, Rule
 from co2lightning.schedule import Schedule, optimum_schedule, schedule
 from co2lightning.site import STEP_H, Floats, Site, T, load_site
+from co2lightning.terminal import say, show_tables
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
@@ -279,7 +278,7 @@ def main(argv: list[str]) -> int:
     agent, episode, site, path, run = open_run(arguments, "test")
     evaluation = evaluate(agent, site)
     if arguments.json:
-        print(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
+        say(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
     else:
         _print_table(evaluation, agent, episode)
     logs = Path(arguments.logs)
@@ -288,7 +287,7 @@ def main(argv: list[str]) -> int:
     broken = violations(evaluation)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        print(f"error: the optimum is no bound, a defect: {broken[0]}{more}", file=sys.stderr)
+        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
     return 1 if broken else 0
 
 
@@ -311,11 +310,11 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
         raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
     site = load_site(wanted)
     if site.sha256 != described.get("sha256"):
-        print(
+        say(
             f"Site {wanted} is not the one {arguments.name} was trained on "
             f"({described.get('name')}, sha256 {str(described.get('sha256'))[:12]}): its files "
             f"have sha256 {site.sha256[:12]}",
-            file=sys.stderr,
+            err=True,
         )
     return Trained(agent, int(checkpoint["episode"]), site, path, run)
 
@@ -365,7 +364,7 @@ def _read(
         raise UserError(f"{command} {run.name}: no episode in {run.directory}; {known}")
     newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
     if run.path(episode) != newest:
-        print(f"{newest} is damaged: this is episode {episode}", file=sys.stderr)
+        say(f"{newest} is damaged: this is episode {episode}", err=True)
     return checkpoint, run.path(episode)
 
 
@@ -394,7 +393,6 @@ def _action(agent: Agent) -> str:
 
 
 def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
@@ -423,9 +421,7 @@ def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
             f"{s.curtailed_kwh:.0f}",
             f"{s.peak_import_kw:.0f}",
         )
-    # A pipe has no width of its own; a table squeezed into 80 columns loses its numbers.
-    width = None if os.isatty(1) else 110
-    Console(width=width, markup=False, highlight=False).print(table)
+    show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
 
 
 def _plus_minus(mean: str, interval: float | None) -> str:

@@ -25,6 +25,7 @@ from co2lightning.networks import MLP
 from co2lightning.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
 from co2lightning.site import STEP_H, Site
 from co2lightning.storage import check_output, write_atomic
+from co2lightning.terminal import say
 
 if TYPE_CHECKING:
     import onnx
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     )
     onnx.checker.check_model(model, full_check=True)
     write_atomic(output, model.SerializeToString())
-    print(f"{type(agent).__name__} after episode {episode} in {arguments.output}")
+    say(f"{type(agent).__name__} after episode {episode} in {arguments.output}")
     return 0
 
 

@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from co2lightning.agents import AGENTS
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
 from co2lightning.history import Parser, convergence, runs_table, summarize
+from co2lightning.terminal import say, show_tables, take_signals, tell
 
 Row = dict[str, Any]
 
@@ -31,24 +31,18 @@ def main(argv: Sequence[str]) -> int:
     fleet = _Fleet(options.jobs)
     codes = fleet.run({agent: ["--model", agent, *passed_on] for agent in options.agents})
     if fleet.signum:
-        print("Stopped; fit-all --ckpt_path last continues", flush=True)
+        tell("Stopped; fit-all --ckpt_path last continues")
         return 128 + fleet.signum
     runs = [TrainingCheckpoint(options.directory / agent) for agent in options.agents]
-    show([summarize(run) for run in runs if run.episodes()])
+    rows = [summarize(run) for run in runs if run.episodes()]
+    show_tables(runs_table(rows), _convergence_table(rows), width=120)
     failed = {agent: code for agent, code in codes.items() if code}
     if failed:
         named = ", ".join(f"{agent} (exit code {code})" for agent, code in failed.items())
-        print(f"error: failed: {named}; the others are done", file=sys.stderr)
+        say(f"error: failed: {named}; the others are done", err=True)
         # One line each was already printed; 2 only where nothing at all could be done.
         return 2 if set(failed.values()) == {2} and len(failed) == len(codes) else 1
     return 0
-
-
-def show(runs: list[Row]) -> None:
-    """Print the summary and the convergence table."""
-    console = Console(width=None if os.isatty(1) else 120, markup=False, highlight=False)
-    console.print(runs_table(runs))
-    console.print(_convergence_table(runs))
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -102,11 +96,7 @@ class _Fleet:
 
     def run(self, commands: dict[str, list[str]]) -> dict[str, int]:
         """Run every command and return its exit code; a signal stops what has not begun."""
-        previous = {
-            getattr(signal, name): signal.signal(getattr(signal, name), self._pass_on)
-            for name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if hasattr(signal, name)
-        }
+        previous = take_signals(self._pass_on)
         width = max(len(name) for name in commands)
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
@@ -130,12 +120,14 @@ class _Fleet:
                 stderr=subprocess.STDOUT,
                 text=True,
                 encoding="utf-8",
+                errors="backslashreplace",
+                env={**os.environ, "PYTHONIOENCODING": "utf-8"},
             )
             self._living.add(process)
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                print(f"{label}  {line}", end="", flush=True)
+                tell(label + "  " + line.rstrip("\n"))
         code = process.wait()
         self._living.discard(process)
         return code

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from rich.console import Console
 from rich.table import Table
 
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.terminal import say, show_tables
 
 Row = dict[str, Any]
 
@@ -33,15 +32,12 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     runs = [summarize(run) for run in find_runs(options.name, options.directory)]
     if options.json:
-        print(json.dumps({"runs": runs}, indent=1))
+        say(*json.dumps({"runs": runs}, indent=1).split("\n"))
     elif not runs:
-        print(f"No runs in {options.directory}; co2lightning fit --config ppo.yaml starts one")
+        say(f"No runs in {options.directory}; co2lightning fit --config ppo.yaml starts one")
     else:
-        width = None if os.isatty(1) else 120
-        console = Console(width=width, markup=False, emoji=False, highlight=False)
-        console.print(runs_table(runs))
-        if options.name:
-            console.print(_sessions_table(runs[0]))
+        tables = [runs_table(runs), *([_sessions_table(runs[0])] if options.name else [])]
+        show_tables(*tables, width=120)
     return 0
 
 
@@ -62,12 +58,12 @@ def verify_main(argv: Sequence[str]) -> int:
         problems = run.verify()
         found = found or bool(problems)
         for problem in problems:
-            print(f"{run.name}: {problem}")
+            say(f"{run.name}: {problem}")
         if not problems:
             files = len(run.episodes())
-            print(f"{run.name}: ok, {files} checkpoint{'' if files == 1 else 's'}")
+            say(f"{run.name}: ok, {files} checkpoint{'' if files == 1 else 's'}")
         if left := run.leftovers():
-            print(
+            say(
                 f"{run.name}: the last session was cut off ({', '.join(left)}); "
                 "the next start puts that in order"
             )

@@ -5,7 +5,6 @@ Shapes: T = 96 steps, O features.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
@@ -24,6 +23,7 @@ from co2lightning.rules import RULES
 from co2lightning.schedule import Schedule, optimum_schedule, schedule
 from co2lightning.site import STEP_H, Floats, Site, T
 from co2lightning.storage import check_output, write_atomic
+from co2lightning.terminal import say
 
 COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
 
@@ -63,16 +63,16 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         raise UserError(f"--{error}") from None
     if not site.held_out[day]:
-        print(f"{site.days[day]} is a training day of {site.name}", file=sys.stderr)
+        say(f"{site.days[day]} is a training day of {site.name}", err=True)
     planned, seen = day_schedule(agent, site, day)
     text = schedule_csv(site, day, planned)
     if output is None:
-        print(text, end="")
+        say(*text.splitlines())
     else:
         write_atomic(output, text.encode())
     if observations is not None:
         write_atomic(observations, observations_csv(site, day, seen).encode())
-    print(_comparison(agent, episode, site, day, planned), file=sys.stderr)
+    say(_comparison(agent, episode, site, day, planned), err=True)
     return 0
 
 

@@ -59,6 +59,7 @@ from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
+from co2lightning.terminal import tell
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
@@ -121,7 +122,7 @@ def run_fit(
     agent: str | None = None,
     config: str | None = None,
     signals: Signals | None = None,
-    echo: Callable[[str], None] = print,
+    echo: Callable[[str], None] = tell,
 ) -> FitResult:
     """Train, from a new start or a checkpoint.
 
@@ -129,7 +130,7 @@ def run_fit(
         flags: What was asked for, under dotted keys; wins over the run and the recipe.
         agent: A2C, SAC or PPO; by default the recipe's or the checkpoint's.
         config: A recipe; by default the agent's own.
-        signals: Installed by the command line; None leaves signals alone.
+        signals: Installed before anything is written; None leaves signals alone.
         echo: Receives the lines for the user.
 
     Raises:
@@ -152,8 +153,9 @@ def run_fit(
     _check_place("--logs.dir", session["logs.dir"], name)
     # Once before the lock, so that a refusal changes nothing; once more in case files changed.
     plan = _plan(run, agent, config, recipe, flags, rank)
+    if signals:
+        signals.install(speaks=rank.number == 0)
     signals = signals or Signals()
-    signals.check()
     if rank.number:  # rank 0 prepares the run, writes and speaks; Lightning lets the others wait
         if plan.start and plan.target <= plan.done:
             return _nothing_to_do(run, plan)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from co2lightning import storage
 from co2lightning.errors import UserError
 from co2lightning.history import Parser, find_runs
+from co2lightning.terminal import say
 
 if TYPE_CHECKING:
     from co2lightning.report.collect import SiteResult
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     from co2lightning.report.collect import collect
     from co2lightning.report.page import render
 
-    results = collect(runs, options.site, _echo, _warn)
+    results = collect(runs, options.site, say, partial(say, err=True))
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, storage.now())
     files = {output: page}
@@ -58,12 +59,12 @@ def main(argv: Sequence[str]) -> int:
             storage.write_atomic(path, content, durable=False)
     except OSError as error:
         # Not by the command line's own words, which are about a training that was cut.
-        print(f"error: {error.filename}: {error.strerror}; nothing half written", file=sys.stderr)
+        say(f"error: {error.filename}: {error.strerror}; nothing half written", err=True)
         return 1
     if options.figures is not None:
-        _echo(f"{options.figures}: {len(files) // 2} figures, each as PNG and as PDF")
+        say(f"{options.figures}: {len(files) // 2} figures, each as PNG and as PDF")
     count = sum(len(result.runs) for result in results)
-    _echo(
+    say(
         f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
         f"{time.monotonic() - began:.0f} s; open it in a browser"
     )
@@ -123,13 +124,5 @@ def _check_bound(results: list[SiteResult]) -> int:
     ]
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        print(f"error: the optimum is no bound, a defect: {broken[0]}{more}", file=sys.stderr)
+        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
     return 1 if broken else 0
-
-
-def _echo(line: str) -> None:
-    print(line, flush=True)
-
-
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

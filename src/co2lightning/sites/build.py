@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from co2lightning.errors import UserError
 from co2lightning.site import STEP_H, Site, T, load_site
+from co2lightning.terminal import say
 
 SEED = 2025
 FIRST_DAY = date(2025, 1, 1)
@@ -370,9 +371,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines = build(args.output)
     except UserError as error:
-        print(error, file=sys.stderr)
+        say(str(error), err=True)
         return 2
-    print("\n".join(lines))
+    say(*lines)
     return 0
 
 
