@@ -337,6 +337,7 @@ class TrainingCheckpoint:
             try:
                 data, record = storage.read_sealed(path)
                 self._check(path, record, data, number, "replay", entry, None)
+                storage.check_content(path, data)
             except FileNotFoundError:
                 problems.append(f"replay/{path.name} is missing")
             except Damaged as error:

@@ -118,6 +118,8 @@ PIECES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", PIECES, ids=lambda value: str(value)[:40])
 def test_a_replay_piece(run: TrainingCheckpoint, command: Command, changes: dict[str, Any]) -> None:
     rewrite(run, run.replay_path(2), changes)
+    if isinstance(changes.get("rows"), Payload):
+        assert "replay/episode_0002.pt is damaged (names '" in run.verify()[0]
     before = tree(Path())
     outcome = resume(command)
     assert outcome.code == 2
