@@ -185,7 +185,7 @@ class TrainingCheckpoint:
         return _listing(self._directory)
 
     def pruned(self) -> list[int]:
-        """Return the episodes whose files `keep_last` deleted, ascending."""
+        """Return the episodes whose files `keep_last` or somebody deleted, ascending."""
         return [number for number, e in self._current().episodes.items() if e.pruned]
 
     def load_history(self) -> Row:
@@ -291,10 +291,8 @@ class TrainingCheckpoint:
             except Damaged as error:
                 problems.append(f"{path.name} is damaged ({error.reason})")
         ledger = self._current()
-        for number in range(1, ledger.last + 1):
-            entry = ledger.episodes.get(number)
-            if entry is None and number not in files:
-                problems.append(f"{self.path(number).name} is missing")
+        deleted = (n for n, e in ledger.episodes.items() if e.deleted and n not in files)
+        problems += [f"{self.path(number).name} is missing" for number in deleted]
         if stored and not running:
             lost = sorted(n for n in stored.kept() if n > ledger.last and n not in files)
             problems += [f"{self.path(n).name} is in history.json but missing" for n in lost]
@@ -318,11 +316,14 @@ class TrainingCheckpoint:
                 found.append("session not closed")
             if late := [n for n in self.episodes() if n not in stored.episodes]:
                 found.append(f"history.json {_plural(len(late), 'episode')} behind")
-        last = self._current().last
-        if self._stored_metadata().get("last_episode", last) < last:
+        ledger = self._current()
+        if self._stored_metadata().get("last_episode", ledger.last) < ledger.last:
             found.append("metadata.json behind")
-        if last + 1 in _listing(self._directory / "replay"):
+        pieces = _listing(self._directory / "replay")
+        if ledger.last + 1 in pieces:
             found.append("replay piece of the next episode")
+        if old := [n for n in pieces if n <= ledger.replay_pruned_to]:
+            found.append(f"{_plural(len(old), 'replay piece')} no longer needed")
         strays = [storage.stray(d) for d in (self._directory, self._directory / "replay")]
         if count := len([*itertools.chain(*strays), *self._staged()]):
             found.append(_plural(count, "temporary file"))
@@ -339,7 +340,8 @@ class TrainingCheckpoint:
                 self._check(path, record, data, number, "replay", entry, None)
                 storage.check_content(path, data)
             except FileNotFoundError:
-                problems.append(f"replay/{path.name} is missing")
+                if number > self._current().replay_pruned_to:  # else pruned while we looked
+                    problems.append(f"replay/{path.name} is missing")
             except Damaged as error:
                 problems.append(f"replay/{path.name} is damaged ({error.reason})")
         pieces = _listing(self._directory / "replay")
@@ -376,33 +378,42 @@ class TrainingCheckpoint:
             return []
         with self.lock():
             self._sweep()
-            newest_seen = next(reversed(self.episodes()), 0)
+            files = self.episodes()
+            try:
+                stored = self._stored_history()
+            except (FileNotFoundError, ValueError):
+                stored = Ledger("")
             damaged: list[Damaged] = []
             newest, _ = self._newest(damaged)
             messages = self._json_problems()
-            moved = [self._quarantine(error) for error in damaged]
             older: list[Damaged] = []
-            ledger = self._current(older)
-            moved = [self._quarantine(error) for error in older] + moved
-            for number in _listing(self._directory / "replay"):
-                if number > newest:  # of an episode whose own file was never written
-                    self.replay_path(number).unlink()
-            if moved:
-                end = (
-                    f"continuing after episode {newest}"
-                    if newest
-                    else "no good checkpoint is left, starting at episode 1"
-                )
-                lost = _plural(newest_seen - newest, "episode") + " lost, "
-                moved[-1] += f", {lost if newest_seen > newest else ''}{end}"
-            gaps = [n for n in range(1, newest) if n not in ledger.episodes]
-            if gaps:
-                names = ", ".join(self.path(n).name for n in gaps[:5])
-                more = f" and {len(gaps) - 5} more" if len(gaps) > 5 else ""
-                moved.append(f"{names}{more} missing, continuing after episode {newest}")
+            ledger = self._current(older, newest)
             ledger.close_dead()
-            if self._directory.exists():
+            # Written first: what is moved or deleted below is missed by nobody if we are killed.
+            if _filled(self._directory):
                 self._write(ledger, self._stored_run(ledger))
+            bad = {error.path for error in damaged}
+            for number in _listing(self._directory / "replay"):
+                # Of an episode whose own file was never written, or left by a cut pruning.
+                needless = number > newest or number <= ledger.replay_pruned_to
+                if needless and self.path(number) not in bad:
+                    self.replay_path(number).unlink()
+            moved = [self._quarantine(error) for error in (*older, *damaged)]
+            end = (
+                f"continuing after episode {newest}"
+                if newest
+                else "no good checkpoint is left, starting at episode 1"
+            )
+            if moved:
+                lost = max(files) - newest
+                moved[-1] += f", {_plural(lost, 'episode') + ' lost, ' if lost else ''}{end}"
+            marked = {n for n, e in stored.episodes.items() if e.deleted}
+            gone = [n for n, e in ledger.episodes.items() if e.deleted and n not in marked]
+            gone += [n for n in stored.kept() if n > newest and n not in files]
+            if gone:
+                names = ", ".join(self.path(n).name for n in gone[:5])
+                more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+                moved.append(f"{names}{more} missing, {end}")
             return moved + messages
 
     def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
@@ -433,7 +444,8 @@ class TrainingCheckpoint:
             best = ledger.best()
             self._best = (score(ledger.episodes[best].metrics), best) if best else None
             self._kept = dict.fromkeys(ledger.kept())
-            self._pruned_to = max((n for n, e in ledger.episodes.items() if e.pruned), default=0)
+            pruned = (n for n, e in ledger.episodes.items() if e.pruned and not e.deleted)
+            self._pruned_to = max(pruned, default=0)
             self._started = time.monotonic()
             self._directory.mkdir(parents=True, exist_ok=True)
             self._write(ledger, self._run)
@@ -636,7 +648,7 @@ class TrainingCheckpoint:
             if last not in ledger.episodes:
                 ledger.add(record, _file_row(other.path(last), record, _hash(data)))
             ledger.close_dead()
-            ledger.fill_pruned(last)
+            ledger.mark_missing(last, last)
             files = {self.path(last).name: source}
             for number in ledger.kept():
                 files.setdefault(self.path(number).name, other.path(number))
@@ -652,11 +664,11 @@ class TrainingCheckpoint:
     def _stored_history(self) -> Ledger:
         return parse_history(storage.read_json(self._directory / "history.json"))
 
-    def _current(self, damaged: list[Damaged] | None = None) -> Ledger:
+    def _current(self, damaged: list[Damaged] | None = None, last: int | None = None) -> Ledger:
         """Return history.json brought up to date from the files, or all of it from them.
 
         Only files that history does not know are read; bad ones are left out and appended to
-        `damaged`.
+        `damaged`. Of the files beyond `last` none is looked at.
         """
         if self._ledger is not None:
             return self._ledger
@@ -667,7 +679,8 @@ class TrainingCheckpoint:
         except (FileNotFoundError, ValueError):
             ledger = Ledger(self._stored_metadata().get("agent", self.name))
         agent = ledger.agent if ledger.episodes else None
-        files = self.episodes()  # listed after history was read: it may only be behind them
+        # Listed after history was read: it may only be behind them.
+        files = [n for n in self.episodes() if last is None or n <= last]
         records: dict[int, Row] = {}
         for number in files:
             if number in ledger.episodes and not ledger.episodes[number].pruned:
@@ -681,21 +694,16 @@ class TrainingCheckpoint:
                 records.pop(number, None)
                 if isinstance(error, Damaged) and damaged is not None:
                     damaged.append(error)
-        present = set(files)
-        gone = [n for n in ledger.kept() if n not in present]
-        newest = max((n for n in ledger.kept() if n in present), default=0)
+        gone = set(ledger.kept()).difference(files)
+        newest = max(set(ledger.kept()).difference(gone), default=0)
         ledger.trim(newest)
-        lost = {n: ledger.episodes.pop(n) for n in gone if n in ledger.episodes}
-        if len(ledger.episodes) < newest:
+        if newest in records or gone or len(ledger.episodes) < newest:
             record = records.get(newest) or self._record(newest)
-            limit = newest - 1 if record.get("keep_last") else record.get("pruned_to", 0)
-            ledger.replay_pruned_to = record.get("replay_pruned_to", 0)
-            for number, entry in lost.items():
-                if number <= limit:
-                    row = {**entry.file, "pruned": True}
-                    ledger.episodes[number] = Episode(entry.session, entry.metrics, row)
-            ledger.fill_pruned(limit)
-        ledger.episodes = dict(sorted(ledger.episodes.items()))
+            # Where `keep_last` is at work, a later file that is lost may have pruned this one.
+            pruned_to = newest - 1 if record.get("keep_last") else record.get("pruned_to", 0)
+            ledger.mark_missing(newest, pruned_to, gone)
+            replay_to = max(ledger.replay_pruned_to, record.get("replay_pruned_to", 0))
+            ledger.replay_pruned_to = min(replay_to, newest)
         ledger.sessions.sort(key=lambda session: session.start)
         self._guess_status(ledger, known, records)
         return ledger
@@ -884,7 +892,7 @@ class TrainingCheckpoint:
         place = self._directory / "damaged"
         place.mkdir(exist_ok=True)
         piece = self._directory / "replay" / error.path.name
-        for source, name in ((error.path, error.path.stem), (piece, f"replay_{piece.stem}")):
+        for source, name in ((piece, f"replay_{piece.stem}"), (error.path, error.path.stem)):
             if os.path.lexists(source):
                 os.rename(source, _free(place, name, ".pt"))
         storage.sync_directory(place)
@@ -938,8 +946,8 @@ def _check_apart(directory: Path, logs: Path) -> None:
     if own.is_relative_to(other) or other.is_relative_to(own):
         raise UserError(
             f"--checkpoints.dir {directory.parent} and --logs.dir {logs.parent}: a run's episodes "
-            f"would be in {directory}, its curves in {logs}; give another --logs.dir, such as "
-            "lightning_logs"
+            f"would be in {directory}, its curves in {logs}; give two directories apart, such as "
+            "checkpoints and lightning_logs"
         )
 
 
@@ -962,6 +970,11 @@ def _listing(directory: Path) -> list[int]:
     numbers = (int(m[1]) for m in map(EPISODE_PATTERN.fullmatch, names) if m)
     present = set(names)
     return sorted({n for n in numbers if n and f"episode_{n:04d}.pt" in present})
+
+
+def _filled(directory: Path) -> bool:
+    """Say whether anything stands in a directory; what a file system puts into it is nothing."""
+    return directory.is_dir() and any(name != "lost+found" for name in os.listdir(directory))
 
 
 def _free(place: Path, stem: str, suffix: str) -> Path:

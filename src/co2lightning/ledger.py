@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -55,7 +56,13 @@ class Episode:
 
     @property
     def pruned(self) -> bool:
+        """Whether its file is gone, by `keep_last` or by hand."""
         return bool(self.file.get("pruned"))
+
+    @property
+    def deleted(self) -> bool:
+        """Whether its file was deleted by hand; such an episode is marked as pruned, too."""
+        return bool(self.file.get("deleted"))
 
 
 @dataclass
@@ -102,13 +109,23 @@ class Ledger:
         session.duration = max(session.duration, found.duration)
         self.episodes[record["episode"]] = Episode(session, record["metrics"], file)
 
-    def fill_pruned(self, last: int) -> None:
-        """Add the episodes up to `last` that left no trace but were trained, as pruned."""
+    def mark_missing(self, last: int, pruned_to: int, gone: Collection[int] = ()) -> None:
+        """Mark the episodes up to `last` that were trained but have no file.
+
+        Args:
+            last: The newest episode that has one.
+            pruned_to: Up to here `keep_last` deleted the files, beyond it somebody by hand.
+            gone: The known ones whose files are missing; unknown ones are added.
+        """
         for number in range(1, last + 1):
             if number not in self.episodes:
                 row = {"file": f"episode_{number:04d}.pt", "sha256": None, "bytes": None}
-                session = self.session_of(number)
-                self.episodes[number] = Episode(session, None, row | {"pruned": True})
+                self.episodes[number] = Episode(self.session_of(number), None, row)
+            elif number not in gone:
+                continue
+            entry = self.episodes[number]
+            entry.file |= {"pruned": True} | ({"deleted": True} if number > pruned_to else {})
+            entry.text = None
         self.episodes = dict(sorted(self.episodes.items()))
 
     def trim(self, last: int) -> None:

@@ -224,6 +224,24 @@ def test_keep_last_changes_nothing_but_the_files_kept(
     assert len(list(run.directory.glob("replay/*.pt"))) == (3 if agent == "SAC" else 0)
 
 
+@pytest.mark.parametrize("agent", ["SAC"])
+def test_deleted_files_change_nothing_but_themselves(
+    fit: Fit, agent: str, expected: tuple[dict[str, Any], Any]
+) -> None:
+    """Their figures are in the history, their transitions in the replay."""
+    fit(agent, "--episodes", "5")
+    run = TrainingCheckpoint(f"checkpoints/{agent}")
+    for episode in range(1, 5):
+        run.path(episode).unlink()
+    fit(agent, "--total_episodes", str(N), "--ckpt_path", "last")
+    assert state(f"checkpoints/{agent}", episodes=run.episodes()).items() <= expected[0].items()
+    assert curves(agent) == expected[1]
+    assert [e["episode"] for s in run.load_history()["trainings"] for e in s["metrics"]] == list(
+        range(1, N + 1)
+    )
+    assert len(run.verify()) == 4
+
+
 def test_what_an_episode_of_sac_adds_to_the_disk_does_not_grow(
     straight: Callable[[str], Path],
 ) -> None:

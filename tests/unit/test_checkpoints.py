@@ -455,6 +455,57 @@ def test_a_missing_middle_episode_is_named(tmp_path: Path) -> None:
     assert run.verify() == ["episode_0002.pt is missing"]
 
 
+def test_figures_of_files_deleted_by_hand_are_kept(tmp_path: Path) -> None:
+    run = train(tmp_path, 6, replay=True, shares={n: 0.9 - n / 100 for n in range(1, 7)} | {2: 0.1})
+    before = run.load_history()["trainings"]
+    spare = run.path(3).read_bytes()
+    for episode in range(1, 5):
+        run.path(episode).unlink()
+    missing = [f"episode_000{n}.pt is missing" for n in range(1, 5)]
+    assert run.verify() == missing
+    names = ", ".join(line.split()[0] for line in missing)
+    assert run.recover() == [f"{names} missing, continuing after episode 6"]
+    assert run.recover() == [], "it is said once"
+    run = train(tmp_path, 1, replay=True)
+    assert run.verify() == missing
+    assert run.load_history()["trainings"][:1] == before
+    assert run.load_metadata()["best_episode"]["episode"] == 2
+    rows = run.load_history()["checkpoints"]
+    assert [(row.get("pruned"), row.get("deleted")) for row in rows] == [(True,) * 2] * 4 + [
+        (None, None)
+    ] * 3
+    assert [number for number, _ in run.load_replay(range(1, 8))] == list(range(1, 8))
+    assert_sums(run)
+    (run.directory / "history.json").unlink()
+    assert run.verify() == ["history.json is missing", *missing], "their pieces belong to them"
+    run.recover()
+    assert_sums(run)
+    run.path(3).write_bytes(spare)
+    assert run.verify() == [line for line in missing if "0003" not in line]
+    assert run.recover() == []
+    assert_sums(run)
+
+
+def test_deleted_newest_files_are_named_and_trained_again(tmp_path: Path) -> None:
+    run = train(tmp_path, 8, replay=True)
+    for episode in (2, 7, 8):
+        run.path(episode).unlink()
+    names = "episode_0002.pt, episode_0007.pt, episode_0008.pt"
+    assert run.recover() == [f"{names} missing, continuing after episode 6"]
+    run = train(tmp_path, 2, replay=True)
+    assert run.verify() == ["episode_0002.pt is missing"]
+    assert_sums(run)
+
+
+def test_what_keep_last_deletes_is_not_taken_for_deleted_by_hand(tmp_path: Path) -> None:
+    run = train(tmp_path, 6)
+    run.path(2).unlink()
+    run = train(tmp_path, 4, keep_last=2, shares={10: 0.1})
+    assert (run.episodes(), run.pruned()) == ([9, 10], list(range(1, 9)))
+    assert run.verify() == ["episode_0002.pt is missing"]
+    assert_sums(run)
+
+
 def test_verify_names_damage_in_the_middle_and_recover_leaves_it(tmp_path: Path) -> None:
     run = train(tmp_path, 4, replay=True)
     flip(run.path(2), 9000)
@@ -609,7 +660,7 @@ def test_archive_moves_run_and_logs_and_overwrites_nothing(tmp_path: Path) -> No
 def test_logs_in_the_run_or_around_it_are_refused_also_behind_links(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "PPO")
     for logs in ("PPO", "PPO/PPO", ".", "link", "link/x"):
-        with pytest.raises(UserError, match=r"give another --logs.dir"):
+        with pytest.raises(UserError, match=r"give two directories apart"):
             TrainingCheckpoint(tmp_path / "PPO", logs=tmp_path / logs)
     TrainingCheckpoint(tmp_path / "PPO", logs=tmp_path / "PPO-2")
 
