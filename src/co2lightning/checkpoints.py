@@ -101,8 +101,8 @@ class TrainingCheckpoint:
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise UserError(f"--checkpoints.keep_last {keep_last}: must be at least 1")
-        self._directory = Path(directory)
-        self._logs = None if logs is None else Path(logs)
+        self._directory = Path(storage.local("run", directory))
+        self._logs = None if logs is None else Path(storage.local("logs", logs))
         if self._logs:
             _check_apart(self._directory, self._logs)
         self._keep_last = keep_last
@@ -952,9 +952,7 @@ def _check_apart(directory: Path, logs: Path) -> None:
 
 
 def _local(path: str | Path) -> str:
-    text = str(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # Path turns :// into :/
-        raise UserError(f"{text}: a checkpoint is a local file, not a URL")
+    text = storage.local("checkpoint", path)
     if Path(text).is_dir():
         newest = max(_listing(Path(text)), default=1)
         file = TrainingCheckpoint(text).path(newest)

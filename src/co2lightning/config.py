@@ -13,6 +13,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -28,6 +29,7 @@ from co2lightning.env import make_environment
 from co2lightning.errors import UserError, show
 from co2lightning.networks import ACTIVATIONS
 from co2lightning.plain_yaml import parse_yaml
+from co2lightning.storage import local
 
 Settings = dict[str, Any]
 
@@ -127,6 +129,7 @@ _RANGES = {
     "trainer.num_nodes": _Range(1, 10_000),
 }
 _HIDDEN = _Range(1, 16_384)
+_PLACES = ("checkpoints.dir", "logs.dir")
 _CHOICES = {
     "model.action": ("direct", "correction"),
     "model.activation": tuple(ACTIVATIONS),
@@ -260,8 +263,7 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
         given = _flatten(parser.parse_args(arguments, defaults=False))
     except ArgumentError as error:
         raise UserError(_one_line(parser, str(error), "--")) from None
-    _check_values(given, parser, "--")
-    return given
+    return _checked(given, parser, "--")
 
 
 def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
@@ -276,8 +278,7 @@ def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
         given = _flatten(parser.parse_object(_nest(settings), defaults=False))
     except ArgumentError as error:
         raise UserError(_one_line(parser, str(error), prefix)) from None
-    _check_values(given, parser, prefix)
-    return given
+    return _checked(given, parser, prefix)
 
 
 def unknown_settings(settings: Iterable[str], agent: str) -> list[str]:
@@ -330,7 +331,7 @@ def find_recipe(name: str) -> Path:
     packaged = Path(str(resources.files("co2lightning"))) / "configs"
     if not packaged.is_dir():  # an editable install
         packaged = Path(__file__).parents[2] / "configs"
-    for path in (Path(name), Path("configs") / name, packaged / name):
+    for path in (Path(local("--config", name)), Path("configs") / name, packaged / name):
         if path.is_file():
             return path
     shipped = ", ".join(sorted(p.name for p in packaged.glob("*.yaml")))
@@ -386,8 +387,8 @@ def _closest(key: str, parser: ArgumentParser, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _check_values(settings: Settings, parser: ArgumentParser, prefix: str) -> None:
-    """Refuse values of the right type that make no sense."""
+def _checked(settings: Settings, parser: ArgumentParser, prefix: str) -> Settings:
+    """Refuse values of the right type that make no sense; return them with `~` expanded."""
     types_ = _typehints(parser)
     for key in settings:
         value: Any = settings[key]
@@ -409,6 +410,8 @@ def _check_values(settings: Settings, parser: ArgumentParser, prefix: str) -> No
                 raise UserError(f"{prefix}{key} {value}: must be a finite number")
             if key in _RANGES and value not in _RANGES[key]:
                 raise UserError(f"{prefix}{key} {value}: must be {_RANGES[key]}")
+    places = {key: local(prefix + key, settings[key]) for key in _PLACES if key in settings}
+    return {**settings, **places}
 
 
 def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:
@@ -489,7 +492,9 @@ def flatten(content: dict[Any, Any], origin: str) -> Settings:
 
 
 def _plain(value: Any) -> Any:
-    """Undo jsonargparse's own number types: a checkpoint holds plain data."""
+    """Return a value as plain data, which is all that a checkpoint holds."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     return float(value) if isinstance(value, float) else value

@@ -24,6 +24,7 @@ from co2lightning.agents import AGENTS, agent_class
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import SiteDays
 from co2lightning.errors import UserError
+from co2lightning.history import Parser, Place
 from co2lightning.observation import build_observer, observe
 from co2lightning.physics import build_model
 from co2lightning.rules import RULES, Rule
@@ -202,7 +203,7 @@ def violations(evaluation: Evaluation) -> list[str]:
 # --- the command ---------------------------------------------------------------------------------
 
 
-class RunParser(argparse.ArgumentParser):
+class RunParser(Parser):
     """Parses a command that uses one episode of a run; a mistake becomes a `UserError`.
 
     Args:
@@ -222,15 +223,12 @@ class RunParser(argparse.ArgumentParser):
         self.example = example
         self.add_argument("name", metavar="NAME", help="the run, such as PPO")
         self.add_argument(
-            "--ckpt_path", metavar="FILE", help="an episode file [default: the run's newest]"
+            "--ckpt_path",
+            action=Place,
+            metavar="FILE",
+            help="an episode file [default: the run's newest]",
         )
-        self.add_argument(
-            "--checkpoints.dir",
-            dest="checkpoints",
-            default="checkpoints",
-            metavar="DIR",
-            help="where the runs are [default: checkpoints]",
-        )
+        self.add_directory()
         self.add_argument(
             "--env.site",
             dest="site",
@@ -268,13 +266,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--logs.dir",
         dest="logs",
+        action=Place,
         default="lightning_logs",
         metavar="DIR",
         help="of TensorBoard; the figures go there too [default: lightning_logs]",
     )
     arguments = parser.parse_args(argv)
     own_logs = Path(arguments.logs) / arguments.name
-    TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name, logs=own_logs)  # or refuse
+    TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run = open_run(arguments, "test")
     evaluation = evaluate(agent, site)
     if arguments.json:
@@ -301,7 +300,7 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
     Raises:
         UserError: There is no such run, the file is no episode, the site cannot be read.
     """
-    run = TrainingCheckpoint(Path(arguments.checkpoints) / arguments.name)
+    run = TrainingCheckpoint(Path(arguments.directory) / arguments.name)
     checkpoint, path = _read(run, arguments.ckpt_path, command)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")

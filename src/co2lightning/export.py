@@ -21,6 +21,7 @@ from co2lightning.agents.agent import Agent
 from co2lightning.agents.sac import SAC
 from co2lightning.errors import UserError
 from co2lightning.evaluate import RunParser, open_run
+from co2lightning.history import Place
 from co2lightning.networks import MLP
 from co2lightning.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
 from co2lightning.site import STEP_H, Site
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
         "ranges are in the file's metadata.",
         "co2lightning export PPO --output policy.onnx",
     )
-    parser.add_argument("--output", metavar="FILE", required=True, help="where the policy goes")
+    parser.add_argument(
+        "--output", action=Place, metavar="FILE", required=True, help="where the policy goes"
+    )
     arguments = parser.parse_args(list(argv))
     try:
         import onnx

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if fleet.signum:
         tell("Stopped; fit-all --ckpt_path last continues")
         return 128 + fleet.signum
-    runs = [TrainingCheckpoint(options.directory / agent) for agent in options.agents]
+    runs = [TrainingCheckpoint(Path(options.directory) / agent) for agent in options.agents]
     rows = [summarize(run) for run in runs if run.episodes()]
     show_tables(runs_table(rows), _convergence_table(rows), width=120)
     failed = {agent: code for agent, code in codes.items() if code}
@@ -82,7 +83,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     ckpt_path = [b for a, b in itertools.pairwise(passed_on) if a == "--ckpt_path"]
     if any(path != "last" for path in ckpt_path):
         raise UserError(f"--ckpt_path {ckpt_path[0]}: fit-all takes last only; use fit for a file")
-    return options, [*passed_on, "--checkpoints.dir", str(options.directory)]
+    return options, [*passed_on, "--checkpoints.dir", options.directory]
 
 
 class _Fleet:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.storage import local
 from co2lightning.terminal import say, show_tables
 
 Row = dict[str, Any]
@@ -130,6 +131,19 @@ def _mean(metrics: list[Row], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+class Place(argparse.Action):
+    """Takes a file or directory of this machine's disks."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, local(str(option_string), values))
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `UserError` instead of printing its usage."""
 
@@ -141,8 +155,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--checkpoints.dir",
             dest="directory",
-            type=Path,
-            default=Path("checkpoints"),
+            action=Place,
+            default="checkpoints",
             metavar="DIR",
             help="where the runs are [default: checkpoints]",
         )
@@ -160,8 +174,9 @@ def _parser(command: str, description: str, example: str) -> argparse.ArgumentPa
     return parser
 
 
-def find_runs(name: str | None, directory: Path) -> list[TrainingCheckpoint]:
+def find_runs(name: str | None, place: str | Path) -> list[TrainingCheckpoint]:
     """Return the runs in a directory, by name."""
+    directory = Path(place)
     names = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
     runs = [TrainingCheckpoint(directory / n) for n in names if n[0] != "." and n != "archive"]
     runs = [run for run in runs if run.episodes() or run.load_history()["trainings"]]

@@ -17,6 +17,7 @@ from co2lightning.agents.agent import Agent
 from co2lightning.env import day_index
 from co2lightning.errors import UserError
 from co2lightning.evaluate import TITLES, RunParser, open_run
+from co2lightning.history import Place
 from co2lightning.observation import FEATURES, build_observer, observe
 from co2lightning.physics import SiteModel, State, build_model
 from co2lightning.rules import RULES
@@ -47,10 +48,14 @@ def main(argv: Sequence[str]) -> int:
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="where the CSV goes [default: standard output]"
+        "--output",
+        action=Place,
+        metavar="FILE",
+        help="where the CSV goes [default: standard output]",
     )
     parser.add_argument(
         "--observations",
+        action=Place,
         metavar="FILE",
         help="what the policy saw in these 96 steps, as CSV too: the input of an exported policy",
     )

@@ -59,6 +59,7 @@ from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
+from co2lightning.storage import local
 from co2lightning.terminal import tell
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
@@ -224,12 +225,11 @@ def fit(options: dict[str, Any]) -> dict[str, Any]:
         UserError: What was asked cannot be; nothing on disk was changed.
     """
     given = dict(options)
-    config = given.pop("config", None)
     if isinstance(given.get("model"), str) and "agent" not in given:
         given["agent"] = given.pop("model")
-    agent = given.pop("agent", None)
     flat = flatten(given, "fit: ")
-    agent = which_agent(agent, config, flat.get("ckpt_path"))
+    config = flat.pop("config", None)
+    agent = which_agent(flat.pop("agent", None), config, flat.get("ckpt_path"))
     result = run_fit(check_settings(flat, agent, "fit"), agent=agent, config=config)
     return {**vars(result), "checkpoint": str(result.checkpoint) if result.checkpoint else None}
 
@@ -243,9 +243,7 @@ def _recipe(agent: str, config: str) -> Settings:
 def _checkpoint_file(ckpt_path: str | None) -> Path | None:
     if ckpt_path in (None, "last"):
         return None
-    if "://" in str(ckpt_path):
-        raise UserError(f"--ckpt_path {ckpt_path}: only local files; copy it here first")
-    path = Path(str(ckpt_path))
+    path = Path(local("--ckpt_path", str(ckpt_path)))
     if not path.is_file() and not path.is_dir():
         raise UserError(
             f"--ckpt_path {ckpt_path}: no such file; give last, or a file such as "

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from co2lightning.errors import UserError, show
 from co2lightning.plain_yaml import parse_yaml
+from co2lightning.storage import local
 
 T = 96
 STEP_H = 0.25
@@ -224,7 +225,7 @@ def _locate(site: str | Path, notes: list[str]) -> Path:
         if Path(site).is_dir():
             notes.append(f"site {site}: read the shipped site; write ./{site} for the folder here")
         return _SHIPPED / site
-    directory = Path(site)
+    directory = Path(local("site", site))
     try:
         found = bool(text.strip()) and directory.is_dir()
     except (OSError, ValueError):  # too long, or a NUL byte

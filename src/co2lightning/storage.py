@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from co2lightning import tensor_zip
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 
 COMMENT = b"co2lightning "
 SEAL = b" sha256="
@@ -102,6 +102,24 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
     if durable:
         sync_directory(path.parent)
+
+
+def local(what: str, place: str | Path) -> str:
+    """Return a file's or directory's place, a `~` at its beginning expanded.
+
+    Raises:
+        UserError: It is on no disk of this machine; `what` names the flag.
+    """
+    text = str(place)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # Path turns :// into :/
+        raise UserError(f"{what} {show(text)}: only local files and directories, not a URL")
+    home = os.path.expanduser(text)
+    if os.path.normpath(home).startswith("~"):
+        raise UserError(
+            f"{what} {show(text)}: there is no such user; of a file of that name give the whole "
+            "path, from / on"
+        )
+    return home
 
 
 def check_output(flag: str, name: str | Path | None) -> Path | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from co2lightning import storage
 from co2lightning.errors import UserError
-from co2lightning.history import Parser, find_runs
+from co2lightning.history import Parser, Place, find_runs
 from co2lightning.terminal import say
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     output = storage.check_output("--output", options.output)
     assert output is not None
-    if options.figures is not None:
-        _writable_directory(options.figures)
+    figures = None if options.figures is None else Path(options.figures)
+    if figures:
+        _writable_directory(figures)
     names = list(dict.fromkeys(options.names))
     found = [find_runs(name, options.directory) for name in names or [None]]
     runs = [run for some in found for run in some]
@@ -49,10 +50,10 @@ def main(argv: Sequence[str]) -> int:
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, storage.now())
     files = {output: page}
-    if options.figures is not None:
+    if figures:
         from co2lightning.report.figures import draw
 
-        files |= {options.figures / file: data for file, data in draw(results).items()}
+        files |= {figures / file: data for file, data in draw(results).items()}
     try:
         for path, content in files.items():
             path.parent.mkdir(exist_ok=True)
@@ -61,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         # Not by the command line's own words, which are about a training that was cut.
         say(f"error: {error.filename}: {error.strerror}; nothing half written", err=True)
         return 1
-    if options.figures is not None:
-        say(f"{options.figures}: {len(files) // 2} figures, each as PNG and as PDF")
+    if figures:
+        say(f"{figures}: {len(files) // 2} figures, each as PNG and as PDF")
     count = sum(len(result.runs) for result in results)
     say(
         f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
@@ -82,14 +83,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
     parser.add_argument(
         "--output",
-        type=Path,
-        default=Path("report.html"),
+        action=Place,
+        default="report.html",
         metavar="FILE",
         help="the report [default: report.html]",
     )
     parser.add_argument(
         "--figures",
-        type=Path,
+        action=Place,
         metavar="DIR",
         help="also write the figures there, as PNG and as PDF for papers",
     )
