@@ -6,6 +6,7 @@ the checkpoint: a file on disk never knows of an episode its curves do not show.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -366,7 +367,8 @@ class ProgressLine(pl.Callback):
         self._task = self.live.add_task(
             "fit", total=self.total, completed=pl_module.episode - 1, figures=""
         )
-        self.live.start()
+        with contextlib.suppress(OSError):  # a terminal that was closed ends no training
+            self.live.start()
 
     def show(self, agent: Agent) -> None:
         """Show the episode an agent has just finished."""
@@ -384,7 +386,8 @@ class ProgressLine(pl.Callback):
 
     def _stop(self) -> None:
         if self.live:
-            self.live.stop()
+            with contextlib.suppress(OSError):
+                self.live.stop()
             self.live = None
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,22 @@ if sys.platform == "win32":
 
 PATIENCE = 120.0
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+ACKNOWLEDGED = "Stopping after this segment; once more ends at once\n"
 OTHER_DISK = "/dev/shm"  # nothing of a run may pass through $TMPDIR
 
 
-def child(place: str, words: list[str], hang: bool) -> None:
+def child(place: str, words: list[str], hang: bool, ignored: list[int]) -> None:
     """Be the command; with `hang`, one that never ends its first update."""
     os.chdir(place)
     if os.path.isdir(OTHER_DISK):
         os.environ["TMPDIR"] = OTHER_DISK
     for signum in SIGNALS:  # what the shell sees of a Python that has not begun yet
         signal.signal(signum, lambda signum, frame: os._exit(128 + signum))
+    for signum in ignored:  # as nohup does, and a shell's & in a script
+        signal.signal(signum, signal.SIG_IGN)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)  # which looks at what that is now
     from co2lightning.agents.agent import Agent
     from co2lightning.cli import main
 
@@ -107,10 +111,14 @@ class Trainer:
     def directory(self) -> str:
         return str(self.run.directory)
 
-    def start(self, *words: str, hang: bool = False) -> BaseProcess | Command:
+    def start(
+        self, *words: str, hang: bool = False, ignored: Sequence[int] = ()
+    ) -> BaseProcess | Command:
         tiny = ["fit", "--model", self.agent, "--env.num_envs", "4", *TINY[self.agent], *words]
         process = (
-            Command(self.place, tiny) if self.shell else fork(child, str(self.place), tiny, hang)
+            Command(self.place, tiny)
+            if self.shell
+            else fork(child, str(self.place), tiny, hang, list(ignored))
         )
         self.started.append(process)
         return process
@@ -256,7 +264,9 @@ def test_a_signal(trainer: Trainer, signum: int) -> None:
     assert (session["end_episode"], session["status"]) == (last, "interrupted")
     check_history(trainer.directory, last)
     out = (trainer.place / "out").read_text()
-    assert out.endswith(f"Stopped by {signal.Signals(signum).name}; --ckpt_path last continues\n")
+    stopped = f"Stopped by {signal.Signals(signum).name}; --ckpt_path last continues\n"
+    assert out.endswith(stopped)
+    assert out.count(ACKNOWLEDGED) == 1
     assert trainer.errors() == ""
 
 
@@ -268,10 +278,67 @@ def test_a_second_signal_ends_at_once(trainer: Trainer, signum: int) -> None:
     os.kill(process.pid, signal.SIGTERM)
     process.join(0.3)
     assert process.is_alive(), "the first signal waits for the segment's end"
+    assert trainer.read("out").endswith(ACKNOWLEDGED), "but it is acknowledged at once"
     os.kill(process.pid, signum)
     assert ended(process) == 128 + signum
     (session,) = trainer.run.load_history()["trainings"]
     assert session["episodes_count"] == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_it_was_started_to_ignore(trainer: Trainer, signum: signal.Signals) -> None:
+    process = trainer.start("--episodes", "5", ignored=[signum])
+    assert process.pid is not None
+    trainer.wait_for(process, "err")  # then it ignores them
+    while process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signum)
+        process.join(0.05)
+    assert process.exitcode == 0
+    check_history(trainer.directory, 5)
+    assert "Stop" not in trainer.read("out")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("words", [("fit", "--model", "PPO"), ("report",)], ids=" ".join)
+def test_a_signal_while_it_imports_ends_it_at_once(
+    place: Path, words: tuple[str, ...], signum: signal.Signals
+) -> None:
+    """By the system's own action, which a shell shows as 128 and the signal's number."""
+    (place / "checkpoints" / "PPO").mkdir(parents=True)
+    (place / "checkpoints" / "PPO" / "episode_0001.pt").touch()
+    command = Command(place, list(words))
+    while "libtorch" not in Path(f"/proc/{command.pid}/maps").read_text():
+        assert command.is_alive()
+        time.sleep(0.01)
+    os.kill(command.pid, signum)
+    assert ended(command) == -signum
+    assert (place / "err").read_text() == ""
+    assert {path.name for path in place.iterdir()} == {"checkpoints", "out", "err"}
+
+
+@pytest.mark.parametrize("stream", ["full", "reader", "terminal"])
+def test_training_outlives_whatever_its_lines_go_to(trainer: Trainer, stream: str) -> None:
+    out = trainer.place / "out"
+    if stream == "full":
+        out.symlink_to("/dev/full")
+    elif stream == "reader":
+        os.mkfifo(out)
+        reader = os.open(out, os.O_RDONLY | os.O_NONBLOCK)
+    else:
+        reader, terminal = os.openpty()
+        out.symlink_to(os.ttyname(terminal))
+    process = trainer.start("--episodes", "4", ignored=[signal.SIGHUP])
+    if stream != "full":
+        trainer.wait_for(process, "checkpoints/PPO/episode_0001.pt")
+        os.close(reader)
+    if stream == "terminal":
+        os.close(terminal)
+    assert ended(process) == 0, trainer.errors()
+    check_history(trainer.directory, 4)
+    full = "standard output: No space left on device; goes on, its further lines are lost\n"
+    assert trainer.errors() == (full if stream == "full" else "")
 
 
 @pytest.mark.slow
