@@ -17,7 +17,8 @@ class UserError(ValueError):
 def show(value: object) -> str:
     """Write a value for a message: one line, short, whatever it is."""
     try:
-        text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+        shown = isinstance(value, str) and value.isprintable() and value.strip()
+        text = str(value) if shown else repr(value)
     except (ValueError, RecursionError):  # an integer too long to be written out
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -308,6 +308,7 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
     site = load_site(wanted)
+    say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(
             f"Site {wanted} is not the one {arguments.name} was trained on "

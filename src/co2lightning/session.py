@@ -661,6 +661,8 @@ def _train(
             EpisodeCheckpoint(run, saved, pieces),
         ],
     )
+    for note in site_days.site.notes if site_days else ():
+        echo(note)
     several = f" on {_processes(plan.rank.world_size)}" if plan.rank.world_size > 1 else ""
     if path:
         echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done){several}")

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from co2lightning.errors import UserError, show
 from co2lightning.plain_yaml import parse_yaml
@@ -50,6 +50,8 @@ _MAX_STAY_DAYS = 7
 _MIN_WINDOW_STEPS = 2
 _WINDOW_SHARE = 0.98  # the largest share of what its window allows that a session may ask for
 _IMPLAUSIBLE_SHARE = 10.0  # beyond this the unit is wrong, not the stay short
+_MISTAKES_TOLD = 3  # of each kind so many rows, and so many kinds; the rest is counted
+_SITES_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -156,27 +158,43 @@ def shipped_sites() -> list[str]:
 
 
 def load_site(site: str | Path) -> Site:
-    """Read and check a site.
+    """Read and check a site, once a process as long as its files stay as they are.
 
     Args:
         site: A site folder, or the name of a shipped site such as `iquitos`. A bare name that is
             both means the shipped site; write `./iquitos` for the folder.
 
     Returns:
-        The site, with the sessions already admitted to sockets.
+        The site, with the sessions already admitted to sockets; its arrays cannot be written.
 
     Raises:
         UserError: The folder or a file is missing, or something in it is wrong.
     """
     notes: list[str] = []
     directory = _locate(site, notes)
-    yaml_bytes = _read_bytes(directory / "site.yaml", _MAX_YAML_BYTES)
-    series_name, series_bytes = _read_csv_bytes(directory, "series")
-    sessions_name, sessions_bytes = _read_csv_bytes(directory, "sessions")
-    digest = hashlib.sha256()
-    for data in (yaml_bytes, series_bytes, sessions_bytes):
-        digest.update(data)
+    files = {
+        "site.yaml": _read_bytes(directory / "site.yaml", _MAX_YAML_BYTES),
+        **_read_csv_bytes(directory, "series"),
+        **_read_csv_bytes(directory, "sessions"),
+    }
+    hashes = [(name, hashlib.sha256(data).digest()) for name, data in files.items()]
+    key = (directory, *notes, *hashes)
+    found = _sites.get(key)
+    if found is None:
+        found = _read_site(directory, files, notes)
+        for old in list(_sites)[: 1 - _SITES_KEPT]:
+            _sites.pop(old, None)
+        _sites[key] = found
+    return found
 
+
+_sites: dict[Hashable, Site] = {}
+"""The sites read last, by their files' content."""
+
+
+def _read_site(directory: Path, files: dict[str, bytes], notes: list[str]) -> Site:
+    """Make a site of the content of its three files."""
+    (_, yaml_bytes), (series_name, series_bytes), (sessions_name, sessions_bytes) = files.items()
     config = _read_config(yaml_bytes)
     zone = ZoneInfo(config["timezone"])
     clock = _Clock(zone)
@@ -200,10 +218,10 @@ def load_site(site: str | Path) -> Site:
     rows = first_rows[:, None] + np.arange(T)
     table = _Table(sessions_name, sessions_bytes, _SESSION_COLUMNS)
     sessions, turned_away = _read_sessions(table, config["sockets"], clock, calendar, kept, notes)
-    return Site(
+    site = Site(
         **{key: value for key, value in config.items() if key != "held_out"},
         directory=directory,
-        sha256=digest.hexdigest(),
+        sha256=hashlib.sha256(b"".join(files.values())).hexdigest(),
         days=days,
         held_out=_held_out(config["held_out"], days, series_name),
         pv_kw=values["pv_kw"][rows],
@@ -213,6 +231,10 @@ def load_site(site: str | Path) -> Site:
         turned_away=turned_away,
         notes=tuple(notes),
     )
+    for part in (*vars(site).values(), *vars(sessions).values()):
+        if isinstance(part, np.ndarray):
+            part.setflags(write=False)  # everybody who loads the site shares it
+    return site
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -235,7 +257,10 @@ def _locate(site: str | Path, notes: list[str]) -> Path:
             f"site {show(text)}: no such folder and no shipped site; give a folder with "
             f"site.yaml, series.csv.gz and sessions.csv.gz, or one of {', '.join(shipped)}"
         )
-    return directory.resolve()
+    directory = directory.resolve()
+    if directory.name in shipped and directory.parent != _SHIPPED.resolve():
+        notes.append(f"site {show(text)}: read the folder, not the shipped site {directory.name}")
+    return directory
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
@@ -256,13 +281,13 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def _read_csv_bytes(directory: Path, stem: str) -> tuple[str, bytes]:
+def _read_csv_bytes(directory: Path, stem: str) -> dict[str, bytes]:
     """Find `stem.csv.gz` or `stem.csv` and return its name and its bytes as they lie there."""
     packed, plain = directory / f"{stem}.csv.gz", directory / f"{stem}.csv"
     if packed.exists() and plain.exists():
         raise UserError(f"{packed.name}: {plain.name} is there too; keep only one of them")
     path = plain if plain.exists() else packed
-    return path.name, _read_bytes(path, _MAX_CSV_BYTES)
+    return {path.name: _read_bytes(path, _MAX_CSV_BYTES)}
 
 
 def _unpack(name: str, data: bytes) -> str:
@@ -291,7 +316,7 @@ def _unpack(name: str, data: bytes) -> str:
 
 
 class _Table:
-    """A CSV file as columns of text; knows how to name a cell in a message."""
+    """A CSV file as columns of text; collects what is wrong with its cells."""
 
     def __init__(self, name: str, data: bytes, columns: tuple[str, ...]) -> None:
         self.name = name
@@ -320,6 +345,7 @@ class _Table:
             raise UserError(f"{name}: has no rows; line 1 is the header {','.join(columns)}")
         self.columns = {cells[i].strip(): cells[width + i :: width] for i in range(width)}
         self.n_rows = n_rows
+        self._mistakes: list[tuple[str, str]] = []  # of each kind: in full, and in short
 
     def _check_header(self, header: list[str], columns: tuple[str, ...]) -> None:
         names = [h.strip() for h in header]
@@ -335,40 +361,55 @@ class _Table:
             if column in names[:i]:
                 raise UserError(f"{self.name}: column {column} is there twice; {expected}")
 
-    def error(self, index: int, column: str, problem: str) -> UserError:
-        """Make the error for the cell of a data row; `index` 0 is line 2 of the file."""
-        return UserError(
-            f"{self.name}: row {index + 2}, column {column}: "
-            f"{show(self.columns[column][index])} {problem}"
-        )
+    def check(self, bad: ArrayLike, column: str, problem: str | Callable[[int], str]) -> None:
+        """Note the rows where `bad` holds as one kind of mistake; `finish` tells of them.
 
-    def check(self, bad: NDArray[np.bool_], column: str, problem: str) -> None:
-        """Raise for the first row where `bad` holds."""
-        if bad.any():
-            raise self.error(int(np.argmax(bad)), column, problem)
+        Args:
+            bad: Of each row; row 0 is line 2 of the file.
+            column: Where the mistake is.
+            problem: What is wrong and what would be right; or a function of the row that says so.
+        """
+        rows = np.flatnonzero(bad).tolist()
+        if not rows:
+            return
+        first, count = rows[0], len(rows)
+        words = problem if isinstance(problem, str) else problem(first)
+        cell = show(self.columns[column][first])
+        told = f"row {first + 2}, column {column}: {cell} {words}"
+        if count > 1:
+            named = ", ".join(str(row + 2) for row in rows[:_MISTAKES_TOLD])
+            told += f" ({count} such rows: {named}{', ...' if count > _MISTAKES_TOLD else ''})"
+        self._mistakes.append((told, f"{count} x {column} {words.partition(';')[0]}"))
+
+    def finish(self) -> None:
+        """Raise for all mistakes that were noted, if there are any."""
+        if self._mistakes:
+            told = [in_full for in_full, _ in self._mistakes[:_MISTAKES_TOLD]]
+            told += [in_short for _, in_short in self._mistakes[_MISTAKES_TOLD:]]
+            raise UserError(f"{self.name}: {' | '.join(told)}")
 
     def numbers(self, column: str) -> Floats:
-        """Read a column of finite numbers."""
+        """Read a column of finite numbers; NaN where a cell is none, which is noted."""
+        wrong = self._check_cells(column, _why_no_number)
         cells = self.columns[column]
-        try:
-            values = np.array([float(c) for c in cells])
-        except ValueError:
-            bad = next(i for i, c in enumerate(cells) if not _is_number(c))
-            hint = "write the decimal point as a point" if "," in cells[bad] else "write 12.5"
-            raise self.error(bad, column, f"is not a number; {hint}") from None
-        self.check(~np.isfinite(values), column, "is not a finite number; every cell needs one")
-        if any("_" in c for c in cells):
-            bad = next(i for i, c in enumerate(cells) if "_" in c)
-            raise self.error(bad, column, "is not a number; write it without _")
-        return values
+        return np.array([math.nan if cell in wrong else float(cell) for cell in cells])
 
-    def times(self, column: str, clock: _Clock) -> Ints:
-        """Read a column of local times with UTC offset, as seconds since 1970 UTC."""
+    def times(self, column: str, clock: _Clock) -> Floats:
+        """Read a column of local times with UTC offset, as seconds since 1970 UTC.
+
+        NaN where a cell is none, which is noted.
+        """
+        self._check_cells(column, clock.read)
+        return np.array([clock.seconds.get(cell, math.nan) for cell in self.columns[column]])
+
+    def _check_cells(self, column: str, read: Callable[[str], str | None]) -> dict[str, str]:
+        """Note the cells with which `read` finds something wrong, and return what it says."""
         cells = self.columns[column]
-        for cell in dict.fromkeys(cells):
-            if problem := clock.read(cell):
-                raise self.error(cells.index(cell), column, problem)
-        return np.array([clock.seconds[c] for c in cells], dtype=np.int64)
+        wrong = {cell: why for cell in dict.fromkeys(cells) if (why := read(cell))}
+        kinds = {cell: why.partition(";")[0] for cell, why in wrong.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            self.check([kinds.get(c) == kind for c in cells], column, lambda i: wrong[cells[i]])
+        return wrong
 
 
 class _Clock:
@@ -382,6 +423,8 @@ class _Clock:
         """Put the instant of `text` in `seconds`, or return what is wrong with it."""
         if text in self.seconds:
             return None
+        if not text.strip():
+            return "is empty; write 2025-01-31T06:15-05:00"
         try:
             when = datetime.fromisoformat(text)
         except ValueError:
@@ -401,12 +444,17 @@ class _Clock:
         return None
 
 
-def _is_number(cell: str) -> bool:
+def _why_no_number(cell: str) -> str | None:
+    if not cell.strip():
+        return "is empty; write 12.5"
+    if "_" in cell:
+        return "is not a number; write it without _"
     try:
-        float(cell)
+        finite = math.isfinite(float(cell))
     except ValueError:
-        return False
-    return True
+        hint = "write the decimal point as a point" if "," in cell else "write 12.5"
+        return f"is not a number; {hint}"
+    return None if finite else "is not a finite number; every cell needs one"
 
 
 # --- site.yaml -----------------------------------------------------------------------------------
@@ -604,21 +652,8 @@ def _read_series(
 ) -> tuple[Ints, dict[str, Floats]]:
     """Read and check the series; returns times [rows] in seconds and each column [rows]."""
     times_s = table.times("time", clock)
-    table.check(times_s % _STEP_S != 0, "time", "is not on the 15-min grid (:00, :15, :30, :45)")
-    steps = np.diff(times_s, prepend=times_s[0] - _STEP_S)
-    wrong = np.flatnonzero(steps != _STEP_S)
-    if len(wrong):
-        i = int(wrong[0])
-        before = table.columns["time"][i - 1]
-        if steps[i] > 0:
-            missing = int(steps[i]) // _STEP_S - 1
-            problem = f"comes after a gap: {missing} rows are missing after {before}"
-        elif steps[i] == 0:
-            problem = "is there twice; keep one row for each 15 min"
-        else:
-            problem = f"is earlier than the row before ({before}); sort the rows by time"
-        raise table.error(i, "time", problem)
-
+    if not np.isnan(times_s).any():
+        _check_steps(table, times_s)
     values = {column: table.numbers(column) for column in _SERIES_COLUMNS[1:]}
     pv, load, carbon = values.values()
     table.check(pv < 0, "pv_kw", "is negative; PV power is 0 kW or more")
@@ -640,9 +675,40 @@ def _read_series(
     table.check(
         carbon > 2,
         "carbon_kg_per_kwh",
-        "is more than 2 kg/kWh; is it g/kWh? then divide it by 1000",
+        "is more than 2 kg/kWh; divide g/kWh or kg/MWh by 1000, multiply lb/MWh by 0.000454",
     )
-    return times_s, values
+    table.finish()
+    return times_s.astype(np.int64), values
+
+
+def _check_steps(table: _Table, times_s: Floats) -> None:
+    """Note rows that do not come every 15 min; one that is out of order is enough to know."""
+    steps = np.diff(times_s, prepend=times_s[0] - _STEP_S)
+    usual_s = float(np.median(steps[1:])) if len(steps) > 1 else _STEP_S
+    grid = "hourly" if usual_s == 3600 else f"every {usual_s / 60:g} min"
+    off = times_s % _STEP_S != 0
+    if off.any():
+        finer = f"; the data are {grid}: average them over 15 min" if 0 < usual_s < _STEP_S else ""
+        table.check(off, "time", f"is not on the 15-min grid (:00, :15, :30, :45){finer}")
+        return
+    wrong = np.flatnonzero(steps != _STEP_S)
+    if not len(wrong):
+        return
+    first = int(wrong[0])
+    before = table.columns["time"][first - 1]
+    if steps[first] > 0:
+        problem = (
+            f"comes after a gap: {steps[first] / _STEP_S - 1:.0f} rows are missing after {before}"
+        )
+        if usual_s > _STEP_S:
+            problem += f"; the data are {grid}: repeat each row until there is one every 15 min"
+        table.check(steps > _STEP_S, "time", problem)
+    elif steps[first] == 0:
+        table.check(steps == 0, "time", "is there twice; keep one row for each 15 min")
+    else:
+        table.check(
+            steps < 0, "time", f"is earlier than the row before ({before}); sort the rows by time"
+        )
 
 
 class _Calendar:
@@ -683,27 +749,31 @@ def _read_sessions(
         The admitted sessions, and the number of vehicles turned away on each kept day.
     """
     kind = _check_ids_and_types(table, sockets)
-    arrival_s, departure_s = table.times("arrival", clock), table.times("departure", clock)
+    arrives, departs = table.times("arrival", clock), table.times("departure", clock)
+    stay_s = departs - arrives
+    table.check(stay_s <= 0, "departure", "is not after the arrival; the vehicle must stay")
     table.check(
-        departure_s <= arrival_s, "departure", "is not after the arrival; the vehicle must stay"
-    )
-    table.check(
-        departure_s - arrival_s > _MAX_STAY_DAYS * 86_400,
+        stay_s > _MAX_STAY_DAYS * 86_400,
         "departure",
         f"is more than {_MAX_STAY_DAYS} days after the arrival; one row is one stay",
     )
     energy_kwh, own_kw = table.numbers("energy_kwh"), table.numbers("max_kw")
     table.check(energy_kwh <= 0, "energy_kwh", "is not above 0 kWh; leave out who needs nothing")
+    max_kw = np.minimum(own_kw, np.array([s.max_kw for s in sockets])[kind])
+    stay_steps = -(-departs // _STEP_S) - arrives // _STEP_S
+    stay_kwh = max_kw * STEP_H * np.maximum(stay_steps, _MIN_WINDOW_STEPS)
+    table.check(
+        (energy_kwh > _IMPLAUSIBLE_SHARE * stay_kwh) & (stay_s > 0) & (max_kw > 0) & (kind >= 0),
+        "energy_kwh",
+        lambda i: (
+            f"cannot be charged in this stay, which allows {stay_kwh[i]:.1f} kWh at "
+            f"{max_kw[i]:g} kW; energy is in kWh, not Wh"
+        ),
+    )
     table.check(own_kw <= 0, "max_kw", "is not above 0 kW")
     table.check(own_kw > 1000, "max_kw", "is more than 1000 kW; charging power is in kW, not W")
-    max_kw = np.minimum(own_kw, np.array([s.max_kw for s in sockets])[kind])
-    stay_steps = -(-departure_s // _STEP_S) - arrival_s // _STEP_S
-    stay_kwh = max_kw * STEP_H * np.maximum(stay_steps, _MIN_WINDOW_STEPS)
-    absurd = energy_kwh > _IMPLAUSIBLE_SHARE * stay_kwh
-    if absurd.any():
-        i = int(np.argmax(absurd))
-        problem = f"cannot be charged in this stay, which allows {stay_kwh[i]:.1f} kWh at "
-        raise table.error(i, "energy_kwh", problem + f"{max_kw[i]:g} kW; energy is in kWh, not Wh")
+    table.finish()
+    arrival_s, departure_s = arrives.astype(np.int64), departs.astype(np.int64)
 
     # Cut at midnight: one piece for each calendar day that a stay touches, energy split by time.
     bounds = np.append(calendar.starts_s, calendar.ends_s[-1])
@@ -738,6 +808,12 @@ def _read_sessions(
     arrival_step, departure_step = arrival_step[order], departure_step[order]
     socket = _admit(day, kind[row], arrival_step, departure_step, sockets)
     admitted = socket >= 0
+    if not admitted.all():
+        turned = np.unique(row[~admitted])
+        notes.append(
+            f"{table.name}: {len(turned)} of {table.n_rows} sessions found no free socket of their "
+            f"type and were turned away (the first: row {turned[0] + 2})"
+        )
     sessions = Sessions(
         day=day[admitted],
         socket=socket[admitted],
@@ -750,26 +826,24 @@ def _read_sessions(
 
 
 def _check_ids_and_types(table: _Table, sockets: tuple[SocketType, ...]) -> Ints:
-    """Check session ids and return the socket type index of each row."""
+    """Check session ids and return the socket type index of each row, -1 if there is no such."""
     ids, types = table.columns["session_id"], table.columns["socket_type"]
-    seen: dict[str, int] = {}
-    for i, session_id in enumerate(ids):
-        if not session_id.strip():
-            raise table.error(i, "session_id", "is empty; every session has its own id")
-        if seen.setdefault(session_id, i) != i:
-            raise table.error(
-                i, "session_id", f"is already in row {seen[session_id] + 2}; ids differ"
-            )
+    empty = [not session_id.strip() for session_id in ids]
+    table.check(empty, "session_id", "is empty; every session has its own id")
+    first: dict[str, int] = {}
+    again = [first.setdefault(session_id, i) != i for i, session_id in enumerate(ids)]
+    table.check(
+        np.array(again) & ~np.array(empty),
+        "session_id",
+        lambda i: f"is already in row {first[ids[i]] + 2}; ids differ",
+    )
     known = {s.name: k for k, s in enumerate(sockets)}
-    for i, name in enumerate(types):
-        if name not in known:
-            right = ", ".join(known)
-            raise table.error(
-                i,
-                "socket_type",
-                f"is not a socket type of site.yaml; right is one of {show(right)}",
-            )
-    return np.array([known[name] for name in types], dtype=np.int64)
+    kind = np.array([known.get(name, -1) for name in types], dtype=np.int64)
+    right = show(", ".join(known))
+    table.check(
+        kind < 0, "socket_type", f"is not a socket type of site.yaml; right is one of {right}"
+    )
+    return kind
 
 
 def _note_cuts(

@@ -297,6 +297,38 @@ def test_another_site_is_told(report: Callable[..., Outcome], tmp_path: Path) ->
     assert "PPO was trained on village" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("command", ["test", "predict", "report"])
+def test_what_a_sites_reader_left_out_is_told_once(
+    report: Callable[..., Outcome],
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torn = write_site(tmp_path / "torn")
+    series = (torn / "series.csv").read_text().splitlines()
+    (torn / "series.csv").write_text("\n".join(series[:-1]) + "\n")
+    (torn / "site.yaml").write_text((torn / "site.yaml").read_text().replace("name: v", "name: V"))
+    with (torn / "sessions.csv").open("a") as file:
+        for i in range(4):
+            file.write(f"night-{i},moto,2025-03-02T23:00:00Z,2025-03-03T01:00:00Z,16,4\n")
+    words = ["--output", str(tmp_path / "report.html")] if command == "report" else []
+    assert main([command, "PPO", "--env.site", str(torn), *words]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if ".csv: " in line]
+    prefix = "Village: " if command == "report" else ""  # which may show several sites
+    assert told == [
+        prefix + "series.csv: 1 of 6 days left out because they do not have 96 steps (the first: "
+        "2025-03-06)",
+        prefix + "sessions.csv: 4 of 22 sessions cross midnight and were cut there, their energy "
+        "split by time",
+        prefix + "sessions.csv: 3 of 22 sessions lie wholly or partly outside the series or on a "
+        "day left out; that part was dropped (the first: row 17)",
+        prefix + "sessions.csv: 4 of 22 sessions ask for more than 98 % of what their stay allows "
+        "and were clipped to that (the first: row 20)",
+        prefix + "sessions.csv: 1 of 22 sessions found no free socket of their type and were "
+        "turned away (the first: row 23)",
+    ]
+
+
 def test_runs_without_co2_are_left_out_with_a_line(
     report: Callable[..., Outcome], place: Path, tmp_path: Path
 ) -> None:

@@ -148,7 +148,11 @@ def test_shipped_sites_are_found_by_name() -> None:
     assert merit.sha256 != flat.sha256
     for site in (merit, flat):
         assert len(site.days) == 365
-        assert site.notes == ()
+        turned_away = int(site.turned_away.sum())
+        assert site.notes == (
+            f"sessions.csv.gz: {turned_away} of {turned_away + len(site.sessions.day)} sessions "
+            "found no free socket of their type and were turned away (the first: row 418)",
+        )
         assert site.n_sockets == 128
         assert site.held_out_days.tolist() == list(range(5, 365, 6))
         assert site.carbon_kg_per_kwh.mean() == pytest.approx(0.4521, abs=1e-6)
@@ -157,6 +161,20 @@ def test_shipped_sites_are_found_by_name() -> None:
         assert site.sessions.energy_kwh.sum() / 365 == pytest.approx(970, rel=0.01)
     assert np.ptp(flat.carbon_kg_per_kwh) == 0
     assert merit.carbon_kg_per_kwh[0].argmax() in range(73, 89)  # the evening peak
+
+
+def test_a_site_is_read_once_until_a_file_changes(folder: Folder) -> None:
+    first = folder.load()
+    assert load_site(folder.path) is first
+    stat = (folder.path / "series.csv.gz").stat()
+    folder.series[7] = folder.series[7].replace("30,0.45", "31,0.45")
+    second = folder.load()
+    os.utime(folder.path / "series.csv.gz", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_site(folder.path) is second
+    assert (first.load_kw[0, 6], second.load_kw[0, 6]) == (30, 31)
+    for array in (first.pv_kw, first.held_out, first.turned_away, first.sessions.energy_kwh):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
 
 
 def test_sha256_follows_every_file(folder: Folder) -> None:
@@ -363,6 +381,10 @@ def test_socket_holds_one_vehicle_until_its_departure_step(folder: Folder) -> No
     assert site.sessions.socket.tolist() == [0, 1, 2, 0, 0]
     assert site.sessions.arrival_step.tolist() == [32, 32, 32, 41, 48]
     assert site.turned_away.tolist() == [0, 0, 3]
+    assert site.notes == (
+        "sessions.csv.gz: 3 of 8 sessions found no free socket of their type and were turned away "
+        "(the first: row 5)",
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -418,12 +440,18 @@ def test_shipped_name_beside_a_folder_of_that_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Folder(tmp_path / "iquitos").load()
-    assert load_site("./iquitos").name == "mine"
-    assert load_site(Path("iquitos")).name == "mine"
+    for path in ("./iquitos", Path("iquitos")):
+        assert load_site(path).name == "mine"
+        assert load_site(path).notes == (
+            f"site {path}: read the folder, not the shipped site iquitos",
+        )
     site = load_site("iquitos")
     assert site.name == "iquitos"
-    assert site.notes == (
-        "site iquitos: read the shipped site; write ./iquitos for the folder here",
+    assert site.notes[0] == (
+        "site iquitos: read the shipped site; write ./iquitos for the folder here"
+    )
+    assert (
+        load_site("iquitos-flat").notes == load_site(site.directory.parent / "iquitos-flat").notes
     )
 
 
@@ -674,7 +702,7 @@ def test_bad_csv(folder: Folder, lines: list[str], expected: str) -> None:
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
-        ("", "'' is not a number; write 12.5"),
+        ("", "'' is empty; write 12.5"),
         ("abc", "abc is not a number; write 12.5"),
         ('"1,5"', "1,5 is not a number; write the decimal point as a point"),
         ("nan", "nan is not a finite number; every cell needs one"),
@@ -713,9 +741,9 @@ def test_bad_number(folder: Folder, column: int, cell: str, problem: str) -> Non
             "column carbon_kg_per_kwh: -0.4 is negative; carbon intensity is 0 to 2 kg/kWh",
         ),
         (
-            "1,30,450",
-            "column carbon_kg_per_kwh: 450 is more than 2 kg/kWh; is it g/kWh? then divide it by "
-            "1000",
+            "1,30,900",
+            "column carbon_kg_per_kwh: 900 is more than 2 kg/kWh; divide g/kWh or kg/MWh by 1000, "
+            "multiply lb/MWh by 0.000454",
         ),
     ],
 )
@@ -730,7 +758,7 @@ TIME = "series.csv.gz: row 6, column time: "
 @pytest.mark.parametrize(
     ("time", "expected"),
     [
-        ("", "'' is not a time; write 2025-01-31T06:15-05:00"),
+        ("", "'' is empty; write 2025-01-31T06:15-05:00"),
         ("01/03/2025 01:00", "01/03/2025 01:00 is not a time; write 2025-01-31T06:15-05:00"),
         ("2025-02-31T01:00-05:00", "is not a time; write 2025-01-31T06:15-05:00"),
         ("0001-03-01T01:00-05:00", "is not between the years 1990 and 2100"),
@@ -760,6 +788,48 @@ def test_bad_series_time(folder: Folder, time: str, expected: str) -> None:
     text = message(folder.load)
     assert text.startswith(TIME)
     assert text.endswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "expected"),
+    [
+        (
+            60,
+            "row 3, column time: 2025-03-01T01:00-05:00 comes after a gap: 3 rows are missing "
+            "after 2025-03-01T00:00-05:00; the data are hourly: repeat each row until there is one "
+            "every 15 min (287 such rows: 3, 4, 5, ...)",
+        ),
+        (
+            30,
+            "row 3, column time: 2025-03-01T00:30-05:00 comes after a gap: 1 rows are missing "
+            "after 2025-03-01T00:00-05:00; the data are every 30 min: repeat each row until there "
+            "is one every 15 min (287 such rows: 3, 4, 5, ...)",
+        ),
+        (
+            5,
+            "row 3, column time: 2025-03-01T00:05-05:00 is not on the 15-min grid (:00, :15, :30, "
+            ":45); the data are every 5 min: average them over 15 min (192 such rows: 3, 4, 6, "
+            "...)",
+        ),
+    ],
+)
+def test_a_series_of_another_step_is_called_that(
+    folder: Folder, minutes: int, expected: str
+) -> None:
+    first = datetime.fromisoformat("2025-03-01T00:00-05:00")
+    steps = (first + timedelta(minutes=minutes * i) for i in range(3 * 96))
+    folder.set_times([step.isoformat(timespec="minutes") for step in steps])
+    assert message(folder.load) == f"series.csv.gz: {expected}"
+
+
+def test_all_mistakes_of_a_series_come_at_once(folder: Folder) -> None:
+    for row in (20, 30, 40, 50):
+        folder.series[row] = folder.series[row].replace(",1.5,", ",-0.1,")
+    folder.series[5] = "," + folder.series[5].partition(",")[2]
+    assert message(folder.load) == (
+        "series.csv.gz: row 6, column time: '' is empty; write 2025-01-31T06:15-05:00 | row 21, "
+        "column pv_kw: -0.1 is negative; PV power is 0 kW or more (4 such rows: 21, 31, 41, ...)"
+    )
 
 
 def test_no_complete_day(folder: Folder) -> None:
@@ -814,6 +884,8 @@ GOOD = {
             "2026-03-01T12:00-05:00",
             "2026-03-01T12:00-05:00 is more than 7 days after the arrival; one row is one stay",
         ),
+        ("departure", "", "'' is empty; write 2025-01-31T06:15-05:00"),
+        ("departure", " ", "' ' is empty; write 2025-01-31T06:15-05:00"),
         ("energy_kwh", "0", "0 is not above 0 kWh; leave out who needs nothing"),
         ("energy_kwh", "-2", "-2 is not above 0 kWh; leave out who needs nothing"),
         ("energy_kwh", "NaN", "NaN is not a finite number; every cell needs one"),
@@ -831,6 +903,35 @@ GOOD = {
 def test_bad_session(folder: Folder, column: str, cell: str, expected: str) -> None:
     folder.add(",".join((GOOD | {column: cell}).values()))
     assert message(folder.load) == f"sessions.csv.gz: row 4, column {column}: {expected}"
+
+
+def test_all_mistakes_of_sessions_come_at_once(folder: Folder) -> None:
+    """Each kind once, with its first rows and their number; no mistake provokes another."""
+    for i, (column, cell) in enumerate(
+        [
+            *[("departure", "")] * 4,
+            *[("energy_kwh", "0")] * 2,
+            ("arrival", "noon"),
+            ("max_kw", "0"),
+            *[("max_kw", "fast")] * 2,
+        ]
+    ):
+        folder.add(",".join((GOOD | {"session_id": f"s{i}", column: cell}).values()))
+    both = {"session_id": "a", "socket_type": "car", "departure": "2025-03-01T11:00-05:00"}
+    folder.add(",".join((GOOD | both).values()))
+    with pytest.raises(UserError) as caught:
+        folder.load()
+    assert str(caught.value).split(" | ") == [
+        "sessions.csv.gz: row 14, column session_id: a is already in row 2; ids differ",
+        "row 14, column socket_type: car is not a socket type of site.yaml; right is one of moto, "
+        "mototaxi",
+        "row 10, column arrival: noon is not a time; write 2025-01-31T06:15-05:00",
+        "4 x departure is empty",
+        "1 x departure is not after the arrival",
+        "2 x max_kw is not a number",
+        "2 x energy_kwh is not above 0 kWh",
+        "1 x max_kw is not above 0 kW",
+    ]
 
 
 def test_no_session_in_the_series(folder: Folder) -> None:

@@ -112,7 +112,8 @@ def collect(
         runs: The run directories.
         site: Evaluate all runs on this site, not on their own.
         echo: Gets a line for each step of the work.
-        warn: Gets a line for each run that is left out or evaluated on another site.
+        warn: Gets a line for whatever a site's reader left out, and for each run that is left out
+            or evaluated on another site.
 
     Raises:
         UserError: A run is damaged, a site cannot be read, no run is left to show.
@@ -125,6 +126,8 @@ def collect(
     for one in loaded:
         if one.site not in sites:
             sites[one.site] = _read_site(one)
+            for note in sites[one.site].notes:
+                warn(f"{sites[one.site].name}: {note}")
         found = sites[one.site]
         described = one.checkpoint["run"]["site"]
         trained_on = _plain(described.get("name")), _plain(described.get("sha256"))
