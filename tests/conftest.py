@@ -1,6 +1,5 @@
 """What the tests of the command share: a working directory, the command in this process."""
 
-import functools
 import hashlib
 import os
 import shutil
@@ -19,7 +18,6 @@ TINY: dict[str, list[str]] = {
     ],
     "PPO": ["--model.n_epochs", "2", "--model.batch_size", "192", "--model.hidden", "[8]"],
 }
-SHIPPED = ("iquitos", "iquitos-flat")
 
 
 class Outcome(NamedTuple):
@@ -42,28 +40,6 @@ def tree(place: Path) -> dict[str, str]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests of resuming, whose warm process and runs one worker then makes alone."""
     items.sort(key=lambda item: item.path.parent.name != "resume")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_sites() -> Any:
-    """Read a shipped site and build its tables once, not in every session that a test starts."""
-    import co2lightning.env as environments
-    import co2lightning.session as fit
-    from small_site import shipped as read_once
-
-    make, load = fit.make_environment, environments.load_site
-    known = functools.cache(make)
-
-    def quick(**options: Any) -> Any:
-        shipped = options.get("site") in SHIPPED and not options.get("id")
-        return (known if shipped else make)(**options)
-
-    def load_once(directory: Any) -> Any:
-        return (read_once if directory in SHIPPED else load)(directory)
-
-    fit.make_environment, environments.load_site = quick, load_once
-    yield
-    fit.make_environment, environments.load_site = make, load
 
 
 @pytest.fixture

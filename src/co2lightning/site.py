@@ -188,7 +188,7 @@ def load_site(site: str | Path) -> Site:
     return found
 
 
-_sites: dict[Hashable, Site] = {}
+_sites: dict[tuple[object, ...], Site] = {}
 """The sites read last, by their files' content."""
 
 

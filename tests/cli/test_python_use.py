@@ -1,12 +1,14 @@
 """The lines that README and the project's contract show to Python users run as they stand."""
 
 import ast
+import inspect
 import re
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -111,10 +113,43 @@ def test_signals_and_threads_are_the_callers(
     assert (session["end_episode"], session["status"]) == (1, "interrupted")
 
 
+class PolicyPredictor:
+    """What Stable-Baselines3's `evaluate_policy` takes, its type alias of this name."""
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        raise NotImplementedError
+
+
+def test_an_agent_predicts_as_models_of_stable_baselines3_do() -> None:
+    theirs = inspect.signature(PolicyPredictor.predict).parameters
+    own = inspect.signature(co2lightning.PPO.predict).parameters
+    assert [(p.name, p.kind) for p in own.values()] == [(p.name, p.kind) for p in theirs.values()]
+    agent = co2lightning.PPO(29, 2, seed=1)
+    seen = np.zeros((3, 29), np.float32)
+    told = {"state": None, "episode_start": np.ones(3, bool), "deterministic": True}
+    action, state = agent.predict(seen, **told)
+    assert np.array_equal(action, agent.predict(seen)[0])
+    assert state is None
+
+
+def test_stable_baselines3_evaluates_an_agent() -> None:
+    evaluation = pytest.importorskip("stable_baselines3.common.evaluation")
+    aliases = pytest.importorskip("stable_baselines3.common.type_aliases")
+    copied = inspect.signature(PolicyPredictor.predict).parameters
+    assert list(copied) == list(inspect.signature(aliases.PolicyPredictor.predict).parameters)
+    env = gym.make("co2lightning/ChargingSite-v0")
+    mean, _ = evaluation.evaluate_policy(co2lightning.PPO(29, 2), env, 2, warn=False)
+    assert np.isfinite(mean)
+
+
 def test_what_a_type_checker_needs_is_there() -> None:
     """Public functions say what they take and give; `py.typed` tells checkers to believe it."""
-    import inspect
-
     assert Path(co2lightning.__file__).with_name("py.typed").is_file()
     for name in co2lightning._HOME:
         thing = getattr(co2lightning, name)

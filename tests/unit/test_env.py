@@ -52,7 +52,8 @@ def test_gymnasium_finds_nothing_wrong() -> None:
 def test_a_day_has_96_steps_and_ends() -> None:
     env = single()
     obs, info = env.reset(seed=3)
-    assert info == {}
+    assert info.keys() == {"day"}
+    assert info["day"] in np.array(shipped().days)[shipped().training_days]
     for t in range(T):
         assert env.observation_space.contains(obs)
         obs, reward, terminated, truncated, info = env.step(actions(t, 2))
@@ -83,7 +84,8 @@ def test_without_a_seed_every_reset_is_another_day() -> None:
 
 def test_a_day_can_be_asked_for() -> None:
     env = single()
-    first, _ = env.reset(options={"day": "2025-03-01"})
+    first, info = env.reset(options={"day": "2025-03-01"})
+    assert info == {"day": "2025-03-01"}
     again, _ = env.reset(options={"day": "2025-03-01"})
     assert np.array_equal(first, again)
     index = day_index(shipped(), "2025-03-01")
@@ -130,7 +132,8 @@ def test_the_vector_begins_new_days_by_itself() -> None:
     obs, reward, terminated, truncated, info = vector.step(actions(0, 3, 2))
     assert not terminated.any()
     assert (reward == 0.0).all()
-    assert info == {}
+    assert info.keys() == {"day"}
+    assert info["day"].tolist() == [shipped().days[day] for day in vector.unwrapped.days._day]
     assert vector.observation_space.contains(np.ascontiguousarray(obs))
     np.testing.assert_allclose(obs[:, 0], FEATURES[0].low + 1.0 + np.sin(np.pi / 96), atol=1e-5)
     obs, reward, _, _, info = vector.step(actions(0, 3, 2))
@@ -146,8 +149,52 @@ def test_a_vectors_seed_gives_the_same_days_again_also_after_an_autoreset() -> N
         return np.stack(rows)
 
     assert np.array_equal(play(9), play(9))
-    assert np.array_equal(play(9), play([9, 10, 11]))
     assert not np.array_equal(play(9), play(10))
+    several = play([9, 10, 11])
+    assert np.array_equal(several, play([9, 10, 11]))
+    assert np.array_equal(several[:, :2], play([9, 10, 12])[:, :2])
+    assert not np.array_equal(several[:, 2], play([9, 10, 12])[:, 2])
+
+
+def test_one_seed_still_means_the_days_it_always_did() -> None:
+    """As in version 0.1.0; training draws its days with `SiteDays.reset`."""
+    _, info = three().reset(seed=4)
+    assert info["day"].tolist() == ["2025-03-08", "2025-03-16", "2025-05-01"]
+    days = SiteDays(shipped(), 3)
+    days.reset(4)
+    assert [shipped().days[day] for day in days._day] == ["2025-10-16", "2025-09-25", "2025-12-23"]
+    assert days.state is not None
+    assert days.state.soc.tolist() == [0.4805808961391449, 0.49335071444511414, 0.47921258211135864]
+
+
+def test_a_list_of_seeds_gives_each_copy_the_days_of_the_single_environment() -> None:
+    vector, env = three(), single()
+    obs, info = vector.reset(seed=[7, 8, 7])
+    for copy, seed in enumerate([7, 8, 7]):
+        own_obs, own_info = env.reset(seed=seed)
+        np.testing.assert_array_equal(obs[copy], own_obs)
+        assert info["day"][copy] == own_info["day"]
+    _, later = vector.reset()
+    assert later["day"].tolist() == [env.reset()[1]["day"], later["day"][1], later["day"][0]]
+    assert later["day"][0] != info["day"][0]
+    _, mixed = vector.reset(seed=[None, 8, 8])
+    assert mixed["day"][0] == env.reset()[1]["day"]
+    assert mixed["day"].tolist()[1:] == [info["day"][1]] * 2
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 2], [1, 2, 3, 4]])
+def test_seeds_of_another_number_are_refused(seeds: list[int]) -> None:
+    says = f"seed: {len(seeds)} seeds for 3 environments; give one for each, or one number for all"
+    with pytest.raises(UserError, match=says):
+        three().reset(seed=seeds)
+
+
+def test_a_site_is_read_and_its_tables_are_made_once() -> None:
+    first, second = gym.make(ID).unwrapped, gym.make_vec(ID, num_envs=2).unwrapped
+    assert isinstance(first, ChargingSiteEnv)
+    assert isinstance(second, ChargingSiteVectorEnv)
+    assert first._vector.days.site is second.days.site
+    assert first._vector.days.model is second.days.model
 
 
 def test_the_docstring_has_every_feature() -> None:

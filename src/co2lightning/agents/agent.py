@@ -282,17 +282,25 @@ class Agent(pl.LightningModule):
     # -- use -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def predict(self, obs: np.ndarray, deterministic: bool = True) -> tuple[np.ndarray, None]:
-        """Return the action for an observation, in the manner of Stable-Baselines3.
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: object = None,
+        episode_start: object = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, None]:
+        """Return the action for an observation, as Stable-Baselines3's models do.
 
         Args:
-            obs: [O] or [B, O], as the environment gives it.
+            observation: [O] or [B, O], as the environment gives it.
+            state: Of no use: no policy here is recurrent.
+            episode_start: Of no use either.
             deterministic: The policy's mean action; otherwise one drawn from torch's generator.
 
         Returns:
             Actions [A] or [B, A] in [-1, 1] and None (no recurrent state).
         """
-        tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
+        tensor = torch.as_tensor(np.asarray(observation), dtype=torch.float32, device=self.device)
         batch = tensor.reshape(-1, tensor.shape[-1])
         if deterministic:
             action = self.act(batch)
