@@ -46,7 +46,7 @@ def child(place: str, words: list[str], hang: bool, ignored: list[int]) -> None:
         signal.signal(signum, signal.SIG_IGN)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout = open(1, "w", closefd=False)  # which looks at what that is now
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # which looks at what that is now
     from co2lightning.agents.agent import Agent
     from co2lightning.cli import main
 
