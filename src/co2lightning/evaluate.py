@@ -29,7 +29,7 @@ from co2lightning.observation import build_observer, observe
 from co2lightning.physics import build_model
 from co2lightning.rules import RULES, Rule
 from co2lightning.schedule import Schedule, optimum_schedule, schedule
-from co2lightning.site import STEP_H, Floats, Site, T, load_site
+from co2lightning.site import STEP_H, Floats, Site, T, load_site, named_in
 from co2lightning.terminal import say, show_tables
 
 if TYPE_CHECKING:
@@ -307,7 +307,8 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
     wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
-    site = load_site(wanted)
+    with named_in(None if arguments.site else path):
+        site = load_site(wanted)
     say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(

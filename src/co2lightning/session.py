@@ -59,6 +59,7 @@ from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import UserError
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
+from co2lightning.site import named_in
 from co2lightning.storage import local
 from co2lightning.terminal import tell
 
@@ -328,7 +329,9 @@ def _plan(
     if earlier and _group(earlier.settings, "env.") == _group(merged, "env."):
         environment = earlier.environment
     else:
-        environment = make_environment(**_group(merged, "env."))
+        kept_site = merged["env.id"] is None and "env.site" not in flags
+        with named_in(start.path if start and kept_site else None):
+            environment = make_environment(**_group(merged, "env."))
     make_agent: Any = agent_class(agent)
     learner: Agent = make_agent(
         environment.observation_dim,

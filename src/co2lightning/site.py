@@ -10,6 +10,7 @@ time in a file is the beginning of its step. Inside, times are whole seconds sin
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -155,6 +156,17 @@ class Site:
 def shipped_sites() -> list[str]:
     """List the names of the sites that come with the package."""
     return sorted(p.parent.name for p in _SHIPPED.glob("*/site.yaml"))
+
+
+@contextlib.contextmanager
+def named_in(file: Path | None) -> Iterator[None]:
+    """Say of a site that cannot be read which run's file names it, perhaps of another machine."""
+    try:
+        yield
+    except UserError as error:
+        if file is None:  # nothing but the user's own words
+            raise
+        raise UserError(f"{file}: {error}; --env.site gives its place here") from None
 
 
 def load_site(site: str | Path) -> Site:

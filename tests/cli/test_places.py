@@ -10,7 +10,7 @@ from test_words import help_of
 import co2lightning
 from co2lightning import UserError, cli
 from co2lightning.checkpoints import TrainingCheckpoint
-from conftest import Outcome, tree
+from conftest import TINY, Outcome, tree
 from small_site import write_site
 
 Command = Callable[..., Outcome]
@@ -74,6 +74,23 @@ def test_the_home_directory(
     assert {path.name for path in Path().iterdir()} == {"home"}
     assert TrainingCheckpoint("~/runs/PPO").get_next_episode() == 2
     co2lightning.PPO.load_from_checkpoint("~/runs/PPO/episode_0001.pt")
+
+
+def test_a_run_whose_site_has_moved_names_the_flag(fit: Command, command: Command) -> None:
+    fit("PPO", "--episodes", "1", "--env.site", str(write_site(Path("there").absolute())))
+    Path("there").rename("here")
+    moved = ("predict PPO", "test PPO", "export PPO --output a.onnx", "report")
+    again = f"fit --model PPO --ckpt_path last --env.num_envs 4 {' '.join(TINY['PPO'])}"
+    for words in (*moved, again):
+        said = refused(command, *words.split())
+        file = Path("checkpoints/PPO/episode_0001.pt")
+        assert said.startswith(f"error: {file}: site ")
+        assert said.endswith("; --env.site gives its place here\n")
+    said = refused(command, "predict", "PPO", "--env.site", "nowhere")
+    assert said.startswith("error: site nowhere: no such folder")
+    assert command("predict", "PPO", "--env.site", "here").code == 0
+    fit("PPO", "--ckpt_path", "last", "--episodes", "1", "--env.site", "here")
+    assert command("predict", "PPO").code == 0
 
 
 def test_from_python() -> None:

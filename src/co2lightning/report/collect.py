@@ -21,7 +21,7 @@ from co2lightning.history import summarize
 from co2lightning.physics import SiteModel, State, build_model, step
 from co2lightning.rules import Rule, rbc_b
 from co2lightning.schedule import schedule
-from co2lightning.site import Floats, Site, T, load_site
+from co2lightning.site import Floats, Site, T, load_site, named_in
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
@@ -125,7 +125,8 @@ def collect(
     groups: dict[str, list[tuple[_Loaded, tuple[str, str]]]] = {}
     for one in loaded:
         if one.site not in sites:
-            sites[one.site] = _read_site(one)
+            with named_in(None if site else one.path):
+                sites[one.site] = load_site(one.site)
             for note in sites[one.site].notes:
                 warn(f"{sites[one.site].name}: {note}")
         found = sites[one.site]
@@ -179,13 +180,6 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
     return _Loaded(run, agent, checkpoint, wanted, path)
-
-
-def _read_site(one: _Loaded) -> Site:
-    try:
-        return load_site(one.site)
-    except UserError as error:
-        raise UserError(f"{one.run.name}: {error}; --env.site names another") from None
 
 
 def _plain(value: object) -> str:
