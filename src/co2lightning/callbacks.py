@@ -49,6 +49,7 @@ class EpisodeCheckpointIO(CheckpointIO):
         run: TrainingCheckpoint,
         rows: Sequence[int] = (),
         capacity: int | None = None,
+        start: dict[str, Any] | None = None,
     ) -> None:
         """Remember the run.
 
@@ -56,8 +57,10 @@ class EpisodeCheckpointIO(CheckpointIO):
             run: The run directory.
             rows: Lengths of the pieces of earlier episodes that still fill the replay buffer.
             capacity: Transitions the buffer holds.
+            start: What Lightning is to restore, read and checked already.
         """
         self.run = run
+        self.start = start
         self.capacity = capacity
         self.rows = list(rows)
 
@@ -87,7 +90,8 @@ class EpisodeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        return self.run.read(path)
+        assert self.start is not None
+        return self.start
 
     def remove_checkpoint(self, path: Any) -> None:
         """Do nothing: `TrainingCheckpoint` alone decides what is pruned."""

@@ -32,6 +32,7 @@ from co2lightning import storage
 from co2lightning.errors import UserError
 from co2lightning.ledger import (
     EPISODE_PATTERN,
+    MAX_EPISODES,
     STATUSES,
     Episode,
     Ledger,
@@ -766,6 +767,7 @@ class TrainingCheckpoint:
                 content, record, data = storage.load_sealed(path)
                 row = stored.episodes.get(number)
                 self._check(path, record, data, number, "episode", row, agent)
+                _check_episode(path, content, record)
             except FileNotFoundError:
                 continue
             except Damaged as error:
@@ -784,7 +786,7 @@ class TrainingCheckpoint:
         """
         data = storage.read_json(self._directory / "metadata.json")
         parse_text(data, "agent")
-        parse_count(data, "last_episode")
+        parse_count(data, "last_episode", most=MAX_EPISODES)
         if data.get("status") not in (*STATUSES, None):
             raise ValueError("unknown status")
         return data
@@ -991,9 +993,21 @@ def _load(path: Path) -> tuple[Row, Row, bytes]:
         Damaged: It fails its check.
     """
     try:
-        return storage.load_sealed(path)
+        content, record, data = storage.load_sealed(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if record.get("kind") == "episode":
+        _check_episode(path, content, record)
+    return content, record, data
+
+
+def _check_episode(path: Path, content: Row, record: Row) -> None:
+    """Raise `Damaged` unless what an episode's file holds is what its record says."""
+    number, held = _parse_record(path, record, "episode"), content.get("episode")
+    if type(held) is not int or held != number:
+        raise Damaged(path, f"its record says episode {number}, its content does not")
+    if not isinstance(content.get("run"), dict):
+        raise Damaged(path, "does not say which run it is of")
 
 
 def _parse_record(path: Path, record: Row, kind: str) -> int:
@@ -1005,20 +1019,18 @@ def _parse_record(path: Path, record: Row, kind: str) -> int:
     try:
         if record.get("kind") != kind:
             raise ValueError(f"no {kind} file")
-        number = parse_count(record, "episode")
-        if not 0 < number <= 999_999:
-            raise ValueError("no such episode number")
+        number = parse_count(record, "episode", least=1, most=MAX_EPISODES)
         parse_text(record, "agent")
         if kind == "episode":
-            session = record.get("session")
-            if not isinstance(session, dict):
+            if not isinstance(record.get("session"), dict):
                 raise ValueError("no session")
-            parse_session(cast(Row, session), "running")
+            parse_session(record["session"], "running")
+            parse_count(record["session"], "start_episode", most=number)
             if not isinstance(record.get("metrics"), dict):
                 raise ValueError("no metrics")
-            parse_metrics(record["metrics"])
+            parse_count(parse_metrics(record["metrics"]), "episode", least=number, most=number)
             for key in ("pruned_to", "replay_pruned_to"):
-                parse_count(record, key)
+                parse_count(record, key, most=number - 1)
             if record.get("replay") is not None:
                 parse_hash(record["replay"])
     except ValueError as error:

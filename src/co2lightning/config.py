@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from co2lightning.agents import AGENTS, agent_class
 from co2lightning.env import make_environment
 from co2lightning.errors import UserError, show
+from co2lightning.ledger import MAX_EPISODES
 from co2lightning.networks import ACTIVATIONS
 from co2lightning.plain_yaml import parse_yaml
 from co2lightning.storage import local
@@ -34,7 +36,8 @@ from co2lightning.storage import local
 Settings = dict[str, Any]
 
 GROUPS = ("env", "model", "trainer", "checkpoints", "logs")
-MAX_EPISODES = 999_999  # the digits of a file name
+# What belongs to the run; the rest (devices, directories, episodes) to the session.
+_RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
 
 
 REFUSED = {
@@ -281,6 +284,26 @@ def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
     return _checked(given, parser, prefix)
 
 
+def run_settings(settings: Settings) -> Settings:
+    """Return those settings that belong to the run."""
+    return {key: value for key, value in settings.items() if key.startswith(_RUN_GROUPS)}
+
+
+def check_stored(settings: Settings, agent: str, origin: str) -> Settings:
+    """Return settings that a stranger may have written, those of the run alone, checked.
+
+    The parser imports the classes that a value names while it checks it. So it gets no setting
+    that takes a class, and numbers, texts and short lists of numbers only.
+    """
+    chosen = run_settings(settings)
+    for key, value in chosen.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        numbers = value is parts and len(parts) <= 100 and all(type(p) is int for p in parts)
+        if not numbers and not isinstance(value, str | int | float | None):
+            raise UserError(f"{origin}: {key}: must be a number, a text or a list of numbers")
+    return check_settings(chosen, agent, origin)
+
+
 def unknown_settings(settings: Iterable[str], agent: str) -> list[str]:
     """Return the keys that are no setting of this version's agent."""
     known = _typehints(build_parser(agent))
@@ -343,7 +366,7 @@ def find_recipe(name: str) -> Path:
 def check_agent(name: object, where: str) -> str:
     """Return the agent's name if there is such an agent."""
     if name not in AGENTS:
-        raise UserError(f"{where} {name}: no such agent; choose one of {', '.join(AGENTS)}")
+        raise UserError(f"{where} {show(name)}: no such agent; choose one of {', '.join(AGENTS)}")
     return str(name)
 
 
@@ -392,24 +415,24 @@ def _checked(settings: Settings, parser: ArgumentParser, prefix: str) -> Setting
     types_ = _typehints(parser)
     for key in settings:
         value: Any = settings[key]
+        shown = show(list(value) if isinstance(value, tuple) else value)
         if key == "model.hidden" and (
             not 1 <= len(value) <= 16 or any(width not in _HIDDEN for width in value)
         ):
             raise UserError(
-                f"{prefix}{key} {list(value)}: must be 1 to 16 widths, such as [64, 64], each "
-                f"{_HIDDEN}"
+                f"{prefix}{key} {shown}: must be 1 to 16 widths, such as [64, 64], each {_HIDDEN}"
             )
         if value is None and type(None) not in typing.get_args(types_[key]):
             raise UserError(f"{prefix}{key} null: must be {_words(types_[key])}")
         allowed: object = _CHOICES.get(key)
         if allowed is not None and value not in _CHOICES[key]:
             names = [str(name) for name in dict.fromkeys(map(str, _CHOICES[key])) if name != "None"]
-            raise UserError(f"{prefix}{key} {value}: must be one of {', '.join(names)}")
+            raise UserError(f"{prefix}{key} {shown}: must be one of {', '.join(names)}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise UserError(f"{prefix}{key} {value}: must be a finite number")
+            if not abs(value) <= sys.float_info.max:  # a whole number may be larger, too
+                raise UserError(f"{prefix}{key} {shown}: must be a finite number")
             if key in _RANGES and value not in _RANGES[key]:
-                raise UserError(f"{prefix}{key} {value}: must be {_RANGES[key]}")
+                raise UserError(f"{prefix}{key} {shown}: must be {_RANGES[key]}")
     places = {key: local(prefix + key, settings[key]) for key in _PLACES if key in settings}
     return {**settings, **places}
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from scipy import stats
 
-from co2lightning.agents import AGENTS, agent_class
+from co2lightning.agents import agent_class
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import SiteDays
 from co2lightning.errors import UserError
@@ -326,29 +326,12 @@ def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:
     Raises:
         UserError: It is no such checkpoint; `origin` names its file.
     """
-    run, name = checkpoint.get("run"), None
-    if isinstance(run, dict):
-        name = run.get("agent")
-    if name not in AGENTS or not isinstance(checkpoint.get("episode"), int):
-        raise UserError(
-            f"{origin}: not an episode of co2lightning; give one such as episode_0004.pt"
-        )
-    settings = checkpoint["hyper_parameters"]
-    wanted = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
-    if any(settings.get(key) != size for key, size in wanted.items()):
-        raise UserError(
-            f"{origin}: trained on {settings.get('observation_dim')} observations and "
-            f"{settings.get('action_dim')} actions; a site has {SiteDays.observation_dim} and "
-            f"{SiteDays.action_dim}"
-        )
-    try:
-        agent = agent_class(str(name))(**settings)
-        agent.load_state_dict(checkpoint["state_dict"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{origin}: not of this version's {name} ({' '.join(str(error).split())[:120]})"
-        ) from None
-    return agent.eval()
+    from co2lightning.agents.agent import agent_of, check_sizes
+
+    made = agent_class(agent_of(checkpoint, origin))
+    sizes = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
+    check_sizes(checkpoint, origin, sizes, "a site")
+    return made.restore(checkpoint, origin, made.stored_settings(checkpoint, origin)).eval()
 
 
 def _read(

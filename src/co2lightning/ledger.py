@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from typing import Any, cast
 
 EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
+MAX_EPISODES = 999_999  # the digits of a file name
 STATUSES = ("running", "completed", "interrupted", "failed", "killed")
 BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
 
@@ -215,9 +216,8 @@ def parse_history(data: Row) -> Ledger:
     """
     if data.get("schema_version") != 1:
         raise ValueError("unknown schema_version")
-    ledger = Ledger(
-        parse_text(data, "agent"), replay_pruned_to=parse_count(data, "replay_pruned_to", 0)
-    )
+    ledger = Ledger(parse_text(data, "agent"))
+    ledger.replay_pruned_to = parse_count(data, "replay_pruned_to", 0, most=MAX_EPISODES)
     metrics: dict[int, tuple[Session, Metrics]] = {}
     counts: list[tuple[Session, int, int]] = []
     for row in _rows(data, "trainings"):
@@ -249,11 +249,14 @@ def parse_history(data: Row) -> Ledger:
 
 def parse_session(row: Row, status: str) -> Session:
     duration = row.get("duration_seconds")
-    if isinstance(duration, bool) or not isinstance(duration, int | float) or duration < 0:
+    if isinstance(duration, bool) or not isinstance(duration, int | float):
+        raise ValueError("duration_seconds is not a number")
+    if not 0 <= duration < 1e10:
         raise ValueError("duration_seconds is not a time")
     if status not in STATUSES:
         raise ValueError("unknown status")
-    session = Session(parse_text(row, "session_timestamp"), parse_count(row, "start_episode"), "")
+    start = parse_count(row, "start_episode", least=1, most=MAX_EPISODES + 1)
+    session = Session(parse_text(row, "session_timestamp"), start, "")
     session.device, session.duration, session.status = parse_text(row, "device"), duration, status
     return session
 
@@ -282,10 +285,14 @@ def parse_text(row: Row, key: str) -> str:
     return value
 
 
-def parse_count(row: Row, key: str, default: int | None = None) -> int:
+def parse_count(
+    row: Row, key: str, default: int | None = None, *, least: int = 0, most: int = (1 << 53) - 1
+) -> int:
     value = row.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{key} is not a count")
+    if not least <= value <= most:
+        raise ValueError(f"{key} is not from {least} to {most}")
     return value
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -29,7 +30,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 from co2lightning.agents import agent_class
-from co2lightning.agents.agent import Agent
+from co2lightning.agents.agent import SIZES, Agent, agent_of, check_sizes, kind_of
 from co2lightning.agents.descent import worth_compiling
 from co2lightning.board import LAYOUT, REFERENCES, DispatchFigure
 from co2lightning.callbacks import (
@@ -48,11 +49,13 @@ from co2lightning.config import (
     as_flag,
     check_agent,
     check_settings,
+    check_stored,
     complete,
     flatten,
     given_trainer_flags,
     instantiate_trainer_settings,
     read_recipe,
+    run_settings,
     unknown_settings,
 )
 from co2lightning.env import Environment, SiteDays, make_environment
@@ -64,8 +67,6 @@ from co2lightning.storage import local
 from co2lightning.terminal import tell
 
 _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
-# What belongs to the run; the rest (devices, directories, episodes) to the session.
-_RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,7 @@ def which_agent(agent: str | None, config: str | None, ckpt_path: str | None) ->
     path = _checkpoint_file(ckpt_path)
     if path is None:
         raise UserError("fit needs --config, such as --config ppo.yaml, or --model, such as PPO")
-    run = TrainingCheckpoint.read(path).get("run")
-    return check_agent(run.get("agent") if isinstance(run, dict) else None, f"{path}: agent")
+    return agent_of(TrainingCheckpoint.read(path), path)
 
 
 def fit(options: dict[str, Any]) -> dict[str, Any]:
@@ -333,13 +333,14 @@ def _plan(
         with named_in(start.path if start and kept_site else None):
             environment = make_environment(**_group(merged, "env."))
     make_agent: Any = agent_class(agent)
-    learner: Agent = make_agent(
-        environment.observation_dim,
-        environment.action_dim,
-        seed=merged["seed_everything"],
-        hindsight_dim=environment.hindsight_dim,
-        **_group(merged, "model."),
-    )
+    sizes = {key: getattr(environment, key) for key in SIZES}
+    options = {**sizes, "seed": merged["seed_everything"], **_group(merged, "model.")}
+    learner: Agent
+    if start:
+        check_sizes(start.content, start.path, sizes, "the environment")
+        learner = make_agent.restore(start.content, start.path, options)
+    else:
+        learner = make_agent(**options)
     if merged["model.compile"] == "auto":  # by the recipe, not by what a session was asked for
         episodes = complete(recipe, agent)["episodes"]
         worth = worth_compiling(episodes * learner.updates_per_episode(environment))
@@ -353,7 +354,7 @@ def _plan(
                 f"{rank.world_size}; each has days and a replay buffer of its own, so a run keeps "
                 f"their number: give --trainer.devices {start.world_size}, or start a new run"
             )
-        _check_fit(learner, start)
+        start.content.update(_restorable(learner, start))
         site = environment.site if isinstance(environment, SiteDays) else None
         if site and start.site_sha256 not in (None, site.sha256):
             notes.append(
@@ -384,31 +385,23 @@ def _find_start(
 def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
     """Read a checkpoint, perhaps of another version, perhaps not ours at all."""
     content = TrainingCheckpoint.read(path)
-    run, episode = content.get("run"), content.get("episode")
-    parts = {"state_dict": dict, "optimizer_states": list, "loops": dict, "counters": dict}
-    if (
-        not isinstance(run, dict)
-        or type(episode) is not int
-        or not 1 <= episode <= MAX_EPISODES
-        or content.get("epoch") != episode - 1
-        or not isinstance(run.get("config", {}), dict)
-        or not all(isinstance(content.get(key), kind) for key, kind in parts.items())
-    ):
-        raise UserError(f"{path}: not an episode of co2lightning; give one such as episode_0004.pt")
-    if run.get("agent") != agent:
-        check_agent(run.get("agent"), f"{path}: agent")
+    trained = agent_of(content, path)
+    if trained != agent:
         raise UserError(
-            f"{path}: a checkpoint of {run['agent']}, not of {agent}; "
-            f"use --config {run['agent'].lower()}.yaml"
+            f"{path}: a checkpoint of {trained}, not of {agent}; "
+            f"use --config {trained.lower()}.yaml"
         )
-    stored = {str(key): value for key, value in run.get("config", {}).items()}
+    run, episode, epoch = content["run"], content["episode"], content.get("epoch")
+    if type(epoch) is not int or epoch != episode - 1:
+        raise UserError(f"{path}: not an episode of co2lightning; its epoch is another one")
+    stored = run_settings({str(key): value for key, value in run["config"].items()})
     for key in unknown_settings(stored, agent):
         notes.append(
             f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
         )
     # What the checkpoint does not know yet had the default's effect; nothing was ever compiled.
-    known = {"model.compile": False, **check_settings(stored, agent, str(path))}
-    settings = _run_settings(complete(known, agent))
+    known = {"model.compile": False, **check_stored(stored, agent, str(path))}
+    settings = run_settings(complete(known, agent))
     target = run.get("target_episode")
     site, world_size = run.get("site"), run.get("world_size")
     return _Start(
@@ -420,10 +413,6 @@ def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
         world_size if type(world_size) is int else 1,
         content,
     )
-
-
-def _run_settings(settings: Settings) -> Settings:
-    return {key: value for key, value in settings.items() if key.startswith(_RUN_GROUPS)}
 
 
 def _group(settings: Settings, prefix: str) -> dict[str, Any]:
@@ -463,35 +452,55 @@ def _target(asked: Settings, by_flag: bool, agent: str, start: _Start | None) ->
     return target
 
 
-def _check_fit(learner: Agent, start: _Start) -> None:
-    """Refuse a checkpoint that does not fit the agent, by trying it on."""
-    stored = start.content.get("hyper_parameters")
-    stored = stored if isinstance(stored, dict) else {}
-    for key, word in (
-        ("observation_dim", "observations"),
-        ("hindsight_dim", "features of hindsight"),
-        ("action_dim", "actions"),
-    ):
-        if stored.get(key, learner.hparams[key]) != learner.hparams[key]:
-            raise UserError(
-                f"{start.path}: trained on {stored[key]} {word}, the environment has "
-                f"{learner.hparams[key]}; a run keeps its environment, start a new one for another"
-            )
+def _restorable(learner: Agent, start: _Start) -> dict[str, Any]:
+    """Return what Lightning restores of a checkpoint beside the weights, checked.
+
+    Of the optimizer it is what was gathered; the optimizer's settings and Lightning's loops follow
+    from the agent and the episode, whatever the file says.
+
+    Raises:
+        UserError: It does not fit the agent.
+    """
+    optimizer = learner.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    own = optimizer.state_dict()
+    weights = dict(enumerate(optimizer.param_groups[0]["params"]))
     try:
-        learner.load_state_dict(start.content["state_dict"])
-        configured = learner.configure_optimizers()
-        optimizers = configured if isinstance(configured, list | tuple) else [configured]
-        states = start.content["optimizer_states"]
-        for optimizer, state in zip(optimizers, states, strict=True):
-            assert isinstance(optimizer, torch.optim.Optimizer)
-            optimizer.load_state_dict(state)
-            for parameter, held in optimizer.state.items():
-                for tensor in held.values():
-                    if tensor.numel() != 1 and tensor.shape != parameter.shape:
-                        raise ValueError("optimizer state of another shape")
+        if not isinstance(start.content.get("callbacks", {}), dict):
+            raise TypeError("callbacks holds no states")
+        (stored,) = start.content["optimizer_states"]
+        for number, held in stored["state"].items():
+            moment = kind_of(weights[number])
+            kinds = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+            known = {key: kind_of(value) for key, value in held.items()}
+            if known != kinds or not 0 <= held["step"] < math.inf:
+                raise ValueError(f"the optimizer's state of weights {number} is not Adam's")
     except Exception as error:  # whatever a foreign file provokes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{start.path}: does not fit {type(learner).__name__} ({reason})") from None
+    return {
+        "pytorch-lightning_version": version("lightning"),  # so that it migrates nothing
+        "loops": _loops_after(start.episode),
+        "optimizer_states": [{**own, "state": stored["state"]}],
+        "lr_schedulers": [],
+    }
+
+
+def _loops_after(episode: int) -> dict[str, Any]:
+    """Return the state of Lightning's loops when it saves an episode: an epoch of one batch."""
+
+    def count(number: int) -> dict[str, int]:
+        return dict.fromkeys(("ready", "started", "processed", "completed"), number)
+
+    epochs = {**count(episode), "completed": episode - 1}
+    batches = {"total": count(episode), "current": count(1), "is_last_batch": True}
+    return {
+        "fit_loop": {
+            "epoch_progress": {"total": epochs, "current": epochs},
+            "epoch_loop.batch_progress": batches,
+            "epoch_loop.state_dict": {"_batches_that_stepped": episode},
+        }
+    }
 
 
 def _load_replay(
@@ -656,7 +665,11 @@ def _train(
         agent,
         max_epochs=target,
         logger=logger,
-        plugins=[EpisodeCheckpointIO(run, rows, learner.hparams.get("buffer_size"))],
+        plugins=[
+            EpisodeCheckpointIO(
+                run, rows, learner.hparams.get("buffer_size"), plan.start and plan.start.content
+            )
+        ],
         callbacks=[
             signals,
             progress,
@@ -716,7 +729,7 @@ def _info(agent: str, plan: _Plan) -> dict[str, Any]:
     info: dict[str, Any] = {
         "agent": agent,
         "seed": plan.settings["seed_everything"],
-        "config": _run_settings(plan.settings),
+        "config": run_settings(plan.settings),
         "target_episode": plan.target,
         "world_size": plan.rank.world_size,
         "versions": {name: version(name) for name in _VERSIONS}

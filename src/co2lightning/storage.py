@@ -35,6 +35,10 @@ SEAL = b" sha256="
 SEAL_SIZE = len(SEAL) + 64
 MAX_RECORD = 60_000  # a zip comment holds 65,535 bytes
 MAX_JSON = 1 << 30
+MAX_PARTS = 200_000  # of a checkpoint: numbers, texts, tensors and what holds them
+MAX_TUPLE = 10_000  # parts of a tuple, with those of tuples in it
+MAX_DEPTH = 64
+MAX_INTEGER = 1 << 128  # a float can hold it; states of random generators are as large
 JSON_SEAL = re.compile(rb',\n "sha256_above": "([0-9a-f]{64})"\}\n\Z')
 TEMPORARY = re.compile(r"\..+\.tmp")
 # What a checkpoint of plain data and tensors may name; weights_only's own list is far longer.
@@ -193,6 +197,7 @@ def seal_checkpoint(content: dict[str, Any], record: dict[str, Any]) -> bytes:
     problem = _foreign_content(buffer.getvalue())
     if problem:
         raise ValueError(f"a checkpoint holds only tensors and plain data: {problem}")
+    plain(content, buffer.getbuffer().nbytes)
     comment = COMMENT + json.dumps(record, allow_nan=False).encode("ascii") + SEAL
     if len(comment) > MAX_RECORD:
         raise ValueError(f"the record of a checkpoint is too large: {len(comment)} bytes")
@@ -266,9 +271,58 @@ def load_sealed(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     except Exception as error:  # whatever a hostile file provokes
         line = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise Damaged(path, f"cannot be loaded: {line}") from None
+    try:
+        content = plain(content, len(data))
+    except ValueError as error:
+        raise Damaged(path, str(error)) from None
     if not isinstance(content, dict):
         raise Damaged(path, "holds no dictionary")
     return cast(dict[str, Any], content), record, data
+
+
+def plain(content: object, most_bytes: int) -> Any:
+    """Return a copy of a checkpoint's content: tensors and data, and nothing that hides in them.
+
+    What is shared is copied each time. So the copy is a tree; content that has cycles, or that
+    unfolds from a few bytes into more than any checkpoint holds, is refused.
+
+    Args:
+        content: What `torch.load` gave or `torch.save` took.
+        most_bytes: The size of its file; no tensor in it is larger.
+
+    Raises:
+        ValueError: It is refused; the message says why in a few words.
+    """
+    import torch
+
+    left = MAX_PARTS
+
+    def copy(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if left < 0 or depth > MAX_DEPTH:
+            raise ValueError("holds too many parts" if left < 0 else "nested too deeply")
+        if isinstance(value, torch.Tensor):
+            if value.nbytes > most_bytes:
+                raise ValueError("holds a tensor larger than its file")
+            return value.detach()  # neither its hooks nor its graph
+        if isinstance(value, dict):
+            # Not through its own methods: an OrderedDict of a file can bring others.
+            pairs = list(dict[Any, Any].items(cast(dict[Any, Any], value)))
+            if not all(type(key) in (str, int) for key, _ in pairs):
+                raise ValueError("has keys that are neither texts nor whole numbers")
+            return {copy(key, depth): copy(held, depth + 1) for key, held in pairs}
+        if type(value) in (list, tuple, set):
+            return type(value)(copy(held, depth + 1) for held in value)
+        if type(value) is int and abs(value) >= MAX_INTEGER:
+            raise ValueError("holds a number too large")
+        if not isinstance(
+            value, bool | int | float | str | None | torch.Size | torch.dtype | torch.device
+        ):
+            raise ValueError(f"holds a {type(value).__name__}")
+        return value
+
+    return copy(content, 0)
 
 
 def _foreign_content(data: bytes) -> str | None:
@@ -280,9 +334,40 @@ def _foreign_content(data: bytes) -> str | None:
                 name = str(argument)
                 if operation.name != "GLOBAL" or not HARMLESS.fullmatch(name):
                     return f"names {name[:80]!r}, which is neither tensor nor plain data"
+        if _has_large_tuple(data[begin:end]):
+            return "holds a tuple of too many parts"
     except Exception as error:  # pickletools raises a dozen kinds on hostile bytes
         return f"not a checkpoint: {str(error)[:80] or type(error).__name__}"
     return None
+
+
+def _has_large_tuple(code: bytes) -> bool:
+    """Say whether a pickle makes a tuple of more than `MAX_TUPLE` parts.
+
+    A key of a dictionary is hashed while it is loaded, and a tuple's hash visits every part of
+    every tuple in it: forty pairs, each of the one before it twice, take for ever.
+    """
+    stack: list[int] = []  # the parts of a tuple, 0 of a mark, 1 of all else
+    memo: dict[object, int] = {}
+    for operation, argument, _ in pickletools.genops(code):
+        name = operation.name
+        if "PUT" in name:
+            memo[argument] = stack[-1]
+        elif "GET" in name:
+            stack.append(memo[argument])
+        else:
+            parts = 1
+            for kind in reversed(operation.stack_before):
+                while kind is pickletools.stackslice and stack[-1]:
+                    parts += stack.pop()
+                if kind is not pickletools.stackslice:
+                    parts += stack.pop()
+            if "TUPLE" not in name:
+                parts = int(name != "MARK")
+            elif parts > MAX_TUPLE:
+                return True
+            stack += [parts] * len(operation.stack_after)
+    return False
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -294,11 +379,21 @@ def parse_json(text: bytes) -> dict[str, Any]:
     if len(text) > MAX_JSON:
         raise ValueError(f"{len(text)} bytes")
     try:
-        value: object = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        value: object = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):  # what can be read could still be too deep to be written again
+        parts: list[Any] = []
+        for group in level:
+            parts += group if type(group) is list else group.values()
+        level = [part for part in parts if type(part) in (dict, list)]
+    if level:
+        raise ValueError("nested too deeply")
     return cast(dict[str, Any], value)
 
 
@@ -309,6 +404,13 @@ def _refuse(text: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _refuse(text[:20])
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= MAX_INTEGER:
+        raise ValueError(f"{text[:20]}... is too large")
+    return value
 
 
 def seal_json(text: str) -> bytes:

@@ -1,9 +1,11 @@
 """A run whose files an attacker has rewritten, seals and all: one line, and nothing of it runs."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import co2lightning
-from co2lightning import storage
+from co2lightning import config, storage
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
 from conftest import TINY, Outcome, tree
@@ -33,6 +35,7 @@ def seal(content: Any, record: dict[str, Any]) -> bytes:
     trusting = pytest.MonkeyPatch()
     with trusting.context() as patch:
         patch.setattr(storage, "_foreign_content", lambda buffer: None)
+        patch.setattr(storage, "plain", lambda content, most_bytes: content)
         return storage.seal_checkpoint(content, record)
 
 
@@ -136,6 +139,7 @@ CONTENTS: list[dict[str, Any]] = [
     {"run": {"agent": "SAC", "config": {"env.id": "evil:Env-v0"}}},
     {"run": {"agent": "SAC", "config": {"env.site": "https://example.org/site"}}},
     {"run": {"agent": "SAC", "config": {"env.site": {"class_path": "evil.Site"}}}},
+    {"run": {"agent": "SAC", "config": {"trainer.accelerator": {"class_path": "evil.X"}}}},
     {"run": {"agent": "SAC", "config": {"model.gamma": float("nan")}}},
     {"run": {"agent": "SAC", "config": {"model.hidden": [10**9] * 9}}},
     {"state_dict": {"actor.0.weight": torch.zeros(1).expand(10**12)}},
@@ -155,11 +159,47 @@ def test_an_episode_of_odd_content(
     assert not Path("RAN").exists()
 
 
+IMPORTS: list[Any] = [
+    "evil.X",
+    "evil:X",
+    '{"class_path": "evil.X"}',
+    {"class_path": "evil.X", "init_args": {}},
+    [{"class_path": "evil.X"}],
+    {"evil.X": {"class_path": "evil.X"}},
+]
+
+
+@pytest.mark.parametrize("agent", ["A2C", "SAC", "PPO"])
+def test_no_setting_of_a_file_imports(run: TrainingCheckpoint, agent: str) -> None:
+    keys = [*config.complete({}, agent), "model", "env", "trainer", "config", "model.evil.X"]
+    assert {"trainer.callbacks", "trainer.strategy", "model.gamma", "env.id"} <= set(keys)
+    for key, value in itertools.product(keys, IMPORTS):
+        with contextlib.suppress(UserError):
+            taken = config.check_stored({key: value}, agent, "file.pt")
+            assert taken.keys() == set() or taken == {key: value} == {key: str(value)}
+        assert not Path("RAN").exists(), (key, value)
+    with pytest.raises(UserError):  # what a user says is imported
+        config.check_settings({"trainer.callbacks": IMPORTS[-2]}, agent, "fit")
+    assert Path("RAN").exists()
+    del sys.modules["evil"]
+
+
+def test_only_settings_of_the_run_are_taken_from_a_file(
+    run: TrainingCheckpoint, command: Command
+) -> None:
+    kept = torch.load(run.path(3), weights_only=True)["run"]
+    keys = [key for key in config.complete({}, "SAC") if key not in kept["config"]]
+    evil = {key: [{"class_path": "evil.X"}] for key in keys}
+    rewrite(run, run.path(3), {"run": {**kept, "config": {**kept["config"], **evil}}})
+    assert "trainer.callbacks" in evil
+    assert "Resuming SAC at episode 4" in resume(command).out
+
+
 def test_an_environment_to_import_is_for_the_user_to_name(
     run: TrainingCheckpoint, command: Command
 ) -> None:
-    config = torch.load(run.path(3), weights_only=True)["run"]["config"]
-    evil = {"agent": "SAC", "config": {**config, "env.id": "evil:Env-v0"}}
+    kept = torch.load(run.path(3), weights_only=True)["run"]["config"]
+    evil = {"agent": "SAC", "config": {**kept, "env.id": "evil:Env-v0"}}
     rewrite(run, run.path(3), {"run": evil})
     outcome = resume(command)
     assert outcome.code == 2

@@ -19,10 +19,54 @@ from torch import Tensor
 from co2lightning import ranks
 from co2lightning.agents.descent import Descent
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.config import check_agent, check_stored
 from co2lightning.env import Environment
 from co2lightning.errors import UserError
+from co2lightning.ledger import MAX_EPISODES, parse_count
 from co2lightning.observation import RULE_FEATURES
 from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
+
+SIZES = {
+    "observation_dim": "observations",
+    "hindsight_dim": "features of hindsight",
+    "action_dim": "actions",
+}
+"""The hyperparameters that an environment sets, and what they count."""
+
+
+def agent_of(content: dict[str, Any], origin: str | Path) -> str:
+    """Return the name of the agent whose episode a checkpoint's content is.
+
+    Raises:
+        UserError: It is not that of an episode of this project; `origin` names its file.
+    """
+    kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
+    try:
+        parse_count(content, "episode", least=1, most=MAX_EPISODES)
+        for key, kind in {**kinds, "optimizer_states": list}.items():
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+        run = content["run"]
+        if not isinstance(run.get("config"), dict):
+            raise ValueError("its run has no config")
+    except ValueError as error:
+        raise UserError(
+            f"{origin}: not an episode of co2lightning ({error}); give one such as episode_0004.pt"
+        ) from None
+    return check_agent(run.get("agent"), f"{origin}: agent")
+
+
+def check_sizes(
+    content: dict[str, Any], origin: str | Path, sizes: dict[str, int], place: str
+) -> None:
+    """Raise a UserError if an episode was trained on other `sizes` than `place` has."""
+    for key, size in sizes.items():
+        trained = content["hyper_parameters"].get(key, 0)
+        if type(trained) is int and trained != size:
+            raise UserError(
+                f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "
+                "environment, start a new one for another"
+            )
 
 
 class Agent(pl.LightningModule):
@@ -241,8 +285,8 @@ class Agent(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters."""
-        self.env_steps = int(checkpoint["counters"]["env_steps"])
-        self.updates = int(checkpoint["counters"]["updates"])
+        self.env_steps = parse_count(checkpoint["counters"], "env_steps")
+        self.updates = parse_count(checkpoint["counters"], "updates")
 
     def descend(self, batch: Any) -> None:
         """Take one gradient step on a minibatch."""
@@ -267,17 +311,57 @@ class Agent(pl.LightningModule):
             UserError: No such file, a damaged one, or one of another agent.
         """
         content = TrainingCheckpoint.read(checkpoint_path)
+        agent = agent_of(content, checkpoint_path)
+        if agent != cls.__name__:
+            raise UserError(f"{checkpoint_path}: trained by {agent}, not by {cls.__name__}")
+        settings = {**cls.stored_settings(content, checkpoint_path), **overrides}
+        return cls.restore(content, checkpoint_path, settings).to(map_location or "cpu").eval()
+
+    @classmethod
+    def stored_settings(cls, content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
+        """Return the hyperparameters that an episode's content holds, checked.
+
+        Raises:
+            UserError: They are not such; `origin` names the file.
+        """
+        stored = content["hyper_parameters"]
+        settings = {f"model.{key}": value for key, value in stored.items() if key not in SIZES}
+        settings["seed_everything"] = settings.pop("model.seed", 0)
+        checked = check_stored(settings, cls.__name__, str(origin))
         try:
-            agent, hyperparameters = content["run"]["agent"], dict(content["hyper_parameters"])
-            if agent != cls.__name__:
-                raise UserError(f"{checkpoint_path}: trained by {agent}, not by {cls.__name__}")
-            learner = cls(**{**hyperparameters, **overrides})
-            learner.load_state_dict(content["state_dict"])
+            sizes = {key: parse_count(stored, key, 0) for key in SIZES}
+        except ValueError as error:
+            raise UserError(f"{origin}: {error}") from None
+        seed = checked.pop("seed_everything")
+        return sizes | {"seed": seed} | {k.removeprefix("model."): v for k, v in checked.items()}
+
+    @classmethod
+    def restore(cls, content: dict[str, Any], origin: str | Path, settings: dict[str, Any]) -> Self:
+        """Make an agent with the weights and counters that an episode's content holds.
+
+        Args:
+            content: That of an episode, see `agent_of`.
+            origin: Its file, for messages.
+            settings: The hyperparameters.
+
+        Raises:
+            UserError: The weights are not those of such an agent; none were made, then.
+        """
+        state = content["state_dict"]
+        try:
+            with torch.device("meta"):  # weights without numbers, however many would be asked for
+                wanted = cls(**settings).state_dict()
+            for name in {**wanted, **state}:
+                if kind_of(state.get(name)) != kind_of(wanted.get(name)):
+                    raise ValueError(f"{name} is not as its settings say")
+            learner = cls(**settings)
+            learner.load_state_dict(state)
             learner.on_load_checkpoint(content)
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{checkpoint_path}: not an agent of this version ({reason})") from None
-        return learner.to(map_location or "cpu").eval()
+        except Exception as error:  # whatever a foreign file provokes
+            reason = " ".join(str(error).split())[:120]
+            message = f"{origin}: not of this version's {cls.__name__} ({reason})"
+            raise UserError(message) from None
+        return learner
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -308,3 +392,8 @@ class Agent(pl.LightningModule):
             noise = torch.randn(len(batch), self.hparams["action_dim"], device=self.device)
             action = self.environment_action(batch, self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None
+
+
+def kind_of(value: object) -> tuple[torch.Size, torch.dtype] | None:
+    """Return a tensor's shape and its type of numbers, None of anything else."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else None
