@@ -463,13 +463,16 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         """Begin a training day, or the day named by `options={"day": "2025-03-01"}`."""
         super().reset(seed=seed)
         obs, info = self._vector.reset(seed=seed, options=options)
-        return obs[0], info
+        return obs[0], _first(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Run 15 minutes."""
         obs, reward, terminated, _, info = self._vector.step(np.asarray(action)[None])
-        one = {name: values.tolist()[0] for name, values in info.items()}
-        return obs[0], float(reward[0]), bool(terminated[0]), False, one
+        return obs[0], float(reward[0]), bool(terminated[0]), False, _first(info)
+
+
+def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: values.tolist()[0] for name, values in info.items()}
 
 
 def day_index(site: Site, day: str) -> int:

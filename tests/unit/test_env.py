@@ -53,6 +53,7 @@ def test_a_day_has_96_steps_and_ends() -> None:
     env = single()
     obs, info = env.reset(seed=3)
     assert info.keys() == {"day"}
+    assert type(info["day"]) is str
     assert info["day"] in np.array(shipped().days)[shipped().training_days]
     for t in range(T):
         assert env.observation_space.contains(obs)
