@@ -19,7 +19,7 @@ from co2lightning import rules
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.cli import main
 from co2lightning.config import parse_flags
-from co2lightning.evaluate import evaluate, load_agent, summarise
+from co2lightning.evaluate import evaluate, load_agent, mean_interval, summarise
 from co2lightning.history import find_runs, summarize
 from co2lightning.report.collect import compare_to_rule
 from co2lightning.session import run_fit
@@ -162,6 +162,30 @@ def test_the_table_is_that_of_test(made: Made) -> None:
             drawn = np.array(shown[key]["schedule"][field])
             assert drawn == pytest.approx(getattr(plan, field), abs=1.01 * exact), (key, field)
         assert shown[key]["co2_kg"] == pytest.approx(evaluation.policies[name].co2_kg, abs=0.006)
+
+
+def test_the_first_sentence_compares_with_the_best_reference(
+    report: Callable[..., Outcome], place: Path, tmp_path: Path
+) -> None:
+    """Without sun the rules waste what they store, and nothing beats doing nothing."""
+    dark = write_site(tmp_path / "dark")
+    series = [row.split(",") for row in (dark / "series.csv").read_text().splitlines()]
+    rows = [series[0], *([time, "0", load, "0.4"] for time, _, load, _ in series[1:])]
+    (dark / "series.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    assert report("PPO", "--env.site", dark, "--output", tmp_path / "r.html").code == 0
+    run = TrainingCheckpoint(place / "checkpoints" / "PPO")
+    agent = load_agent(TrainingCheckpoint.read(run.path(3)), run.path(3))
+    policies = evaluate(agent, load_site(dark)).policies
+    own_kg, idle_kg = policies["agent"].co2_kg, policies["uncontrolled"].co2_kg
+    assert idle_kg.mean() < policies["rbc_b"].co2_kg.mean()
+    kg, interval = mean_interval(own_kg - idle_kg)
+    assert interval is not None
+    assert 0 < kg < interval
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert (
+        f"+{kg:.1f} ± {interval:.1f} kg against the best control without learning, uncontrolled: "
+        "no clear difference." in html
+    )
 
 
 def test_each_site_has_its_own_part(made: Made) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from co2lightning import __version__
 from co2lightning.env import evaluation_soc
-from co2lightning.evaluate import TITLES, Summary, summarise
+from co2lightning.evaluate import TITLES, Summary, mean_interval, summarise
 from co2lightning.history import convergence
 from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
 from co2lightning.schedule import Schedule
@@ -177,25 +177,28 @@ def _number(value: float | None, digits: int) -> float | None:
 
 
 def _lead(result: SiteResult) -> str:
-    """Return the sentence that says how the best run of a site stands."""
+    """Return the sentence that says how the best run of a site stands beside the references."""
     summaries = [(summarise(run.evaluation)["agent"], run) for run in result.runs]
     best, run = min(summaries, key=lambda pair: pair[0].co2_kg)
+    references = result.references.policies
+    rival = min(REFERENCES[:-1], key=lambda name: references[name].co2_kg.mean())
+    difference_kg, interval = mean_interval(
+        run.evaluation.policies["agent"].co2_kg - references[rival].co2_kg
+    )
     days = len(result.references.days)
     # An interval over days says something only where there are days to speak of.
     verdict = ""
-    if best.vs_rbc_b_kg_interval is not None:
-        low = best.vs_rbc_b_kg - best.vs_rbc_b_kg_interval
-        high = best.vs_rbc_b_kg + best.vs_rbc_b_kg_interval
-        verdict = ", better than the rule" if high < 0 else ", worse than the rule"
-        verdict = verdict if high < 0 or low > 0 else ", no clear difference from the rule"
+    if interval is not None:
+        verdict = ": better" if difference_kg < 0 else ": worse"
+        verdict = verdict if abs(difference_kg) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
         closed = f" It closes {_percent(best.gap_closed)} of the gap to the optimum."
     return (
         f"<p>On {days} held-out day{'' if days == 1 else 's'} of <b>{escape(result.site.name)}</b>,"
         f" <b>{escape(run.title)}</b> (episode {run.episode}) emits {best.co2_kg:.1f} kg of CO2 a "
-        f"day: {_plus_minus(_signed(best.vs_rbc_b_kg), best.vs_rbc_b_kg_interval)} kg against the "
-        f"rule RBC B{verdict}.{closed}</p>"
+        f"day, {_plus_minus(_signed(difference_kg), interval)} kg against the best control without "
+        f"learning, {TITLES[rival]}{verdict}.{closed}</p>"
     )
 
 
