@@ -19,26 +19,20 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard.summary import hparams
 
-from co2lightning import ranks
-from co2lightning.agents.agent import Agent
+from co2lightning import ranks, storage
+from co2lightning.agents.agent import Agent, short_metrics
 from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.errors import UserError
+from co2lightning.errors import TrainingError, UserError
 from co2lightning.replay import fewest_rows
 from co2lightning.terminal import acknowledge, take_signals
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
-_SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
-
-
-def short_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Return an episode's metrics under the names of history.json: `site/co2_kg` is `co2_kg`."""
-    return {_SHORT_NAMES.get(tag, tag.split("/")[-1]): value for tag, value in metrics.items()}
 
 
 class EpisodeCheckpointIO(CheckpointIO):
@@ -67,17 +61,22 @@ class EpisodeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
+        if Path(path) != self.run.path(checkpoint["episode"]):
+            raise UserError(f"{path}: only whole episodes are saved, and each is saved anyway")
         content = dict(checkpoint)
         replay = content.pop("replay", None)
         if replay is not None:
             self.rows.append(fewest_rows(replay))
-        self.run.save_checkpoint(
-            content,
-            episode=content.pop("episode"),
-            metrics=content.pop("metrics"),
-            replay=replay,
-            replay_capacity_episodes=self._newest_that_fill(),
-        )
+        try:
+            self.run.save_checkpoint(
+                content,
+                episode=content.pop("episode"),
+                metrics=content.pop("metrics"),
+                replay=replay,
+                replay_capacity_episodes=self._newest_that_fill(),
+            )
+        except ValueError as error:
+            raise TrainingError(f"{_foreign_part(content)} cannot be saved: {error}") from error
 
     def _newest_that_fill(self) -> int | None:
         """Return how many of the newest pieces fill the buffer, None if all do not."""
@@ -95,6 +94,33 @@ class EpisodeCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Do nothing: `TrainingCheckpoint` alone decides what is pruned."""
+
+
+def _foreign_part(content: dict[str, Any]) -> str:
+    """Name what a callback has put into a checkpoint that is not plain data."""
+    states = {f"the state of {name}": state for name, state in content["callbacks"].items()}
+    for name, part in {**states, **content}.items():
+        try:
+            storage.seal_checkpoint({"part": part}, {})
+        except ValueError:
+            return f"--trainer.callbacks: {name}"
+    return "an episode"
+
+
+def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks that are none of these here."""
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
+    return [callback for callback in callbacks if type(callback).__module__ != __name__]
+
+
+def who_stopped(trainer: pl.Trainer) -> tuple[str, str]:
+    """Return which callback has ended training, and why where that is known: EarlyStopping's."""
+    brought = users_callbacks(trainer)
+    for callback in brought:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            reason = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
+            return type(callback).__name__, reason.strip(" .")
+    return type(brought[0]).__name__ if len(brought) == 1 else "a callback", ""
 
 
 class EpisodeCheckpoint(ModelCheckpoint):
@@ -156,6 +182,8 @@ class EpisodeCheckpoint(ModelCheckpoint):
         assert isinstance(pl_module, Agent)
         checkpoint["episode"] = pl_module.episode
         checkpoint["metrics"] = short_metrics(pl_module.metrics)
+        if trainer.should_stop:
+            checkpoint["stopped_by"] = who_stopped(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a checkpoint says where it belongs, not on which disk it lay."""

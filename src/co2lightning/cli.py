@@ -17,7 +17,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from co2lightning.errors import UserError
+from co2lightning.errors import TrainingError, UserError
 from co2lightning.terminal import prepare, say, take_signals, tell
 
 _HELP = """\
@@ -46,8 +46,8 @@ Curves:       tensorboard --logdir lightning_logs
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done. 2: what was asked cannot be. 129, 130, 143: SIGHUP, SIGINT, SIGTERM. 1: a defect, or
-    a disk that fails.
+    0: done. 2: what was asked cannot be. 129, 130, 143: SIGHUP, SIGINT, SIGTERM. 1: a defect, a
+    training that cannot go on, or a disk that fails.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     prepare()
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say()  # what argparse has printed may not be out yet
     except UserError as error:
         return _fail(error, 2)
+    except TrainingError as error:
+        return _fail(error, 1)
     except OSError as error:
         return _fail(_disk_line(error, training=argv[:1] in (["fit"], ["fit-all"])), 1)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The one exception that becomes exit code 2, and how its message shows a value."""
+"""The exceptions that become one line and an exit code, and how a message shows a value."""
 
 from co2lightning.terminal import clean
 
@@ -11,6 +11,16 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         # It may quote a stranger's file, and a traceback would print it as it is.
+        super().__init__(clean(" ".join(str(message).split())))
+
+
+class TrainingError(RuntimeError):
+    """Training ended in an error of its own, exit code 1; the message is the line the user reads.
+
+    What was saved before stands.
+    """
+
+    def __init__(self, message: object) -> None:
         super().__init__(clean(" ".join(str(message).split())))
 
 

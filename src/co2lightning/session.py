@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
 from co2lightning.agents import agent_class
@@ -41,6 +43,8 @@ from co2lightning.callbacks import (
     Interrupted,
     ProgressLine,
     Signals,
+    users_callbacks,
+    who_stopped,
 )
 from co2lightning.checkpoints import ROOM_IN_NAMES, TrainingCheckpoint
 from co2lightning.config import (
@@ -59,7 +63,7 @@ from co2lightning.config import (
     unknown_settings,
 )
 from co2lightning.env import Environment, SiteDays, make_environment
-from co2lightning.errors import UserError
+from co2lightning.errors import TrainingError, UserError
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.site import named_in
@@ -96,6 +100,7 @@ class _Start:
     path: Path
     settings: Settings
     target_episode: int
+    stopped_by: tuple[str, str] | None  # a callback and, where known, why
     site_sha256: str | None
     world_size: int
     content: dict[str, Any]
@@ -139,6 +144,7 @@ def run_fit(
     Raises:
         UserError: What was asked cannot be; nothing on disk was changed.
         Interrupted: A signal ended it; the last whole episode is on disk.
+        TrainingError: It cannot go on, or a callback raised; the last good episode is on disk.
     """
     agent = which_agent(agent, config, flags.get("ckpt_path"))
     config = config or f"{agent.lower()}.yaml"
@@ -161,7 +167,7 @@ def run_fit(
     signals = signals or Signals()
     if rank.number:  # rank 0 prepares the run, writes and speaks; Lightning lets the others wait
         if plan.start and plan.target <= plan.done:
-            return _nothing_to_do(run, plan)
+            return _nothing_to_do(run, plan, lambda line: None)
         path = run.path(plan.done) if plan.start else None
         return _train(run, plan, path, signals, lambda line: None)
     with contextlib.ExitStack() as held:
@@ -178,15 +184,19 @@ def run_fit(
         for line in plan.notes:
             echo(line)
         if plan.start and plan.target <= plan.done:
-            echo(f"{agent} stands at episode {plan.done}; {_count(plan.target)} in total are done")
-            return _nothing_to_do(run, plan)
+            return _nothing_to_do(run, plan, echo)
         path = _prepare_run(run, plan, flags, echo)
         return _train(run, plan, path, signals, echo)
 
 
-def _nothing_to_do(run: TrainingCheckpoint, plan: _Plan) -> FitResult:
+def _nothing_to_do(run: TrainingCheckpoint, plan: _Plan, echo: Callable[[str], None]) -> FitResult:
     assert plan.start
     agent = type(plan.learner).__name__
+    if plan.start.stopped_by and plan.target == plan.done:
+        by = _who(plan.start.stopped_by)
+        echo(f"{agent} was ended at episode {plan.done} by {by}; --episodes N trains on")
+    else:
+        echo(f"{agent} stands at episode {plan.done}; {_count(plan.target)} in total are done")
     return FitResult(agent, run.name, plan.done + 1, plan.done, plan.start.path, {})
 
 
@@ -224,6 +234,7 @@ def fit(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: What was asked cannot be; nothing on disk was changed.
+        TrainingError: It cannot go on, or a callback raised; the last good episode is on disk.
     """
     given = dict(options)
     if isinstance(given.get("model"), str) and "agent" not in given:
@@ -404,11 +415,17 @@ def _read_start(path: Path, agent: str, notes: list[str]) -> _Start:
     settings = run_settings(complete(known, agent))
     target = run.get("target_episode")
     site, world_size = run.get("site"), run.get("world_size")
+    match content.get("stopped_by"):
+        case (str() as callback, str() as reason):
+            stopped_by = callback, reason
+        case _:
+            stopped_by = None
     return _Start(
         episode,
         path,
         settings,
         target if type(target) is int and target <= MAX_EPISODES else 0,
+        stopped_by,
         site.get("sha256") if isinstance(site, dict) else None,
         world_size if type(world_size) is int else 1,
         content,
@@ -440,10 +457,17 @@ def _changes(before: Settings, after: Settings, agent: str) -> list[str]:
 def _target(asked: Settings, by_flag: bool, agent: str, start: _Start | None) -> int:
     """Return the last episode of this session; `by_flag` says that --episodes was given."""
     done = start.episode if start else 0
-    if asked.get("total_episodes") is not None:
-        if by_flag:
-            raise UserError("--episodes and --total_episodes: give one of them")
-        return asked["total_episodes"]
+    total = asked.get("total_episodes")
+    if total is not None and by_flag:
+        raise UserError("--episodes and --total_episodes: give one of them")
+    if start and start.stopped_by and not by_flag:
+        # Ended on purpose: to go on would train one episode more at each start. Where a callback
+        # did not say why, it may only have been out of time, so a total goes on.
+        _, reason = start.stopped_by
+        if total is None or (reason and total <= start.target_episode):
+            return done
+    if total is not None:
+        return total
     if not by_flag and start and start.target_episode > done:
         return start.target_episode
     target = done + complete(asked, agent)["episodes"]
@@ -547,6 +571,12 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
     given = instantiate_trainer_settings(settings, agent)
     callbacks = given.pop("callbacks", None) or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    for callback in callbacks:
+        if isinstance(callback, Checkpoint):
+            raise UserError(
+                f"--trainer.callbacks: {type(callback).__name__} cannot work here: every episode "
+                "is saved anyway, as a whole"
+            )
     own["callbacks"] = [*callbacks, *own.get("callbacks", [])]
     own.setdefault("logger", False)
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
@@ -679,9 +709,14 @@ def _train(
     )
     for note in site_days.site.notes if site_days else ():
         echo(note)
+    brought = users_callbacks(trainer)
     several = f" on {_processes(plan.rank.world_size)}" if plan.rank.world_size > 1 else ""
     if path:
         echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done){several}")
+        assert plan.start
+        given = {callback.state_key for callback in brought}
+        for key in {**plan.start.content.get("callbacks", {})}.keys() - given:
+            echo(f"Without the callback {key} it had before; --trainer.callbacks gives it again")
     else:
         seed = settings["seed_everything"]
         echo(f"Training {agent} for {_count(target)} (seed {seed}){several}")
@@ -697,10 +732,21 @@ def _train(
     except BaseException as error:
         if not isinstance(error, Interrupted) and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGTERM)  # the ranks it has started wait for this one
+        for callback in (progress, history):  # a callback before them may have raised again
+            callback.on_exception(trainer, learner, error)
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, on_interrupt)  # which Lightning ignores from then on
             raise error.__context__ from None
-        if isinstance(error, UserError | OSError | Interrupted) or not isinstance(error, Exception):
+        if isinstance(error, Exception) and (callback := _raised_by(error, brought)):
+            what = f"--trainer.callbacks: {type(callback).__name__}"
+            if not history.begun:
+                raise UserError(f"{what} cannot work here: {error}") from error
+            stands = f"{_count(run.get_next_episode() - 1)} saved, --ckpt_path last continues"
+            kind = type(error).__name__
+            raise TrainingError(f"{what} raised {kind}: {error}; {stands}") from error
+        if isinstance(error, UserError | TrainingError | OSError | Interrupted) or not isinstance(
+            error, Exception
+        ):
             raise
         if is_loss(error):
             raise ConnectionError("another process of this run ended") from None
@@ -709,11 +755,30 @@ def _train(
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be restored ({reason})") from error
     signals.check()
-    target = trainer.current_epoch  # a callback may have ended it earlier
+    if trainer.should_stop:
+        echo(
+            f"Ended at episode {trainer.current_epoch} of {target} by {_who(who_stopped(trainer))}"
+        )
+    target = trainer.current_epoch
     echo(
         f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
     )
     return FitResult(agent, run.name, done + 1, target, run.path(target), dict(learner.metrics))
+
+
+def _raised_by(error: Exception, callbacks: list[pl.Callback]) -> pl.Callback | None:
+    """Return the callback that an error came from, if it is one of these."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            for callback in callbacks:
+                if value is callback:
+                    return callback
+    return None
+
+
+def _who(stopped_by: tuple[str, str]) -> str:
+    callback, reason = stopped_by
+    return f"{callback[:80]} ({reason[:200]})" if reason else callback[:80]
 
 
 def _count(episodes: int) -> str:
@@ -785,6 +850,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 with torch 2.13, harmless.
             warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+            # Said in a line of ours.
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
             yield
     finally:
         threading.excepthook = hook

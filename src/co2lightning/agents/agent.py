@@ -69,6 +69,14 @@ def check_sizes(
             )
 
 
+_SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
+
+
+def short_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return an episode's metrics under the names of history.json: `site/co2_kg` is `co2_kg`."""
+    return {_SHORT_NAMES.get(tag, tag.split("/")[-1]): value for tag, value in metrics.items()}
+
+
 class Agent(pl.LightningModule):
     """An agent that learns episode by episode under Lightning's Trainer.
 
@@ -276,7 +284,8 @@ class Agent(pl.LightningModule):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
         # For callbacks such as EarlyStopping; `log_dict` does the same in 5 ms instead of 50 us.
-        tensors = {tag: torch.tensor(value) for tag, value in self.metrics.items()}
+        named = {**self.metrics, **short_metrics(self.metrics)}
+        tensors = {name: torch.tensor(value) for name, value in named.items()}
         self.trainer.callback_metrics.update(tensors)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
