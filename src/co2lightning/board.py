@@ -5,6 +5,7 @@ Shapes: T = 96 steps; a schedule's fields are [1, T].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from co2lightning.physics import SiteModel, State
 from co2lightning.rules import rbc_b
 from co2lightning.schedule import Schedule, schedule
 from co2lightning.site import STEP_H, Site, T
+from co2lightning.storage import make_directory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +73,16 @@ def write_references(
         co2_kg = values["site/co2_kg"] = figures["co2_kg"]
         if co2_kg is not None and uncontrolled_kg:
             values["site/co2_vs_uncontrolled"] = co2_kg / uncontrolled_kg
-        reached = [int(path.name.rsplit("_", 1)[1]) for path in directory.glob("*.episode_*")]
+        for place in (logs / REFERENCES, directory.parent):
+            make_directory(place)
+        reached = [_last_step(path) for path in directory.glob("*.episode_*")]
         replace_scalars(directory, values, (1, max([last_episode, *reached])), "*")
+
+
+def _last_step(path: Path) -> int:
+    """Return the episode at the end of an event file's name, 0 where it is of somebody else."""
+    match = re.fullmatch(r".*\.episode_([0-9]{4,6})", path.name)
+    return int(match[1]) if match else 0
 
 
 def replace_scalars(
@@ -87,9 +97,13 @@ def replace_scalars(
         values: Tag -> value; what is None is left out.
         steps: Ascending episodes; the last one stands at the end of the file's name.
         earlier: Which files it replaces, by the episode at the end of their names.
+
+    Raises:
+        NotADirectoryError: There is a link in the place of `directory`.
     """
     steps = sorted(set(steps))
-    replaced = list(directory.glob(f"*.episode_{earlier}"))
+    make_directory(directory)
+    replaced = [p for p in directory.glob(f"*.episode_{earlier}") if not p.is_dir()]
     suffix = f".episode_{steps[-1]:04d}"
     with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
         for step in steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from co2lightning.replay import fewest_rows
 from co2lightning.terminal import acknowledge, take_signals
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]+)\..*?(?:\.([0-9]+))?")
 
 
 class EpisodeCheckpointIO(CheckpointIO):
@@ -287,9 +289,10 @@ def _order_event_files(directory: Path) -> None:
     """
     if not directory.is_dir():
         return
+    files = [path for path in directory.iterdir() if _EVENT_FILE.fullmatch(path.name)]
     moves: list[tuple[Path, int]] = []
     second = int(time.time())
-    for path in sorted(directory.glob("events.out.tfevents.*"), key=_made, reverse=True):
+    for path in sorted(files, key=_made, reverse=True):
         second = min(_made(path)[0], second - 1)
         moves.append((path, second))
     for path, second in reversed(moves):
@@ -300,9 +303,9 @@ def _order_event_files(directory: Path) -> None:
 
 def _made(path: Path) -> tuple[int, int]:
     """Return when an event file was made and its number within its process."""
-    parts = path.name.split(".")
-    numbers = [int(part) if part.isdigit() else 0 for part in (parts[3], parts[-1])]
-    return numbers[0], numbers[1]
+    match = _EVENT_FILE.fullmatch(path.name)
+    assert match
+    return int(match[1]), int(match[2] or 0)
 
 
 class Interrupted(Exception):

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import shutil
 import threading
 import time
 import weakref
@@ -154,10 +153,14 @@ class TrainingCheckpoint:
 
         Raises:
             Locked: Another process holds it; nothing was changed.
+            UserError: The lock is none, or what belongs into the run lies behind a link.
         """
         if self._depth == 0:
+            if problems := self._misplaced():
+                raise UserError(f"{self._directory}: {problems[0]}; move it, or link the whole run")
             places = [place for place in (self._directory, self._logs) if place is not None]
-            locks = [storage.FileLock(path) for path in dict.fromkeys(map(_lock_path, places))]
+            paths = dict.fromkeys(path for place in places for path in _lock_paths(place))
+            locks = [storage.FileLock(path) for path in paths]
             try:
                 for lock in locks:
                     lock.acquire(str(self._directory))
@@ -177,7 +180,16 @@ class TrainingCheckpoint:
 
     def is_running(self) -> bool:
         """Say whether a process holds the lock, without disturbing it."""
-        return storage.FileLock(_lock_path(self._directory)).taken()
+        return any(storage.FileLock(path).taken() for path in _lock_paths(self._directory))
+
+    def _misplaced(self) -> list[str]:
+        """Name what should be a directory in the run: behind a link we would change another run."""
+        places = (self._directory / "replay", self._directory / "damaged")
+        return [
+            f"{place.name} is {'a link' if place.is_symlink() else 'a file'}, not a directory"
+            for place in places
+            if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())
+        ]
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -213,7 +225,7 @@ class TrainingCheckpoint:
             UserError: Not a local file.
             Damaged: The file fails its check.
         """
-        return _load(Path(_local(path)))[0]
+        return _load(_local(path))[0]
 
     def load_latest_checkpoint(self) -> Row | None:
         """Return the newest good checkpoint, None if there is no episode file.
@@ -271,6 +283,7 @@ class TrainingCheckpoint:
         stored: Ledger | None = None
         if not self._directory.is_dir():
             return [f"{self._directory}: no such run"]
+        problems += self._misplaced()
         try:
             stored = self._stored_history()
         except FileNotFoundError:
@@ -379,6 +392,7 @@ class TrainingCheckpoint:
             return []
         with self.lock():
             self._sweep()
+            odd = self._set_aside()
             files = self.episodes()
             try:
                 stored = self._stored_history()
@@ -415,7 +429,7 @@ class TrainingCheckpoint:
                 names = ", ".join(self.path(n).name for n in gone[:5])
                 more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
                 moved.append(f"{names}{more} missing, {end}")
-            return moved + messages
+            return odd + moved + messages
 
     def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
         """Open a session and write it down as running.
@@ -637,7 +651,7 @@ class TrainingCheckpoint:
         with self.lock():
             if self._directory.is_dir() and any(self._directory.iterdir()):
                 raise UserError(f"{self._directory} is not empty; archive it first")
-            source = Path(_local(source))
+            source = _local(source)
             content, record, data = _load(source)
             last = _parse_record(source, record, "episode")
             other = TrainingCheckpoint(source.parent)
@@ -893,13 +907,22 @@ class TrainingCheckpoint:
         """Move a damaged file, and its replay piece, out of the way."""
         place = self._directory / "damaged"
         place.mkdir(exist_ok=True)
-        piece = self._directory / "replay" / error.path.name
-        for source, name in ((piece, f"replay_{piece.stem}"), (error.path, error.path.stem)):
+        replay = self._directory / "replay"
+        for source in dict.fromkeys((replay / error.path.name, error.path)):
             if os.path.lexists(source):
-                os.rename(source, _free(place, name, ".pt"))
+                prefix = "replay_" if source.parent == replay else ""
+                os.rename(source, _free(place, prefix + source.stem, source.suffix))
         storage.sync_directory(place)
         storage.sync_directory(self._directory)
         return f"{error.path.name} is damaged ({error.reason}); moved to {place}/"
+
+    def _set_aside(self) -> list[str]:
+        """Move what stands in the place of a file and is none, such as a link, out of the way."""
+        pieces = _listing(self._directory / "replay")
+        files = [self._directory / name for name in ("history.json", "metadata.json")]
+        files += [*map(self.path, self.episodes()), *map(self.replay_path, pieces)]
+        found = ((path, storage.instead_of_file(path)) for path in files)
+        return [self._quarantine(Damaged(path, problem)) for path, problem in found if problem]
 
     def _archive_target(self) -> Path:
         name = f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
@@ -918,13 +941,13 @@ class TrainingCheckpoint:
         found = [archive / n for n in os.listdir(archive)] if archive.is_dir() else []
         found = [path for path in found if own.fullmatch(path.name)]
         stage = parent / f".{self.name}.tmp"
-        return [*found, stage] if stage.is_dir() else found
+        return [*found, stage] if os.path.lexists(stage) else found
 
     def _sweep(self) -> None:
         for directory in (self._directory, self._directory / "replay"):
             storage.sweep(directory)
         for stage in self._staged():
-            shutil.rmtree(stage)
+            storage.discard(stage)
 
 
 def _write_each_second(reference: "weakref.ref[TrainingCheckpoint]", stop: threading.Event) -> None:
@@ -937,9 +960,17 @@ def _write_each_second(reference: "weakref.ref[TrainingCheckpoint]", stop: threa
         del run
 
 
-def _lock_path(place: Path) -> Path:
+def _lock_paths(place: Path) -> list[Path]:
+    """Return the locks of a directory: beside its name, and beside what that is a link to.
+
+    So each of its names leads to one lock of them all, and the first is that of earlier versions.
+    Beside a disk that is mounted there may be no place for the second.
+    """
     place = Path(os.path.abspath(place))
-    return place.parent / f".{place.name}.lock"
+    named = Path(os.path.realpath(place.parent), f".{place.name}.lock")
+    place = Path(os.path.realpath(place))
+    own = place.parent / f".{place.name}.lock"
+    return [named, own] if own.exists() or os.access(own.parent, os.W_OK) else [named]
 
 
 def _check_apart(directory: Path, logs: Path) -> None:
@@ -953,13 +984,14 @@ def _check_apart(directory: Path, logs: Path) -> None:
         )
 
 
-def _local(path: str | Path) -> str:
+def _local(path: str | Path) -> Path:
+    """Return the file that a user named, perhaps by a link."""
     text = storage.local("checkpoint", path)
     if Path(text).is_dir():
         newest = max(_listing(Path(text)), default=1)
         file = TrainingCheckpoint(text).path(newest)
         raise UserError(f"{text}: a directory, not a file; give a file in it, such as {file}")
-    return text
+    return Path(os.path.realpath(text) if os.path.islink(text) else text)
 
 
 def _listing(directory: Path) -> list[int]:
@@ -1054,16 +1086,18 @@ def _run_of(content: Row | None, ledger: Ledger) -> Row:
 def _stage(target: Path, files: dict[str, Path], ledger: Ledger, run: Row) -> None:
     """Build a run directory beside `target`, then put it in place in one step."""
     stage = target.parent / f".{target.name}.tmp"
-    if stage.is_dir():
-        shutil.rmtree(stage)
+    if os.path.lexists(stage):
+        storage.discard(stage)
     stage.mkdir(parents=True)
     for name, source in files.items():
+        if storage.instead_of_file(source):
+            continue
         place = stage / name
         place.parent.mkdir(exist_ok=True)
         try:
             os.link(source, place)
         except OSError:  # another disk, or one without links
-            storage.write_atomic(place, source.read_bytes())
+            storage.write_atomic(place, storage.read_file(source))
     for directory in {place.parent for place in map(stage.joinpath, files)}:
         storage.sync_directory(directory)
     TrainingCheckpoint(stage)._write(ledger, run)  # pyright: ignore[reportPrivateUsage]

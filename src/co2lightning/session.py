@@ -14,6 +14,7 @@ import platform
 import shlex
 import shutil
 import signal
+import stat
 import threading
 import traceback
 import warnings
@@ -261,7 +262,7 @@ def _checkpoint_file(ckpt_path: str | None) -> Path | None:
             f"--ckpt_path {ckpt_path}: no such file; give last, or a file such as "
             "checkpoints/PPO/episode_0004.pt"
         )
-    return path
+    return path.resolve() if path.is_symlink() else path  # beside the file lies its run
 
 
 def _check_name(name: str) -> None:
@@ -663,7 +664,13 @@ def _logs_of(directory: Path, run: TrainingCheckpoint) -> Path | None:
 
 def _copy_logs(source: Path | None, target: Path | None) -> None:
     if source and target and source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.copytree(source, target, ignore=_odd, dirs_exist_ok=True)
+
+
+def _odd(directory: str, names: list[str]) -> list[str]:
+    """Return what is neither a file nor a directory: to copy it could take for ever."""
+    modes = {name: os.lstat(Path(directory, name)).st_mode for name in names}
+    return [name for name, mode in modes.items() if not stat.S_ISREG(mode) | stat.S_ISDIR(mode)]
 
 
 def _train(

@@ -11,6 +11,7 @@ record in the comment tells what the file holds without importing torch.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import pickletools
 import re
+import shutil
 import socket
 import stat
 import sys
@@ -41,6 +43,10 @@ MAX_DEPTH = 64
 MAX_INTEGER = 1 << 128  # a float can hold it; states of random generators are as large
 JSON_SEAL = re.compile(rb',\n "sha256_above": "([0-9a-f]{64})"\}\n\Z')
 TEMPORARY = re.compile(r"\..+\.tmp")
+# A link opens as an error, a FIFO at once; Windows has neither.
+OPEN_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
+NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # What a checkpoint of plain data and tensors may name; weights_only's own list is far longer.
 HARMLESS = re.compile(
     r"collections OrderedDict|(__builtin__|builtins) set|"
@@ -68,14 +74,81 @@ def now() -> str:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut; Windows has no such call."""
+    """Make renames in `directory` survive a power cut, where the system has a call for that."""
     if sys.platform == "win32":
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems know it for files only
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def instead_of_file(path: Path) -> str | None:
+    """Say what stands at `path` if it is something else than a file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return "a directory, not a file"
+    return "a link, not a file" if stat.S_ISLNK(mode) else "a FIFO or a device, not a file"
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file of ours and return its descriptor.
+
+    An unpacked archive may have put anything in its place: a link would have us read or write
+    another file, a FIFO would have us wait for ever. Above it there may be links, to other disks.
+
+    Raises:
+        ValueError: It is no file; nothing was opened.
+        OSError: There is none, or it may not be opened.
+    """
+    if problem := instead_of_file(path):
+        raise ValueError(problem)
+    descriptor = os.open(path, flags | OPEN_FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # exchanged in between
+        os.close(descriptor)
+        raise ValueError("not a file")
+    return descriptor
+
+
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """Return the content of a file of ours.
+
+    Raises:
+        ValueError: It is no file, or larger than `limit`; not a byte was read.
+        OSError: There is none, or it cannot be read.
+    """
+    with open(open_file(path), "rb") as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            raise ValueError("too large")
+        return file.read()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of ours unless it is there.
+
+    Raises:
+        NotADirectoryError: There is a link in its place, behind which others' files may lie.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "a link, not a directory", str(path))
+
+
+def discard(path: Path) -> None:
+    """Delete whatever stands at `path`; a link goes, what it leads to stays."""
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -91,8 +164,10 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         OSError: Disk full, no permission; the temporary file is gone, the old file untouched.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    if os.path.lexists(temporary):  # of a killed process of our number, or put there
+        discard(temporary)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             if durable:
@@ -170,7 +245,7 @@ def check_directory(what: str, directory: Path) -> None:
 def sweep(directory: Path) -> None:
     """Delete the temporary files that a killed `write_atomic` left in `directory`."""
     for name in stray(directory):
-        (directory / name).unlink()
+        discard(directory / name)
 
 
 def stray(directory: Path) -> list[str]:
@@ -219,16 +294,9 @@ def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
         FileNotFoundError: There is no such file.
     """
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise Damaged(path, "a link to nothing") from None
-        raise
+        data = read_file(path)
     except ValueError as error:
-        raise Damaged(path, f"cannot be opened: {error}") from None
-    if not regular:
-        raise Damaged(path, "not a file")
-    data = path.read_bytes()
+        raise Damaged(path, str(error)) from None
     if not data:
         raise Damaged(path, "empty")
     if data[:4] != b"PK\x03\x04":
@@ -432,9 +500,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
     """
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError("too large")
-        data = path.read_bytes()
+        data = read_file(path, MAX_JSON)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -507,24 +573,47 @@ class FileLock:
 
         Raises:
             Locked: Another process has it.
+            UserError: There can be no lock here.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = self._open()
         try:
             # `taken` of another process holds the file for some microseconds: try a moment long.
             deadline = time.monotonic() + 0.2
             while not _try_lock(descriptor, shared=False):
                 if time.monotonic() > deadline:
-                    raise Locked(f"{run} is in use by {self._holder()}; wait or stop it first")
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(holder).encode("utf-8"))
-        except BaseException:
+                    holder = self._holder(descriptor)
+                    raise Locked(f"{run} is in use by {holder}; wait or stop it first")
+            if os.fstat(descriptor).st_nlink == 1:  # else it has a second name, perhaps not ours
+                holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(holder).encode("utf-8"))
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                raise UserError(
+                    f"{self.path}: this file system has no locks ({error.strerror}), and without "
+                    "them two processes could write one run; give --checkpoints.dir and --logs.dir "
+                    "on another disk"
+                ) from None
             raise
         self._descriptor = descriptor
         _held.add(descriptor)
+
+    def _open(self) -> int:
+        """Open the file to lock it; make it where there is none, for all who may write here."""
+        with contextlib.suppress(FileExistsError):
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            return open_file(self.path, os.O_RDWR)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}; a run's lock belongs there, move it") from None
+        except PermissionError as error:
+            raise UserError(
+                f"{self.path}: the lock of this run is closed to you ({error.strerror}); let its "
+                f"owner open it: chmod a+rw {self.path}"
+            ) from None
 
     def release(self) -> None:
         """Give the lock back."""
@@ -534,19 +623,22 @@ class FileLock:
         self._descriptor = None
 
     def taken(self) -> bool:
-        """Say whether a process, this one included, has the lock."""
+        """Say whether a process, this one included, has the lock; no where locks are unknown."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-        except OSError:
+            descriptor = open_file(self.path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        except (OSError, ValueError):
             return False
         try:
             return not _try_lock(descriptor, shared=True)
+        except OSError:
+            return False
         finally:
             os.close(descriptor)
 
-    def _holder(self) -> str:
+    def _holder(self, descriptor: int) -> str:
         try:
-            holder = parse_json(self.path.read_bytes()[:1000])
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            holder = parse_json(os.read(descriptor, 1000))
         except (OSError, ValueError):
             return "another process"
         pid, host, since = (" ".join(str(holder.get(k)).split()) for k in ("pid", "host", "since"))

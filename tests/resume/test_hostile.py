@@ -15,6 +15,7 @@ import torch
 
 import co2lightning
 from co2lightning import config, storage
+from co2lightning.board import replace_scalars
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
 from conftest import TINY, Outcome, tree
@@ -237,3 +238,128 @@ def test_links_in_place_of_files_are_not_followed_to_write(
     assert outcome.code == 0
     assert Path("victim").read_bytes() == b"precious"
     assert run.verify() == []
+
+
+def put(kind: str, path: Path) -> None:
+    """Put something at `path` that no file of ours is, as an unpacked archive may bring it."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        path.symlink_to(Path("victim").resolve())
+    elif kind == "link to a directory":
+        path.symlink_to(Path("victims").resolve())
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+        (path / "held").write_text("something")
+
+
+@pytest.fixture
+def victims(place: Path) -> Callable[[], None]:
+    """Make files that are none of ours; what is returned checks that they stand as they were."""
+    Path("victims").mkdir()
+    for path in (Path("victim"), Path("victims/episode_0004.pt"), Path("victims/.a.tmp")):
+        path.write_bytes(b"precious")
+    before = tree(Path("victims")), Path("victim").read_bytes()
+
+    def check() -> None:
+        assert (tree(Path("victims")), Path("victim").read_bytes()) == before
+
+    return check
+
+
+KINDS = ("link", "link to a directory", "FIFO", "directory")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stands_in_the_place_of_a_file_is_not_opened(
+    run: TrainingCheckpoint, victims: Callable[[], None], command: Command, kind: str
+) -> None:
+    files = ("history.json", "metadata.json", "episode_0004.pt", "replay/episode_0004.pt")
+    strays = (".history.json.7.tmp", "replay/.a.tmp", "../.SAC.tmp")
+    strays += ("../archive/.SAC-20260101T000000Z.tmp", f".history.json.{os.getpid()}.tmp")
+    for name in files + strays:
+        put(kind, run.directory / name)
+    before = tree(Path("checkpoints"))
+    assert command("history", "SAC").code == 0
+    shown = command("verify", "SAC")
+    assert shown.code == 1
+    for name in files[:3]:
+        assert f"{name} is damaged (" in shown.out
+    assert tree(Path("checkpoints")) == before
+    outcome = resume(command)
+    assert outcome.code == 0
+    assert "Resuming SAC at episode 4" in outcome.out
+    assert "metadata.json is damaged (a" in outcome.out
+    assert run.verify() == []
+    assert not [name for name in strays if os.path.lexists(run.directory / name)]
+    moved = {path.name for path in (run.directory / "damaged").iterdir()}
+    assert moved == {*files[:3], "replay_episode_0004.pt"}
+    victims()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lock", ["checkpoints/.SAC.lock", "lightning_logs/.SAC.lock"])
+def test_what_stands_in_the_place_of_a_lock_is_refused(
+    run: TrainingCheckpoint, victims: Callable[[], None], command: Command, kind: str, lock: str
+) -> None:
+    put(kind, Path(lock))
+    before = tree(run.directory)
+    outcome = resume(command)
+    assert outcome.code == 2
+    assert f"{lock}: a" in outcome.err
+    assert command("verify", "SAC").code == command("history", "SAC").code == 0
+    assert tree(run.directory) == before
+    victims()
+
+
+def test_a_lock_with_a_second_name_is_not_written_into(
+    run: TrainingCheckpoint, victims: Callable[[], None]
+) -> None:
+    Path("checkpoints/.SAC.lock").unlink()
+    os.link("victim", "checkpoints/.SAC.lock")
+    refused = pytest.raises(UserError, match="in use by another process")
+    with run.lock(), refused, TrainingCheckpoint("checkpoints/SAC").lock():
+        pass
+    victims()
+
+
+@pytest.mark.parametrize("name", ["replay", "damaged"])
+def test_a_directory_of_the_run_that_is_a_link_is_refused(
+    run: TrainingCheckpoint, victims: Callable[[], None], command: Command, name: str
+) -> None:
+    shutil.rmtree(run.directory / name, ignore_errors=True)
+    put("link to a directory", run.directory / name)
+    before = tree(Path())
+    outcome = resume(command, "--ckpt_path", "last", "--episodes", "1", "--allow_partial_replay")
+    assert outcome.code == 2
+    assert f"{name} is a link, not a directory" in outcome.err
+    assert f"{name} is a link, not a directory" in run.verify()
+    assert tree(Path()) == before
+    victims()
+
+
+def test_a_user_may_name_a_checkpoint_by_a_link(run: TrainingCheckpoint, command: Command) -> None:
+    Path("good.pt").symlink_to(run.path(2).resolve())
+    assert co2lightning.SAC.load_from_checkpoint("good.pt").updates
+    outcome = resume(command, "--ckpt_path", "good.pt", "--episodes", "1")
+    assert "Resuming SAC at episode 3" in outcome.out
+    assert run.verify() == []
+
+
+def test_odd_things_among_the_curves_neither_stop_nor_lead_anywhere(
+    run: TrainingCheckpoint, victims: Callable[[], None], command: Command
+) -> None:
+    logs = Path("lightning_logs/SAC")
+    put("FIFO", logs / "events.out.tfevents.1700000000.host.1.0")
+    put("link to a directory", logs / "events.out.tfevents.1700000001.host.1.0")
+    for name in ("events.out.tfevents.5", "events.out.tfevents.\u00b2.x", "x.episode_one"):
+        put("link", logs / name)
+    assert resume(command, "--ckpt_path", str(run.path(2)), "--episodes", "1").code == 0
+    (archived,) = Path("lightning_logs/archive").iterdir()
+    assert all(path.is_file() and not path.is_symlink() for path in archived.iterdir())
+    put("link to a directory", logs / "test")
+    with pytest.raises(NotADirectoryError):
+        replace_scalars(logs / "test", {"test/co2_kg": 1.0}, [3], "*")
+    victims()
