@@ -22,6 +22,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard.summary import hparams
@@ -418,6 +419,12 @@ class ProgressLine(pl.Callback):
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         self._stop()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Show what a profiler found, which forgets it after this."""
+        profiler: Profiler = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]
+        for line in (profiler.summary() or "").splitlines():
+            self.echo(line.expandtabs())
 
     def _stop(self) -> None:
         if self.live:

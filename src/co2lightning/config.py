@@ -40,23 +40,43 @@ GROUPS = ("env", "model", "trainer", "checkpoints", "logs")
 _RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
 
 
-REFUSED = {
-    "trainer.max_epochs": "--episodes or --total_episodes",
-    "trainer.max_steps": "--episodes or --total_episodes",
-    "trainer.min_epochs": "--episodes or --total_episodes",
-    "trainer.min_steps": "--episodes or --total_episodes",
-    "trainer.max_time": "--episodes or --total_episodes",
-}
-# What co2lightning itself hands to the Trainer, or what has no meaning without a validation set.
-_OWN_TRAINER_SETTINGS = {
-    *(key.removeprefix("trainer.") for key in REFUSED),
-    *("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
-    *("num_sanity_val_steps", "check_val_every_n_epoch", "val_check_interval", "log_every_n_steps"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
-    *("overfit_batches", "fast_dev_run", "default_root_dir", "plugins", "barebones"),
-    *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
-    *("use_distributed_sampler", "reload_dataloaders_every_n_epochs", "inference_mode"),
-    *("model_registry", "enable_autolog_hparams", "sync_batchnorm"),
+_BY_EPISODES = "training goes by episodes; use --episodes or --total_episodes"
+_NO_VALIDATION = "nothing is validated while training; co2lightning test evaluates a run"
+_SHORT = "for a short trial use --episodes 1 --env.num_envs 2"
+_ALL_KEPT = "every episode is saved; --checkpoints.keep_last says how many stay"
+_CURVES = "curves go to TensorBoard; --logs.dir says where"
+_PROCESSES = "days are simulated side by side: --env.num_envs; --trainer.devices makes processes"
+# What Lightning's Trainer has and fit has not, and what other tools call it: what to do instead.
+_INSTEAD = {
+    **dict.fromkeys(("max_epochs", "max_steps", "min_epochs", "min_steps"), _BY_EPISODES),
+    **dict.fromkeys(("max_time", "epochs", "num_epochs", "total_timesteps"), _BY_EPISODES),
+    **dict.fromkeys(("num_sanity_val_steps", "check_val_every_n_epoch"), _NO_VALIDATION),
+    **dict.fromkeys(("val_check_interval", "limit_val_batches"), _NO_VALIDATION),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), _NO_VALIDATION),
+    **dict.fromkeys(("inference_mode",), _NO_VALIDATION),
+    **dict.fromkeys(("fast_dev_run", "limit_train_batches", "overfit_batches"), _SHORT),
+    **dict.fromkeys(("enable_checkpointing", "barebones"), _ALL_KEPT),
+    **dict.fromkeys(("save_top_k", "save_last", "save_freq"), _ALL_KEPT),
+    **dict.fromkeys(("logger", "tensorboard_log", "log_dir", "logdir"), _CURVES),
+    **dict.fromkeys(("model_registry", "enable_autolog_hparams"), _CURVES),
+    **dict.fromkeys(("n_envs", "num_workers", "workers"), _PROCESSES),
+    **dict.fromkeys(("device", "gpus"), "use --trainer.accelerator and --trainer.devices"),
+    **dict.fromkeys(("resume", "resume_from_checkpoint"), "use --ckpt_path last"),
+    **dict.fromkeys(("net_arch", "policy_kwargs"), "use --model.hidden"),
+    "log_every_n_steps": "figures are logged after every episode",
+    "enable_progress_bar": "the live line is for terminals; a pipe or a file gets plain lines",
+    "enable_model_summary": "no summary is printed",
+    "verbose": "it prints a line for each episode",
+    "default_root_dir": "use --checkpoints.dir and --logs.dir",
+    "plugins": "those that save and connect are co2lightning's own",
+    "accumulate_grad_batches": "the updates are the agent's own, see --model.learning_rate and on",
+    "gradient_clip_val": "use --model.max_grad_norm, which A2C and PPO have",
+    "gradient_clip_algorithm": "gradients are clipped by their norm: --model.max_grad_norm",
+    "sync_batchnorm": "the networks have no batch norm",
+    "use_distributed_sampler": "each process draws days of its own",
+    "reload_dataloaders_every_n_epochs": "every episode draws its days anew",
+    "seed": "use --seed_everything",
+    "lr": "use --model.learning_rate",
 }
 
 
@@ -212,7 +232,7 @@ def build_parser(agent: str) -> ArgumentParser:
         instantiate=False,
         skip=set(_OWN_MODEL_SETTINGS),
     )
-    own: set[str | int] = set(_OWN_TRAINER_SETTINGS)
+    own: set[str | int] = set(_INSTEAD)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     titles = {"env": "environment", "model": agent, "trainer": "Lightning's Trainer"}
     for key, group in (parser.groups or {}).items():
@@ -258,7 +278,6 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
     parser = build_parser(agent)
     for argument in arguments:
         flag = argument.partition("=")[0]
-        _refuse(flag.removeprefix("--"), "--")
         if flag.removeprefix("--") in GROUPS and flag.startswith("--"):
             inner = next(key for key in _typehints(parser) if key.startswith(f"{flag[2:]}."))
             raise UserError(f"{flag} is a group of flags, such as --{inner}")
@@ -272,8 +291,6 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
 def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
     """Return settings from elsewhere than the command line, checked; `origin` names the place."""
     prefix = f"{origin}: "
-    for key in settings:
-        _refuse(key, prefix)
     parser = build_parser(agent)
     for key in unknown_settings(settings, agent):
         raise UserError(f"{prefix}{key} is not a setting of {agent}{_closest(key, parser)}")
@@ -324,7 +341,11 @@ def instantiate_trainer_settings(settings: Settings, agent: str) -> dict[str, An
     """Return the Trainer's keyword arguments, classes among them instantiated."""
     parser = build_parser(agent)
     namespace = parser.parse_object(_nest(settings))
-    return dict(vars(parser.instantiate(namespace).trainer))
+    try:
+        return dict(vars(parser.instantiate(namespace).trainer))
+    except Exception as error:  # whatever a class of the user's provokes
+        reason = _problems(str(error)) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{given_trainer_flags(settings, agent)}: {reason[:200]}") from None
 
 
 def read_recipe(name: str) -> tuple[str, Settings]:
@@ -370,13 +391,6 @@ def check_agent(name: object, where: str) -> str:
     return str(name)
 
 
-def _refuse(key: str, prefix: str) -> None:
-    if key in REFUSED:
-        raise UserError(
-            f"{prefix}{key} is not for you to set: training goes by episodes; use {REFUSED[key]}"
-        )
-
-
 def given_trainer_flags(settings: Settings, agent: str) -> str:
     """Return the Trainer flags that are not the default, as one types them."""
     flags = [
@@ -403,6 +417,9 @@ def _typehint(action: argparse.Action) -> Any:
 
 
 def _closest(key: str, parser: ArgumentParser, prefix: str = "") -> str:
+    """Say what to use in place of a key that is none."""
+    if instead := _INSTEAD.get(key.split(".")[-1]):
+        return f": {instead}"
     known = [*_typehints(parser), "config", "model"]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:  # the group forgotten: learning_rate
@@ -450,11 +467,20 @@ def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:
     name = key and (key[1] or key[2])
     value = re.search(r"Given value: (.*)", text) or re.search(r"Got value: (.*)", text)
     wanted = _typehints(parser).get(name) if name else None
+    if wanted is not None and (problems := _problems(message)):
+        return f"{prefix}{name}: {problems[:200]}"
     if wanted is not None and value:
         return f"{prefix}{name} {value[1][:80]}: must be {_words(wanted)}"
     if wanted is not None and "expected one argument" in text:
         return f"{prefix}{name} needs a value: {_words(wanted)}"
     return f"{prefix}{name}: {text[:200]}" if name else text[:200]
+
+
+def _problems(message: str) -> str:
+    """Return what is wrong with a class that was given, without the types it might be instead."""
+    found = re.findall(r"^( *)- (.*(?:\n\1 +\S.*)*)", message, re.M)
+    others = ("Expected a ", "Not a valid subclass of ")
+    return "; ".join(" ".join(text.split()) for _, text in found if not text.startswith(others))
 
 
 def _words(wanted: Any) -> str:
@@ -482,7 +508,9 @@ def _words(wanted: Any) -> str:
 
 def as_flag(key: str, value: Any) -> str:
     """Return the flag that sets a value, as one types it."""
-    text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    text = (
+        value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+    )
     return f"--{key} {text}"
 
 
@@ -516,6 +544,12 @@ def flatten(content: dict[Any, Any], origin: str) -> Settings:
 
 def _plain(value: Any) -> Any:
     """Return a value as plain data, which is all that a checkpoint holds."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -530,5 +564,5 @@ def _nest(settings: Settings) -> dict[str, Any]:
         level = nested
         for group in groups:
             level = level.setdefault(group, {})
-        level[last] = value
+        level[last] = _plain(value)  # a copy, for jsonargparse changes what it parses
     return nested

@@ -18,7 +18,7 @@ import stat
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +64,7 @@ from co2lightning.config import (
     unknown_settings,
 )
 from co2lightning.env import Environment, SiteDays, make_environment
-from co2lightning.errors import TrainingError, UserError
+from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.site import named_in
@@ -237,11 +237,18 @@ def fit(options: dict[str, Any]) -> dict[str, Any]:
         UserError: What was asked cannot be; nothing on disk was changed.
         TrainingError: It cannot go on, or a callback raised; the last good episode is on disk.
     """
+    if not isinstance(options, Mapping):
+        raise UserError('fit takes its settings as a dict, such as {"config": "ppo.yaml"}')
     given = dict(options)
     if isinstance(given.get("model"), str) and "agent" not in given:
         given["agent"] = given.pop("model")
     flat = flatten(given, "fit: ")
     config = flat.pop("config", None)
+    if not isinstance(config, str | None):
+        raise UserError(
+            f"fit: config {show(config)}: must be the name of a recipe, such as ppo.yaml; "
+            'give settings beside it: {"agent": "PPO", "episodes": 5}'
+        )
     agent = which_agent(flat.pop("agent", None), config, flat.get("ckpt_path"))
     result = run_fit(check_settings(flat, agent, "fit"), agent=agent, config=config)
     return {**vars(result), "checkpoint": str(result.checkpoint) if result.checkpoint else None}
@@ -594,7 +601,7 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
             )
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{given_trainer_flags(settings, agent)}: {reason}") from None
     # Signals are those of `Signals` or the caller's; Lightning would end with exit code 0.

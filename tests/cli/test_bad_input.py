@@ -1,5 +1,8 @@
 """What cannot be: exit code 2, one line that says what would be right, nothing changed on disk."""
 
+import inspect
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from co2lightning import storage
+from co2lightning.agents import AGENTS
+from co2lightning.agents.ppo import PPO
+from co2lightning.config import parse_flags, unknown_settings
+from co2lightning.errors import UserError
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
@@ -19,7 +27,6 @@ Command = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train two episodes of PPO, once."""
-    from co2lightning.config import parse_flags
     from co2lightning.session import run_fit
 
     place = tmp_path_factory.mktemp("trained")
@@ -57,6 +64,13 @@ def refused(command: Command, trained: Path, place: Path) -> Callable[..., None]
     return check
 
 
+STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+
+
+def stop(**options: Any) -> list[str]:
+    return ["--trainer.callbacks", json.dumps({"class_path": STOPPING, "init_args": options})]
+
+
 FLAGS = [
     (["--episode", "3"], "--episode is not a flag of fit; did you mean --episodes?"),
     (["--model.learing_rate", "1"], "did you mean --model.learning_rate?"),
@@ -92,6 +106,16 @@ FLAGS = [
         "--trainer.strategy ddp",
     ),
     (["--trainer.accelerator", "abacus"], "abacus"),
+    (["--trainer.accelerator", "tpu"], "--trainer.accelerator tpu"),
+    (["--seed", "3"], "--seed is not a flag of fit: use --seed_everything"),
+    (["--model.lr", "1"], "--model.lr is not a flag of fit: use --model.learning_rate"),
+    (stop(), f"{STOPPING}': the following arguments are required: monitor"),
+    (stop(x=1), f"{STOPPING}': Option 'x' is not accepted"),
+    (
+        stop(monitor="x", mode="y"),
+        f'--trainer.callbacks {{"class_path":"{STOPPING}","init_args":{{"monitor":"x","mode":"y"}}'
+        "}: `mode` can be min, max, got y",
+    ),
     (["--trainer.precision", "16-mixed"], "--trainer.precision 16-mixed: must be one of 32-true"),
     (["--trainer.precision", "7"], "--trainer.precision 7: must be"),
     (["--name", "../x"], "--name ../x: a plain directory name, such as night-tariff"),
@@ -121,6 +145,23 @@ FLAGS = [
 @pytest.mark.parametrize(("words", "says"), FLAGS, ids=lambda value: str(value)[:60])
 def test_a_flag_that_cannot_be(refused: Callable[..., None], words: list[str], says: str) -> None:
     refused(*words, says=(says,))
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_what_fit_does_not_take_from_lightning_has_a_reason(agent: str) -> None:
+    """And whatever flag the reason names is there."""
+    parameters = [key for key in inspect.signature(Trainer).parameters if key != "self"]
+    offered = [key for key in parameters if not unknown_settings([f"trainer.{key}"], agent)]
+    assert len(offered) == 10
+    for key in (*set(parameters).difference(offered), "seed", "lr", "num_workers", "resume"):
+        for flag in (f"--{key}", f"--trainer.{key}"):
+            with pytest.raises(UserError) as refusal:
+                parse_flags([flag, "1"], agent)
+            said, reason = str(refusal.value).split(": ", 1)
+            assert said == f"{flag} is not a flag of fit"
+            for named in re.findall(r"--([\w.]+)", reason):
+                if (agent, named) != ("SAC", "model.max_grad_norm"):  # it clips nothing
+                    assert named == "ckpt_path" or not unknown_settings([named], agent), reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -259,19 +300,29 @@ def test_a_command_that_is_not_there(command: Command) -> None:
 
 
 def test_from_python(place: Path) -> None:
-    from co2lightning.errors import UserError
     from co2lightning.session import fit
 
-    for options, says in (
+    refused: list[tuple[Any, str]] = [
         ({"config": "ppo.yaml", "episods": 5}, "fit: episods is not a setting of PPO; did you"),
         ({"config": "ppo.yaml", "episodes": 0}, "fit: episodes 0: must be at least 1"),
         ({"model": "DQN"}, "DQN: no such agent"),
         ({}, "--config"),
+        ({"config": "ppo.yaml", "trainer": {"lr": 1}}, "trainer.lr is not a setting of PPO: use"),
+        ({"config": {"agent": "PPO"}}, "fit: config .* must be the name of a recipe"),
+        (["ppo.yaml"], "fit takes its settings as a dict"),
+        ({"model": "PPO", "trainer.callbacks": [{"class_path": STOPPING}]}, "required: monitor"),
+        (
+            {"model": "PPO", "trainer": {"accelerator": "tpu", "callbacks": [Callback()]}},
+            "--trainer.accelerator tpu --trainer.callbacks",
+        ),
         ({"model": "SAC", "agent": "PPO"}, "fit: model SAC: must be a group of settings; agent"),
         ({"model": {"gamma": 0.5}, "model.gamma": 0.6}, "fit: model.gamma: is there twice"),
-    ):
+    ]
+    for options, says in refused:
         with pytest.raises(UserError, match=says):
             fit(options)
+    with pytest.raises(UserError, match=r"call agent.train_on\(environment\) before Trainer.fit"):
+        Trainer(logger=False, enable_checkpointing=False, max_epochs=1).fit(PPO(29, 2))
     assert tree(place) == {}
 
 

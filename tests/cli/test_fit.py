@@ -394,6 +394,12 @@ def test_an_episode_without_a_gradient_step_is_saved_too(
     assert done(agent) == 2
 
 
+def test_a_profiler_says_where_the_time_went(fit: Fit) -> None:
+    said = fit("PPO", "--episodes", "1", "--trainer.profiler", "simple").out
+    assert "FIT Profiler Report" in said
+    assert re.search(r"PPO.on_train_epoch_end +\| +[\d.e-]+ +\|", said)
+
+
 def test_a_callback_may_end_training_early(fit: Fit, place: Path) -> None:
     """It sees an episode's figures; what is said and kept is what was trained."""
     stop = {

@@ -202,7 +202,11 @@ class Agent(pl.LightningModule):
 
     def train_dataloader(self) -> RolloutDataset:
         """Return the episode-driven dataset; Lightning takes any sized iterable."""
-        assert self.env is not None, "call train_on(env) before Trainer.fit"
+        if self.env is None:
+            raise UserError(
+                "the agent has no environment: call agent.train_on(environment) before "
+                "Trainer.fit, or co2lightning.fit instead, which saves every episode too"
+            )
         return RolloutDataset(self.env, self)
 
     def transfer_batch_to_device(
