@@ -160,3 +160,21 @@ def test_permission_lost_in_mid_run(
     reference = reference_run("PPO", tmp_path_factory.mktemp("reference"), last + 2)
     assert state(trainer.directory, last + 2) == state(reference.directory, last + 2)
     assert curves("PPO", place) == curves("PPO", reference.place)
+
+
+def test_the_lock_of_a_colleague_and_a_disk_beside_which_nobody_may_write(place: Path) -> None:
+    trainer = Trainer("PPO", place)
+    words = ["fit", "--model", "PPO", "--env.num_envs", "4", *TINY["PPO"], "--episodes", "1"]
+    mounted, lock = place / "mounted", place / "checkpoints" / ".PPO.lock"
+    (mounted / "disk").mkdir(parents=True)
+    mounted.chmod(0o555)
+    lock.parent.mkdir()
+    Path(trainer.directory).symlink_to(mounted / "disk")
+    lock.touch(0o444)
+    assert ended(fork(without_override, str(place), words)) == 2
+    assert f"{lock}: the lock of this run is closed to you" in trainer.errors()
+    assert f"chmod a+rw {lock}" in trainer.errors()
+    lock.chmod(0o666)
+    assert ended(fork(without_override, str(place), words)) == 0
+    assert os.listdir(mounted) == ["disk"]
+    assert trainer.run.verify() == []

@@ -20,6 +20,7 @@ from processes import SERVER, fork
 if sys.platform == "win32":
     pytest.skip("POSIX processes, signals and limits", allow_module_level=True)
 
+import fcntl
 import resource
 
 from co2lightning.checkpoints import Locked, TrainingCheckpoint
@@ -208,6 +209,36 @@ def test_the_lock_is_refused_at_once_covers_the_logs_and_dies_with_its_process(
     with pytest.raises(Locked), run.lock(), open_run(tmp_path).lock():
         pass
     assert not run.is_running()
+
+
+@pytest.mark.parametrize("linked", ["", "PPO"])
+def test_every_name_of_a_run_leads_to_one_lock(tmp_path: Path, linked: str) -> None:
+    """Either the run and its logs are links, or the directories that they lie in."""
+    for place in ("checkpoints", "lightning_logs"):
+        target, link = tmp_path / "disk" / place / linked, tmp_path / place / linked
+        target.mkdir(parents=True)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(target)
+    run, other = open_run(tmp_path), open_run(tmp_path / "disk")
+    same_logs = TrainingCheckpoint(tmp_path / "x" / "A", logs=other.logs)
+    with process(write, tmp_path, 1000, 0, 0.05) as (child, pipe):
+        wait_for(pipe, "saved")
+        assert run.is_running()
+        assert other.is_running()
+        for second in (other, same_logs):
+            with pytest.raises(Locked, match=rf"process {child.pid} on"), second.lock():
+                pass
+    with other.lock(), pytest.raises(Locked), run.lock():
+        pass
+    # A process of an earlier version knows only the lock beside the name.
+    with open(tmp_path / "checkpoints" / ".PPO.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Locked), run.lock():
+            pass
+    with run.lock():
+        assert other.is_running()
+    assert (run.recover(), run.verify()) == ([], [])
+    assert (tmp_path / "checkpoints" / linked).is_symlink()
 
 
 def fork_under_the_lock(pipe: Connection, place: Path) -> None:

@@ -1,5 +1,6 @@
 """TrainingCheckpoint in one process: files that verify themselves, history, retention, archive."""
 
+import errno
 import hashlib
 import io
 import json
@@ -7,9 +8,11 @@ import os
 import pickle
 import random
 import shutil
+import stat
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +249,59 @@ def test_reading_history_imports_neither_torch_nor_lightning(tmp_path: Path) -> 
         "assert not {'torch', 'lightning'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what file systems lack ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_a_lock_is_open_to_whom_the_files_are(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        run = train(tmp_path, 1)
+    finally:
+        os.umask(before)
+    for path in (run.path(1), *tmp_path.glob("*/.PPO.lock")):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_everybody_reads_and_nobody_writes(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import fcntl
+
+    def flock(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    run = train(Path(), 2)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert command("history", "PPO").code == 0
+    assert command("verify").out == "PPO: ok, 2 checkpoints\n"
+    with pytest.raises(UserError, match=r"\.PPO\.lock: this file system has no locks \("):
+        run.archive()
+    assert run.verify() == run.leftovers() == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_only_a_disk_that_fails_stops_at_the_sync_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            train(tmp_path, 1)
+    else:
+        assert train(tmp_path, 2, replay=True).verify() == []
 
 
 # --- history and metadata -----------------------------------------------------------------------
