@@ -26,9 +26,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -572,6 +575,11 @@ def _check_trainer(settings: Settings, agent: str) -> Rank:
             f"{given_trainer_flags(settings, agent)}: several processes train by ddp; give "
             "--trainer.strategy ddp, or one device: --trainer.devices 1"
         )
+    if trainer.global_rank >= trainer.world_size:
+        raise UserError(
+            f"{given_trainer_flags(settings, agent)}: is for {_processes(trainer.world_size)}, but "
+            f"LOCAL_RANK and NODE_RANK make this number {trainer.global_rank}; unset them"
+        )
     return Rank(trainer.global_rank, trainer.world_size)
 
 
@@ -587,11 +595,9 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
             )
     own["callbacks"] = [*callbacks, *own.get("callbacks", [])]
     own.setdefault("logger", False)
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Requeuing would save in the middle of an episode; --ckpt_path last needs no such file.
-        own["plugins"] = [*own.get("plugins", []), SLURMEnvironment(auto_requeue=False)]
     try:
         with _quiet():
+            own["plugins"] = [*own.get("plugins", []), *_cluster(given)]
             trainer = pl.Trainer(
                 **given,
                 **own,
@@ -601,12 +607,64 @@ def _make_trainer(settings: Settings, agent: str, **own: Any) -> pl.Trainer:
                 num_sanity_val_steps=0,
                 log_every_n_steps=1,
             )
-    except (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        MisconfigurationException,
+        ImportError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{given_trainer_flags(settings, agent)}: {reason}") from None
+    # Until here what a variable said when it was imported.
+    rank_zero_only.rank = trainer.global_rank  # pyright: ignore[reportFunctionMemberAccess]
     # Signals are those of `Signals` or the caller's; Lightning would end with exit code 0.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+def _cluster(given: dict[str, Any]) -> list[ClusterEnvironment]:
+    """Return what tells the processes of a run apart; nothing where Lightning finds it.
+
+    Devices and nodes alone say how many processes there are. A launcher counts where it has
+    started just as many: its variables reach tasks that share a job, and stay behind in shells.
+
+    Args:
+        given: The Trainer's arguments; one process needs no strategy for several.
+
+    Raises:
+        ValueError: A launcher has started another number.
+    """
+    probe = pl.Trainer(
+        **{key: given[key] for key in ("accelerator", "devices", "num_nodes")},
+        plugins=LightningEnvironment(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    devices, nodes = probe.num_devices, probe.num_nodes
+    if devices * nodes == 1:
+        if given["strategy"] == "ddp":
+            given["strategy"] = "auto"
+        return [LightningEnvironment()]
+    if TorchElasticEnvironment.detect():
+        cluster = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect():
+        if nodes == 1 and os.environ["SLURM_NTASKS"] == "1":
+            return [LightningEnvironment()]  # one task, which starts the others itself
+        # Requeuing would save in the middle of an episode; --ckpt_path last needs no such file.
+        cluster = SLURMEnvironment(auto_requeue=False)
+    elif "LOCAL_RANK" in os.environ and "MASTER_PORT" not in os.environ:
+        raise ValueError("LOCAL_RANK is set, as by a launcher, and MASTER_PORT is not; unset it")
+    else:
+        return []
+    cluster.validate_settings(devices, nodes)
+    if cluster.world_size() != devices * nodes:
+        asked, started = _processes(devices * nodes), cluster.world_size()
+        raise ValueError(f"is for {asked}, but the launcher has started {started}")
+    return [cluster]
 
 
 def _prepare_run(

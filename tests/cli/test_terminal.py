@@ -87,7 +87,7 @@ def test_a_resume_shows_what_the_file_holds(command: Command, fit: Command) -> N
     fit("PPO", "--episodes", "1")
     path = Path("checkpoints/PPO/episode_0001.pt")
     content = TrainingCheckpoint.read(path)
-    content["run"]["config"] |= {STEERS: STEERS}
+    content["run"]["config"] |= {f"model.{STEERS}": STEERS}
     metrics = content.pop("metrics")
     other = TrainingCheckpoint("checkpoints/other")
     other.begin_session(start_episode=1, device="cpu", info=content["run"])

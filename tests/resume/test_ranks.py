@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from processes import fork
 from test_exact import check_history, curves, digest, state
 
@@ -183,6 +184,72 @@ def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch)
     signals.on_train_epoch_start(trainer, agent)
     with pytest.raises(Interrupted, match="SIGTERM"):
         signals.on_train_epoch_start(trainer, agent)
+
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_NODELIST": "nowhere", "SLURM_NODEID": "0"}
+SLURM |= {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+LEFT = {
+    "a launcher by hand": {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere"},
+    "torchrun": {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+    "srun": SLURM,
+    "srun by node": SLURM | {"SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "1"},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+}
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what makes this process one that a launcher has started as its second."""
+
+    def become(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(rank_zero_only, "rank", 1)  # what Lightning reads when it is imported
+
+    return become
+
+
+@pytest.mark.parametrize("launcher", LEFT)
+@pytest.mark.parametrize("words", [(), ("--trainer.strategy", "ddp")], ids=["", "ddp"])
+def test_one_device_is_a_run_of_its_own(
+    launcher: str, words: tuple[str, ...], second: Callable[..., None], fit: Callable[..., Outcome]
+) -> None:
+    """A task that shares a job, or a shell in which a launcher's variables were left."""
+    second(LEFT[launcher])
+    said = fit("PPO", "--episodes", "1", "--name", "packed-1", *words).out
+    assert "Training PPO for 1 episode (seed 0)\n" in said
+    check_history("checkpoints/packed-1", 1)
+    assert curves("packed-1").keys() >= {"site/co2_kg", "train/loss"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (LEFT["torchrun"] | {"WORLD_SIZE": "3"}, "does not match the world size (3)"),
+        (LEFT["srun"], "Use `--ntasks-per-node=4` instead"),
+        (LEFT["srun by node"], "Set `devices=4`"),
+        (
+            SLURM | {"SLURM_NTASKS_PER_NODE": "2"},
+            "is for 2 processes, but the launcher has started",
+        ),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is set, as by a launcher, and MASTER_PORT is not"),
+        ({"LOCAL_RANK": "5", "MASTER_PORT": "1"}, "make this number 5; unset them"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_two_devices_that_a_launcher_does_not_know_of(
+    variables: dict[str, str],
+    says: str,
+    second: Callable[..., None],
+    command: Callable[..., Outcome],
+) -> None:
+    second(variables)
+    outcome = command("fit", "--model", "PPO", *TWO)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "--trainer.devices 2" in outcome.err
+    assert says in outcome.err
+    assert not tree(Path())
 
 
 class Launched:
