@@ -13,12 +13,15 @@ missing, corrupt or behind. Reading history needs no torch.
 """
 
 import contextlib
+import errno
+import filecmp
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import stat
 import threading
 import time
 import weakref
@@ -278,6 +281,8 @@ class TrainingCheckpoint:
             One line for each problem; empty if all is well. That the JSON files are behind the
             episodes is none: see `leftovers`.
         """
+        if archived := self.half_archived():
+            return TrainingCheckpoint(archived).verify()
         running = self.is_running()
         problems: list[str] = []
         stored: Ledger | None = None
@@ -323,6 +328,8 @@ class TrainingCheckpoint:
         """
         if self.is_running():
             return []
+        if archived := self.half_archived():
+            return [f"being moved to {archived}"]
         found: list[str] = []
         with contextlib.suppress(FileNotFoundError, ValueError):  # which `verify` tells
             stored = self._stored_history()
@@ -339,7 +346,7 @@ class TrainingCheckpoint:
         if old := [n for n in pieces if n <= ledger.replay_pruned_to]:
             found.append(f"{_plural(len(old), 'replay piece')} no longer needed")
         strays = [storage.stray(d) for d in (self._directory, self._directory / "replay")]
-        if count := len([*itertools.chain(*strays), *self._staged()]):
+        if count := len([*itertools.chain(*strays), *self._staged(), *self._notes()]):
             found.append(_plural(count, "temporary file"))
         return found
 
@@ -371,8 +378,9 @@ class TrainingCheckpoint:
             return ["metadata.json is missing"] if ledger.episodes else []
         except ValueError as error:
             return [f"metadata.json is damaged ({error})"]
-        if metadata["last_episode"] > ledger.last and not running:
-            return [f"metadata.json tells of episode {metadata['last_episode']}, which is missing"]
+        last = metadata["last_episode"]
+        if last > ledger.last and last not in self.episodes() and not running:
+            return [f"metadata.json tells of episode {last}, which is missing"]
         return []
 
     # --- a session --------------------------------------------------------------------------
@@ -380,18 +388,26 @@ class TrainingCheckpoint:
     def recover(self) -> list[str]:
         """Put the run directory in order before a session.
 
-        Sweeps temporary files, moves damaged newest files to `damaged/`, rebuilds history.json
-        and metadata.json where they are corrupt or behind, closes sessions found dead. Of the
+        Sweeps temporary files, ends an archiving that was cut off, moves damaged newest files to
+        `damaged/`, rebuilds history.json and metadata.json where they are corrupt or behind,
+        closes sessions found dead. Of the
         episode files only the newest good one is read, unless history must be rebuilt; `verify`
         reads all.
 
         Returns:
             One line for each thing the user must know; empty if nothing was wrong.
         """
-        if not self._directory.exists() and not self._staged():
+        if not self._directory.exists() and not self._staged() and not self._notes():
             return []
         with self.lock():
             self._sweep()
+            ended: list[str] = []
+            for note, target, episode in self._notes():
+                if self.half_archived() == target:
+                    self._carry_out(target, episode)
+                    what = f"the episodes after {episode} were" if episode else "the run was"
+                    ended.append(f"The last start was cut off; {what} moved to {target}")
+                storage.discard(note)
             odd = self._set_aside()
             files = self.episodes()
             try:
@@ -429,7 +445,7 @@ class TrainingCheckpoint:
                 names = ", ".join(self.path(n).name for n in gone[:5])
                 more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
                 moved.append(f"{names}{more} missing, {end}")
-            return odd + moved + messages
+            return ended + odd + moved + messages
 
     def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
         """Open a session and write it down as running.
@@ -587,30 +603,24 @@ class TrainingCheckpoint:
     def archive(self) -> Path | None:
         """Move the run and its logs to `archive/<name>-<UTC time>`; overwrite nothing.
 
+        A directory that is a link or a disk of its own stays, empty. See `branch` about a cut.
+
         Returns:
             The archived run directory; None if there was no run.
         """
         with self.lock():
-            target = self._archive_target()
-            moved = None
-            for source in (self._directory, self._logs):
-                if source is None or not source.is_dir() or not any(source.iterdir()):
-                    continue
-                place = source.parent / "archive" / target.name
-                place.parent.mkdir(exist_ok=True)
-                os.rename(source, place)
-                storage.sync_directory(place.parent)
-                storage.sync_directory(source.parent)
-                if source == self._directory:
-                    moved = place
-            return moved
+            is_run = _filled(self._directory)
+            if not is_run and not (self._logs and _filled(self._logs)):
+                return None
+            target = self._put_away(0)
+            return target if is_run else None
 
     def branch(self, episode: int) -> Path | None:
         """Go back to `episode`: archive the run as it is, then drop the later episodes here.
 
-        The archived copy is a whole run directory that can be read, verified and continued; it
-        shares the files up to `episode` (hard links where the disk has them). A cut in between
-        leaves a valid prefix here and all of the old branch there.
+        The archived copy is a whole run directory that can be read, verified and continued, with
+        its logs; it shares the files (hard links where the disk has them). A cut before it stands
+        changes nothing; what is left to do after that `recover` does.
 
         Returns:
             The archived run directory; None if there are no later episodes.
@@ -619,37 +629,31 @@ class TrainingCheckpoint:
             UserError: There is no good file of `episode`.
         """
         with self.lock():
-            content, record, data = _load(self.path(episode))
+            _, record, data = _load(self.path(episode))
             self._check(self.path(episode), record, data, episode, "episode", None, None)
             ledger = self._current()
-            ledger.close_dead()
-            later = [number for number in self.episodes() if number > episode]
-            if not later:
+            if self.episodes()[-1] == episode:
                 return None
-            target = self._archive_target()
-            pieces = _listing(self._directory / "replay")
-            files = {self.path(n).name: self.path(n) for n in self.episodes()}
-            files |= {f"replay/{self.path(n).name}": self.replay_path(n) for n in pieces}
-            _stage(target, files, ledger, self._stored_run(ledger))
-            for number in sorted({*later, *(n for n in pieces if n > episode)}, reverse=True):
-                self.path(number).unlink(missing_ok=True)
-                self.replay_path(number).unlink(missing_ok=True)
-            ledger.trim(episode)
-            self._write(ledger, _run_of(content, ledger))
-            return target
+            ledger.close_dead()
+            self._write(ledger, self._stored_run(ledger))
+            return self._put_away(episode)
 
-    def adopt(self, source: Path) -> None:
+    def adopt(self, source: Path, logs: Path | None = None) -> None:
         """Start this run from a file of another directory: take its episodes up to that one.
 
         Episodes that the other directory does not have are counted and marked as pruned. The
         files are linked, or copied where links are impossible.
+
+        Args:
+            source: The file.
+            logs: The other run's logs, taken over where they are.
 
         Raises:
             UserError: This run has episodes already, or `source` is no local file.
             Damaged: `source` fails its check.
         """
         with self.lock():
-            if self._directory.is_dir() and any(self._directory.iterdir()):
+            if _filled(self._directory):
                 raise UserError(f"{self._directory} is not empty; archive it first")
             source = _local(source)
             content, record, data = _load(source)
@@ -670,9 +674,12 @@ class TrainingCheckpoint:
             for number in _listing(source.parent / "replay"):
                 if number <= last:
                     files[f"replay/{self.path(number).name}"] = other.replay_path(number)
-            if self._directory.is_dir():
-                self._directory.rmdir()
-            _stage(self._directory, files, ledger, _run_of(content, ledger))
+            with _building(self._directory) as place:
+                _share(files, place)
+                TrainingCheckpoint(place)._write(ledger, _run_of(content, ledger))
+            if logs and self._logs and not _filled(self._logs):
+                with _building(self._logs) as place:
+                    _share(_files_in(logs), place)
 
     # --- inside -----------------------------------------------------------------------------
 
@@ -926,22 +933,84 @@ class TrainingCheckpoint:
 
     def _archive_target(self) -> Path:
         name = f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        places = [p.parent / "archive" for p in (self._directory, self._logs) if p is not None]
         number, free = 1, name
-        while any(os.path.lexists(place / free) for place in places):
+        while any(os.path.lexists(place) for _, place in self._archives(free)):
             number += 1
             free = f"{name}-{number}"
         return self._directory.parent / "archive" / free
 
+    def _archives(self, name: str) -> list[tuple[Path, Path]]:
+        """Return the run directory and the logs, each with the place of that name to archive it."""
+        places = [place for place in (self._directory, self._logs) if place is not None]
+        return [(place, place.parent / "archive" / name) for place in places]
+
+    def _put_away(self, episode: int) -> Path:
+        """Archive the run and its logs, and keep here what is up to `episode`."""
+        target = self._archive_target()
+        target.parent.mkdir(exist_ok=True)
+        note = target.parent / f".{target.name}.keeps-{episode}"
+        os.close(os.open(note, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        storage.sync_directory(target.parent)
+        self._carry_out(target, episode)
+        note.unlink()
+        return target
+
+    def _notes(self) -> list[tuple[Path, Path, int]]:
+        """Return what a cut `_put_away` left: its note, its target, the episode it goes back to."""
+        note = re.compile(rf"\.({self._archive_name()})\.keeps-(\d{{1,6}})", re.ASCII)
+        archive = self._directory.parent / "archive"
+        found = map(note.fullmatch, sorted(os.listdir(archive)) if archive.is_dir() else [])
+        return [(archive / m[0], archive / m[1], int(m[2])) for m in found if m]
+
+    def half_archived(self) -> Path | None:
+        """Return the archive of the run that was cut off when all was in it; `recover` goes on.
+
+        What is still in the run directory is there, too, and is about to be deleted here.
+        """
+        for _, target, _ in self._notes():
+            if any(os.path.lexists(place) for _, place in self._archives(target.name)):
+                return target
+        return None
+
+    def _carry_out(self, target: Path, episode: int) -> None:
+        """Archive what is not yet in the archive, then drop it here; may be done again.
+
+        Nothing is deleted here that the archive does not hold.
+        """
+        archives = self._archives(target.name)
+        for source, place in archives:
+            if _filled(source) and not os.path.lexists(place):
+                _transfer(source, place, keep=episode > 0)
+        if episode:
+            ledger = self._current()
+            ledger.trim(episode)
+            numbers = {*self.episodes(), *_listing(self._directory / "replay")}
+            for number in sorted(numbers, reverse=True):
+                if number > episode:
+                    for path in (self.path(number), self.replay_path(number)):
+                        _delete_copy(path, target / path.relative_to(self._directory))
+            self._write(ledger, _run_of(_load(self.path(episode))[0], ledger))
+            return
+        for source, place in archives:
+            for name, path in _files_in(source).items():
+                _delete_copy(path, place / name)
+            for directory, _, _ in os.walk(source, topdown=False):
+                with contextlib.suppress(OSError):  # a link, a disk, not empty
+                    os.rmdir(directory)
+
+    def _archive_name(self) -> str:
+        return rf"{re.escape(self.name)}-\d{{8}}T\d{{6}}Z(?:-\d+)?"
+
     def _staged(self) -> list[Path]:
-        """Return what a cut `adopt` or `branch` left half built."""
-        parent = self._directory.parent
-        own = re.compile(rf"\.{re.escape(self.name)}-\d{{8}}T\d{{6}}Z(-\d+)?\.tmp")
-        archive = parent / "archive"
-        found = [archive / n for n in os.listdir(archive)] if archive.is_dir() else []
-        found = [path for path in found if own.fullmatch(path.name)]
-        stage = parent / f".{self.name}.tmp"
-        return [*found, stage] if os.path.lexists(stage) else found
+        """Return what a cut `adopt`, `archive` or `branch` left half built."""
+        own = re.compile(rf"\.{self._archive_name()}\.tmp", re.ASCII)
+        found: list[Path] = []
+        for _, place in self._archives("any"):
+            archive, stage = place.parent, place.parent.parent / f".{self.name}.tmp"
+            names = os.listdir(archive) if archive.is_dir() else []
+            found += [archive / name for name in names if own.fullmatch(name)]
+            found += [stage] if os.path.lexists(stage) else []
+        return found
 
     def _sweep(self) -> None:
         for directory in (self._directory, self._directory / "replay"):
@@ -1005,8 +1074,8 @@ def _listing(directory: Path) -> list[int]:
 
 
 def _filled(directory: Path) -> bool:
-    """Say whether anything stands in a directory; what a file system puts into it is nothing."""
-    return directory.is_dir() and any(name != "lost+found" for name in os.listdir(directory))
+    """Say whether a directory holds files; a prepared one, empty or with lost+found, does not."""
+    return bool(_files_in(directory))
 
 
 def _free(place: Path, stem: str, suffix: str) -> Path:
@@ -1083,23 +1152,76 @@ def _run_of(content: Row | None, ledger: Ledger) -> Row:
     return _plain(cast(Row, run)) if isinstance(run, dict) else {"agent": ledger.agent}
 
 
-def _stage(target: Path, files: dict[str, Path], ledger: Ledger, run: Row) -> None:
-    """Build a run directory beside `target`, then put it in place in one step."""
+@contextlib.contextmanager
+def _building(target: Path) -> Generator[Path]:
+    """Give a directory to build in, then put it in the place of `target` in one step.
+
+    Where `target` is a link or a disk of its own, it stays and is what is built in.
+    """
+    try:
+        if target.is_dir():
+            target.rmdir()
+    except OSError:
+        yield target
+        return
     stage = target.parent / f".{target.name}.tmp"
     if os.path.lexists(stage):
         storage.discard(stage)
     stage.mkdir(parents=True)
-    for name, source in files.items():
-        if storage.instead_of_file(source):
-            continue
-        place = stage / name
-        place.parent.mkdir(exist_ok=True)
-        try:
-            os.link(source, place)
-        except OSError:  # another disk, or one without links
-            storage.write_atomic(place, storage.read_file(source))
-    for directory in {place.parent for place in map(stage.joinpath, files)}:
-        storage.sync_directory(directory)
-    TrainingCheckpoint(stage)._write(ledger, run)  # pyright: ignore[reportPrivateUsage]
-    os.rename(stage, target)
+    try:
+        yield stage
+        os.rename(stage, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            storage.discard(stage)
+        raise
     storage.sync_directory(target.parent)
+
+
+def _files_in(directory: Path) -> dict[str, Path]:
+    """Return the regular files below a directory under their names in it."""
+    found: dict[str, Path] = {}
+    for place, _, names in os.walk(directory):
+        paths = (Path(place, name) for name in sorted(names))
+        regular = (path for path in paths if stat.S_ISREG(path.lstat().st_mode))
+        found |= {path.relative_to(directory).as_posix(): path for path in regular}
+    return found
+
+
+def _share(files: dict[str, Path], place: Path) -> None:
+    """Link files into a directory, or copy them where that cannot be; a run's episodes last."""
+    for name in sorted(files, key=lambda name: ("/" not in name, name)):
+        if storage.instead_of_file(files[name]):
+            continue
+        path = place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(files[name], path)
+        except OSError:  # another disk, or one without links
+            storage.write_atomic(path, storage.read_file(files[name]))
+    for directory in {(place / name).parent for name in files}:
+        storage.sync_directory(directory)
+
+
+def _transfer(source: Path, target: Path, *, keep: bool) -> None:
+    """Bring all of a directory to `target` in one step, and leave it here where it cannot move."""
+    target.parent.mkdir(exist_ok=True)
+    if not keep and not source.is_symlink():
+        try:
+            os.rename(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):  # a disk of its own; another disk
+                raise
+        else:
+            storage.sync_directory(target.parent)
+            storage.sync_directory(source.parent)
+            return
+    with _building(target) as place:
+        _share(_files_in(source), place)
+
+
+def _delete_copy(path: Path, original: Path) -> None:
+    """Delete a file that stands elsewhere, too."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.samefile(original) or filecmp.cmp(path, original, shallow=False):
+            path.unlink()

@@ -12,9 +12,7 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
-import stat
 import threading
 import traceback
 import warnings
@@ -164,6 +162,9 @@ def run_fit(
     rank = _check_trainer(session, agent)
     _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
     _check_place("--logs.dir", session["logs.dir"], name)
+    if run.half_archived() and not rank.number:  # a plan is made of what stands after that
+        with _held(run, echo):
+            pass
     # Once before the lock, so that a refusal changes nothing; once more in case files changed.
     plan = _plan(run, agent, config, recipe, flags, rank)
     if signals:
@@ -174,6 +175,19 @@ def run_fit(
             return _nothing_to_do(run, plan, lambda line: None)
         path = run.path(plan.done) if plan.start else None
         return _train(run, plan, path, signals, lambda line: None)
+    with _held(run, echo):
+        plan = _plan(run, agent, config, recipe, flags, rank, plan)
+        for line in plan.notes:
+            echo(line)
+        if plan.start and plan.target <= plan.done:
+            return _nothing_to_do(run, plan, echo)
+        path = _prepare_run(run, plan, flags, echo)
+        return _train(run, plan, path, signals, echo)
+
+
+@contextlib.contextmanager
+def _held(run: TrainingCheckpoint, echo: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run, put in order."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(run.lock())
@@ -184,13 +198,7 @@ def run_fit(
             ) from None
         for line in run.recover():
             echo(line)
-        plan = _plan(run, agent, config, recipe, flags, rank, plan)
-        for line in plan.notes:
-            echo(line)
-        if plan.start and plan.target <= plan.done:
-            return _nothing_to_do(run, plan, echo)
-        path = _prepare_run(run, plan, flags, echo)
-        return _train(run, plan, path, signals, echo)
+        yield
 
 
 def _nothing_to_do(run: TrainingCheckpoint, plan: _Plan, echo: Callable[[str], None]) -> FitResult:
@@ -684,14 +692,11 @@ def _prepare_run(
         newest = run.get_next_episode() - 1
         moved = run.branch(start.episode)
         if moved:
-            # The old branch keeps its curves; here they are purged from this episode on.
-            _copy_logs(run.logs, run.logs and run.logs.parent / "archive" / moved.name)
             how = _how_to_continue(moved / run.path(newest).name, plan.settings)
             echo(f"Later episodes of the old branch moved to {moved}; {how}")
     else:
         _archive(run, plan.settings, echo)
-        _copy_logs(_logs_of(start.path.parent, run), run.logs)
-        run.adopt(start.path)
+        run.adopt(start.path, _logs_of(start.path.parent, run))
         echo(f"Copied what came before episode {start.episode + 1} from {start.path.parent}")
     return own
 
@@ -725,17 +730,6 @@ def _logs_of(directory: Path, run: TrainingCheckpoint) -> Path | None:
         return None
     archived = directory.parent.name == "archive"
     return (run.logs.parent / "archive" if archived else run.logs.parent) / directory.name
-
-
-def _copy_logs(source: Path | None, target: Path | None) -> None:
-    if source and target and source.is_dir():
-        shutil.copytree(source, target, ignore=_odd, dirs_exist_ok=True)
-
-
-def _odd(directory: str, names: list[str]) -> list[str]:
-    """Return what is neither a file nor a directory: to copy it could take for ever."""
-    modes = {name: os.lstat(Path(directory, name)).st_mode for name in names}
-    return [name for name, mode in modes.items() if not stat.S_ISREG(mode) | stat.S_ISDIR(mode)]
 
 
 def _train(

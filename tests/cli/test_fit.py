@@ -189,6 +189,27 @@ def test_a_file_of_elsewhere_is_adopted(fit: Fit, command: Fit, place: Path) -> 
     assert TrainingCheckpoint("checkpoints/b").verify() == []
 
 
+def test_prepared_directories_are_used_and_links_stay(fit: Fit, place: Path) -> None:
+    """An empty directory is no run; what is behind a link is archived, and new runs go there."""
+    for base in ("checkpoints", "lightning_logs"):
+        (place / "large" / base).mkdir(parents=True)
+        (place / base).mkdir()
+        (place / base / "PPO").symlink_to(Path("..", "large", base))
+    assert "moved" not in fit("PPO", "--episodes", "2").out
+    said = fit("PPO", "--episodes", "1").out
+    (archived,) = Path("checkpoints/archive").iterdir()
+    assert f"The run in checkpoints/PPO was moved to {archived}; co2lightning fit" in said
+    assert TrainingCheckpoint(archived).episodes() == [1, 2]
+    assert sorted(scalars(f"archive/{archived.name}")["site/co2_kg"]) == [1, 2]
+    fit("PPO", "--episodes", "1", "--ckpt_path", str(archived / "episode_0002.pt"))
+    assert sorted(scalars("PPO")["site/co2_kg"]) == [1, 2, 3]
+    for path in (Path("checkpoints/PPO"), *Path("checkpoints/archive").iterdir()):
+        assert TrainingCheckpoint(path).verify() == []
+    for base in ("checkpoints", "lightning_logs"):
+        assert Path(base, "PPO").is_symlink()
+        assert any((place / "large" / base).iterdir())
+
+
 # --- which settings -----------------------------------------------------------------------------
 
 

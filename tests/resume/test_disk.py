@@ -22,8 +22,8 @@ DISK_KB = 4000
 NO_NAMESPACES = 77
 
 
-def small_disk(place: str) -> None:
-    """Mount a disk of `DISK_KB` that only this process sees, and work there."""
+def mount_own(*disks: Path) -> None:
+    """Mount disks of `DISK_KB` that only this process sees."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     new_user, new_mounts = 0x10000000, 0x00020000
@@ -32,11 +32,10 @@ def small_disk(place: str) -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    disk = Path(place, "disk")
-    disk.mkdir()
-    if libc.mount(b"none", bytes(disk), b"tmpfs", 0, f"size={DISK_KB}k".encode()):
-        os._exit(NO_NAMESPACES)
-    os.chdir(disk)
+    for disk in disks:
+        disk.mkdir(parents=True)
+        if libc.mount(b"none", bytes(disk), b"tmpfs", 0, f"size={DISK_KB}k".encode()):
+            os._exit(NO_NAMESPACES)
 
 
 def redirect(place: str) -> None:
@@ -49,7 +48,8 @@ def redirect(place: str) -> None:
 def fill(place: str, agent: str, free_kb: int) -> None:
     """Train where only so much is free, keep what is left of it, make room and go on."""
     redirect(place)
-    small_disk(place)
+    mount_own(Path(place, "disk"))
+    os.chdir(Path(place, "disk"))
     from co2lightning.cli import main
 
     words = ["fit", "--model", agent, "--env.num_envs", "4", *TINY[agent]]
@@ -113,6 +113,43 @@ def test_a_disk_that_fills_at_any_write(
         for free in range(4, most_kb, most_kb // 32)
     }
     assert done >= set(range(TOTAL - 1))
+
+
+def use_mounted_directories(place: str) -> None:
+    """Start a run anew and go back to an archived file where its directories are disks."""
+    redirect(place)
+    disks = [Path(place, base, "PPO") for base in ("checkpoints", "lightning_logs")]
+    mount_own(*disks)
+    for disk in disks:
+        (disk / "lost+found").mkdir()
+    os.chdir(place)
+    from co2lightning.cli import main
+
+    words = ["fit", "--model", "PPO", "--env.num_envs", "4", *TINY["PPO"], "--episodes"]
+    run = TrainingCheckpoint("checkpoints/PPO")
+    assert main([*words, "2"]) == 0
+    assert not Path("checkpoints/archive").exists()
+    assert main([*words, "1"]) == 0
+    (archived,) = Path("checkpoints/archive").iterdir()
+    assert TrainingCheckpoint(archived).episodes() == [1, 2]
+    assert sorted(curves(f"archive/{archived.name}")["site/co2_kg"]) == [1, 2]
+    assert main([*words, "1", "--ckpt_path", str(archived / "episode_0001.pt")]) == 0
+    assert sorted(curves("PPO")["site/co2_kg"]) == run.episodes() == [1, 2]
+    assert main([*words, "1", "--ckpt_path", "checkpoints/PPO/episode_0001.pt"]) == 0
+    places = [run.directory, *Path("checkpoints/archive").iterdir()]
+    for path in places:
+        assert TrainingCheckpoint(path).verify() == []
+        assert TrainingCheckpoint(path).leftovers() == []
+    assert len(places) == 4
+    assert all(os.path.ismount(disk) for disk in disks)
+    os._exit(0)
+
+
+def test_directories_that_are_disks_are_emptied_not_moved(place: Path) -> None:
+    process = fork(use_mounted_directories, str(place))
+    if ended(process) == NO_NAMESPACES:
+        pytest.skip("no mounts of our own on this machine")
+    assert process.exitcode == 0, (place / "err").read_text()
 
 
 def without_override(place: str, words: list[str]) -> None:
