@@ -294,15 +294,22 @@ def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
         FileNotFoundError: There is no such file.
     """
     try:
-        data = read_file(path)
+        with open(open_file(path), "rb") as file:
+            head, size = file.read(4), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - SEAL_SIZE))
+            tail = file.read(len(SEAL))
+            if not size:
+                raise ValueError("empty")
+            if head != b"PK\x03\x04":
+                raise ValueError("not a checkpoint file")
+            if tail != SEAL:
+                raise ValueError("no checksum at its end: torn, or not written by co2lightning")
+            file.seek(0)
+            data = file.read()  # only now: a few bytes on disk can be a file larger than memory
     except ValueError as error:
         raise Damaged(path, str(error)) from None
-    if not data:
-        raise Damaged(path, "empty")
-    if data[:4] != b"PK\x03\x04":
-        raise Damaged(path, "not a checkpoint file")
-    if data[-SEAL_SIZE:-64] != SEAL:
-        raise Damaged(path, "no checksum at its end: torn, or not written by co2lightning")
+    except MemoryError:
+        raise OSError(errno.ENOMEM, "larger than the memory", str(path)) from None
     if hashlib.sha256(data[:-64]).hexdigest().encode("ascii") != data[-64:]:
         raise Damaged(path, "checksum differs")
     start = data.rfind(COMMENT, max(0, len(data) - MAX_RECORD - 64))

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,34 @@ def test_a_hostile_file_is_one_line_and_runs_nothing(tmp_path: Path, kind: str) 
     assert "continuing after episode 1" in messages[0]
     assert run.verify() == []
     assert not marker.exists()
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 37, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files with holes")
+@pytest.mark.parametrize("seal", [False, True])
+def test_a_file_larger_than_the_memory_is_one_line(
+    command: Callable[..., Any], place: Path, bounded_memory: None, seal: bool
+) -> None:
+    run = train(place, 1)
+    sealed = run.path(1).read_bytes()
+    with open(run.path(2), "wb") as file:
+        file.write(sealed[:4])
+        file.seek(1 << 42)
+        file.write(sealed[-80:] if seal else b"end")
+    outcome = command("verify")
+    assert outcome.code == 1
+    if seal:
+        assert "episode_0002.pt: larger than the memory" in outcome.err
+    else:
+        assert "episode_0002.pt is damaged (no checksum at its end" in outcome.out
 
 
 @pytest.mark.parametrize(
