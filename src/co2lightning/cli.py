@@ -96,7 +96,7 @@ def _fit(argv: list[str]) -> int:
     agent, recipe = given.get("agent"), given.get("config")
     if "-h" in rest or "--help" in rest:
         named = config.check_agent(agent or "PPO", "--model")
-        config.build_parser(config.read_recipe(recipe)[0] if recipe else named).print_help()
+        config.print_help(named, recipe or (f"{agent.lower()}.yaml" if agent else None))
         return 0
     with _importing():
         from co2lightning.callbacks import Interrupted, Signals

@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from co2lightning.agents import AGENTS, agent_class
@@ -35,6 +36,7 @@ from co2lightning.storage import local
 
 Settings = dict[str, Any]
 
+COMMAND_LINE_ONLY = ("ckpt_path", "total_episodes", "print_config")
 GROUPS = ("env", "model", "trainer", "checkpoints", "logs")
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
 _RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
@@ -194,6 +196,7 @@ def build_parser(agent: str) -> ArgumentParser:
         exit_on_error=False,
         default_env=False,
         allow_abbrev=False,
+        print_config=None,  # ours shows what a session would train with
     )
     parser.add_argument("--episodes", type=int, default=10, help="so many more episodes")
     parser.add_argument("--total_episodes", type=int | None, help="train until this episode stands")
@@ -217,6 +220,9 @@ def build_parser(agent: str) -> ArgumentParser:
         "--allow_partial_replay",
         action="store_true",
         help="resume SAC although pieces of its replay buffer are missing",
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the settings as a recipe and do no more"
     )
     parser.add_argument("--logs.dir", type=str, default="lightning_logs", help="where curves go")
     parser.add_argument(
@@ -246,6 +252,18 @@ def build_parser(agent: str) -> ArgumentParser:
         elif types_.get(action.dest) in (float, float | None):
             action.metavar = "X"
     return parser
+
+
+def print_help(agent: str, recipe: str | None) -> None:
+    """Print the help of `fit`; its defaults are those of a recipe, if one is named."""
+    if recipe:
+        agent, settings = read_recipe(recipe)
+        parser = build_parser.__wrapped__(agent)  # for this help alone
+        parser.set_defaults(check_settings(settings, agent, recipe))
+        parser.description = f"{parser.description} They are those of {recipe}."
+    else:
+        parser = build_parser(agent)
+    parser.print_help()
 
 
 def split_arguments(arguments: list[str]) -> tuple[Settings, list[str]]:
@@ -361,13 +379,25 @@ def read_recipe(name: str) -> tuple[str, Settings]:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: a recipe holds keys such as `agent: PPO`")
-    for key in ("ckpt_path", "total_episodes"):
+    for key in COMMAND_LINE_ONLY:
         if key in content:
             raise UserError(f"{name}: {key} is for the command line only, --{key} there")
     agent = content.pop("agent", None)
     if agent is None:
         raise UserError(f"{name}: agent is missing; name one of {', '.join(AGENTS)}")
     return check_agent(agent, f"{name}: agent"), flatten(content, f"{name}: ")
+
+
+def as_recipe(settings: Settings, agent: str) -> str:
+    """Return all settings as a recipe, those of the Trainer only where they are not the default."""
+    defaults = _defaults(agent)
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in COMMAND_LINE_ONLY
+        and (value != defaults[key] or not (value is None or key.startswith("trainer.")))
+    }
+    return yaml.safe_dump({"agent": agent, **_nest(kept)}, sort_keys=False)
 
 
 def find_recipe(name: str) -> Path:

@@ -53,6 +53,7 @@ from co2lightning.config import (
     MAX_EPISODES,
     Settings,
     as_flag,
+    as_recipe,
     check_agent,
     check_settings,
     check_stored,
@@ -167,6 +168,10 @@ def run_fit(
             pass
     # Once before the lock, so that a refusal changes nothing; once more in case files changed.
     plan = _plan(run, agent, config, recipe, flags, rank)
+    if session["print_config"]:
+        for line in as_recipe(plan.settings, agent).splitlines():
+            echo(line)
+        return FitResult(agent, name, plan.done + 1, plan.done, None, {})
     if signals:
         signals.install(speaks=rank.number == 0)
     signals = signals or Signals()

@@ -205,6 +205,7 @@ RECIPES = [
     ("agent: PPO\nmodel:\nenv: {num_envs: 0}\n", "mine.yaml: env.num_envs 0: must be at least"),
     ("agent: PPO\ntrainer: {max_epochs: 3}\n", "mine.yaml: trainer.max_epochs"),
     ("agent: PPO\nckpt_path: last\n", "ckpt_path is for the command line"),
+    ("agent: PPO\nprint_config: true\n", "print_config is for the command line"),
 ]
 
 

@@ -17,7 +17,14 @@ from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.config import find_recipe, read_recipe
+from co2lightning.config import (
+    Settings,
+    check_settings,
+    complete,
+    find_recipe,
+    parse_flags,
+    read_recipe,
+)
 from co2lightning.errors import UserError
 from co2lightning.rollout import Rollout, RolloutDataset
 from conftest import TINY, Outcome, tree
@@ -316,6 +323,70 @@ def test_help(command: Fit) -> None:
     for text in ("--model.learning_rate", "--env.site", "--trainer.accelerator", "--total_epis"):
         assert text in outcome.out
     assert "lightning.pytorch" not in outcome.out
+
+
+def test_help_shows_the_recipes_values(fit: Fit, command: Fit) -> None:
+    def default(name: str, *words: str) -> str:
+        text = " ".join(command("fit", *words, "--help").out.split())
+        (value,) = re.findall(rf"--{name} .*?\(default: (.*?)\)", text)
+        return value
+
+    told = read_recipe("sac.yaml")[1]["model.tau"]
+    assert default("model.tau", "--config", "sac.yaml") == str(told) != "0.005"
+    assert default("model.tau", "--model", "SAC") == str(told)
+    Path("mine.yaml").write_text("agent: SAC\nmodel: {tau: 0.25}\n")
+    assert default("model.tau", "--config", "mine.yaml") == "0.25"
+    assert default("env.num_envs", "--config", "mine.yaml") == "64"
+    assert "They are those of mine.yaml" in command("fit", "--config=mine.yaml", "-h").out
+    Path("mine.yaml").write_text("agent: SAC\nmodel: {taw: 0.25}\n")
+    assert command("fit", "--config", "mine.yaml", "--help").code == 2
+    assert default("env.num_envs") == "64"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        *((f"{name.lower()}.yaml", []) for name in [*shipped(), "ppo-long"]),
+        ("ppo.yaml", ["--episodes", "300"]),  # is not compiled, as a recipe with 300 would be
+        (
+            "a2c.yaml",
+            [
+                *("--name", "007", "--logs.dir", "here: #1", "--threads", "2"),
+                *("--model.hidden", "[8]", "--model.learning_rate", "1e-05"),
+                *("--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.Timer"}]'),
+                *("--total_episodes", "3", "--trainer.devices", "1"),
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_printed_settings_are_a_recipe_for_the_same(
+    command: Fit, recipe: str, flags: list[str]
+) -> None:
+    printed = command("fit", "--config", recipe, *flags, "--print_config")
+    assert (printed.code, printed.err) == (0, "")
+    Path("mine.yaml").write_text(printed.out)
+    agent, wanted = settings_of(recipe)
+    wanted |= parse_flags(flags, agent)
+    wanted.pop("total_episodes", None)
+    wanted["model.compile"] = recipe == "ppo-long.yaml"  # what auto comes to
+    assert settings_of("mine.yaml") == (agent, complete(wanted, agent))
+    assert command("fit", "--config", "mine.yaml", "--print_config").out == printed.out
+    assert [path.name for path in Path().iterdir()] == ["mine.yaml"]
+
+
+def settings_of(recipe: str) -> tuple[str, Settings]:
+    agent, settings = read_recipe(recipe)
+    return agent, complete(check_settings(settings, agent, recipe), agent)
+
+
+def test_printed_settings_of_a_resume_are_the_runs(fit: Fit, command: Fit) -> None:
+    fit("PPO", "--episodes", "1", "--model.gamma", "0.5", "--seed_everything", "7")
+    words = ("fit", "--config", "ppo.yaml", "--ckpt_path", "last", "--print_config")
+    out = command(*words, "--model.gae_lambda", "0.25").out
+    for line in ("  gamma: 0.5", "  gae_lambda: 0.25", "seed_everything: 7", "  num_envs: 4"):
+        assert f"{line}\n" in out
+    assert done() == 1
 
 
 # --- how it learns ------------------------------------------------------------------------------
