@@ -1,10 +1,11 @@
 # make train   everything from a fresh machine: environment, then 10 episodes of PPO
 # make test    the quick checks; make test-slow: the long ones
+# make test-lowest: the quick checks with the lowest versions that are allowed
 # make bench   speed and memory, into benchmarks/RESULTS.md; make bench-learning: what is learned
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow bench bench-learning clean
+.PHONY: train test test-slow test-lowest bench bench-learning clean
 
 train: .venv/.installed
 	$(BIN)/co2lightning fit --config ppo.yaml --episodes 10
@@ -22,6 +23,11 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow or learning"
 
+# constraints.txt, which that one test is about, is not what is installed here.
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/pytest -n 2 --dist worksteal \
+	  --deselect tests/unit/test_packaging.py::test_constraints_name_all_that_gets_installed
+
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/results.py
 
@@ -30,7 +36,7 @@ bench-learning: .venv/.installed-bench
 	$(BIN)/python benchmarks/stable_baselines.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # An install that was cut leaves no stamp, so the next make does it again.
@@ -43,6 +49,11 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
 	touch $@
 
 .venv/.installed-bench: .venv/.installed-dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def small_site(
             capacity_kwh, power_kw, charge_efficiency, discharge_efficiency, 0.1, 0.9, 0.3, 0.7
         ),
         sockets=(SocketType("any", sockets, socket_kw),),
-        days=tuple(str(np.datetime64("2025-03-01") + day) for day in range(days)),
+        days=tuple(str(date(2025, 3, 1) + timedelta(days=day)) for day in range(days)),
         held_out=np.isin(np.arange(days), held_out),
         pv_kw=series(pv_kw),
         load_kw=series(load_kw),

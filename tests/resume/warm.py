@@ -5,7 +5,6 @@ a forked command trains within half a second, and a kill at a random moment hits
 """
 
 import contextlib
-import functools
 import io
 import os
 import sys
@@ -15,11 +14,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import test_exact  # noqa: F401
 
-import co2lightning.session as fit
 from co2lightning.cli import main
 from conftest import TINY
 
-fit.make_environment = functools.cache(fit.make_environment)
 with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
     for agent, tiny in TINY.items():
         dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]

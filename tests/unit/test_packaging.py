@@ -31,8 +31,8 @@ LISTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
 REQUIREMENTS = [Requirement(line) for lines in LISTS for line in lines]
 
 
-def constraints() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def constraints(file: str = "constraints.txt") -> dict[str, Requirement]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in found}
 
@@ -81,6 +81,22 @@ def test_constraints_are_exact_and_for_every_platform() -> None:
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_constraints_satisfy_the_bounds(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pinned(requirement.name))
+
+
+def test_the_lowest_versions_that_are_tested_are_the_bounds() -> None:
+    """But for what no test imports: the linter, the type checker, what only benchmarks need."""
+    lowest = constraints("constraints-lowest.txt")
+    others = {"tzdata", "pyright", "ruff", "stable-baselines3", "sbx-rl"}
+    bounds: dict[str, set[Version]] = {}
+    for requirement in [*REQUIREMENTS, *map(Requirement, PYPROJECT["build-system"]["requires"])]:
+        (low,) = [s.version for s in requirement.specifier if s.operator == ">="]
+        bounds.setdefault(canonicalize_name(requirement.name), set()).add(Version(low))
+    assert lowest.pop("pyparsing")
+    assert bounds.keys() == lowest.keys() | others
+    for name, requirement in lowest.items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        assert bounds[name] == {Version(pin.version)}, name
 
 
 def test_constraints_name_all_that_gets_installed() -> None:
