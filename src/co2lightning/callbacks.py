@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard.summary import hparams
 
-from co2lightning import ranks, storage
-from co2lightning.agents.agent import Agent, short_metrics
+from co2lightning import event_files, ranks, storage
+from co2lightning.agents.agent import Agent, short_metrics, tagged_metrics
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.replay import fewest_rows
@@ -245,12 +245,18 @@ class Curves(TensorBoardLogger):
         name: The run's name.
         done: Episodes on disk; TensorBoard forgets what an earlier session wrote beyond them.
         layout: Charts of several runs: category -> chart -> tags.
+        history: The figures of the episodes done; those that the curves lack are drawn again.
     """
 
     def __init__(
-        self, directory: str, name: str, done: int, layout: dict[str, Any] | None = None
+        self,
+        directory: str,
+        name: str,
+        done: int,
+        layout: dict[str, Any] | None = None,
+        history: Sequence[Mapping[str, float | None]] = (),
     ) -> None:
-        _order_event_files(Path(directory) / name)
+        self._begun = _order_event_files(Path(directory) / name, history)
         super().__init__(
             directory, name=name, version="", default_hp_metric=False, purge_step=done + 1
         )
@@ -262,7 +268,7 @@ class Curves(TensorBoardLogger):
         self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
         """Fill the hparams tab, its columns the run's own curves, and the layout; once per run."""
-        if self._done:
+        if self._done and self._begun:
             return
         plain = {
             key: value if isinstance(value, int | float | str) else str(value)
@@ -281,25 +287,30 @@ class Curves(TensorBoardLogger):
 
 
 @rank_zero_only
-def _order_event_files(directory: Path) -> None:
-    """Give a run's event files names that sort before the next one's.
+def _order_event_files(directory: Path, history: Sequence[Mapping[str, float | None]]) -> bool:
+    """Give a run's event files names that sort before the next one's, and add what they lack.
 
     TensorBoard reads them by name, which begins with the second of their making: two sessions
     within one second, or a clock that was set back, would have their order reversed. Names only
     move to earlier seconds and the oldest file's first, so a kill in between leaves the order.
+
+    Returns:
+        Whether there was any.
     """
-    if not directory.is_dir():
-        return
-    files = [path for path in directory.iterdir() if _EVENT_FILE.fullmatch(path.name)]
-    moves: list[tuple[Path, int]] = []
+    found = directory.iterdir() if directory.is_dir() else ()
+    files = [path for path in found if _EVENT_FILE.fullmatch(path.name)]
+    moves: list[tuple[Path, Path]] = []
     second = int(time.time())
     for path in sorted(files, key=_made, reverse=True):
         second = min(_made(path)[0], second - 1)
-        moves.append((path, second))
-    for path, second in reversed(moves):
-        if second != _made(path)[0]:
-            rest = path.name.split(".", 4)[4]
-            path.rename(directory / f"events.out.tfevents.{second:010d}.{rest}")
+        rest = path.name.split(".", 4)[4]
+        moves.insert(0, (path, directory / f"events.out.tfevents.{second:010d}.{rest}"))
+    for path, target in moves:
+        if path != target:
+            path.rename(target)
+    figures = {int(row["episode"] or 0): tagged_metrics(row) for row in history}
+    event_files.complete(directory, [target for _, target in moves], figures)
+    return bool(files)
 
 
 def _made(path: Path) -> tuple[int, int]:

@@ -747,7 +747,10 @@ def _train(
     learner, settings, done, target = plan.learner, plan.settings, plan.done, plan.target
     agent = type(learner).__name__
     site_days = plan.environment if isinstance(plan.environment, SiteDays) else None
-    logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None)
+    sessions = run.load_history()["trainings"] if done else []
+    figures = [row for session in sessions for row in session["metrics"]]
+    layout = LAYOUT if site_days else None
+    logger = Curves(settings["logs.dir"], run.name, done, layout, figures)
     progress = ProgressLine(target, echo)
     history = History(run, _info(agent, plan))
     every = settings["figures_every"]

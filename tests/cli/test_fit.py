@@ -16,6 +16,7 @@ from co2lightning import agents
 from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO, Samples
+from co2lightning.callbacks import Curves
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import (
     Settings,
@@ -194,6 +195,10 @@ def test_a_file_of_elsewhere_is_adopted(fit: Fit, command: Fit, place: Path) -> 
     assert command("fit", "--ckpt_path", "alone.pt", "--episodes", "1", "--name", "b").code == 0
     assert TrainingCheckpoint("checkpoints/b").load_history()["total_episodes"] == 4
     assert TrainingCheckpoint("checkpoints/b").verify() == []
+    shutil.rmtree("lightning_logs")
+    words = ("--ckpt_path", "checkpoints/first/episode_0002.pt", "--episodes", "1", "--name", "c")
+    assert command("fit", *words).code == 0
+    assert sorted(scalars("c")["site/co2_kg"]) == [1, 2, 3]
 
 
 def test_prepared_directories_are_used_and_links_stay(fit: Fit, place: Path) -> None:
@@ -431,6 +436,56 @@ def test_every_documented_tag_has_a_value_per_episode(fit: Fit, agent: str) -> N
     reader = EventAccumulator(f"lightning_logs/{agent}")
     reader.Reload()
     assert "_hparams_/session_start_info" in reader.summary_metadata
+
+
+@pytest.mark.parametrize("agent", shipped())
+def test_curves_that_are_gone_are_drawn_again(fit: Fit, agent: str) -> None:
+    """As in a run that was copied without its logs; what the history knows has its place."""
+    fit(agent, "--episodes", "3")
+    before = scalars(agent)
+    shutil.rmtree("lightning_logs")
+    fit(agent, "--episodes", "1", "--ckpt_path", "last")
+    after = scalars(agent)
+    assert {
+        tag: {n: v for n, v in curve.items() if n < 4} for tag, curve in after.items()
+    } == before
+    assert all(4 in curve for curve in after.values())
+    reader = EventAccumulator(f"lightning_logs/{agent}")
+    reader.Reload()
+    assert "_hparams_/session_start_info" in reader.summary_metadata
+
+
+@pytest.mark.parametrize("lost", [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}], ids=str)
+def test_gaps_in_the_curves_are_filled(lost: set[int], place: Path, sessions: Path) -> None:
+    shutil.copytree(sessions, place, dirs_exist_ok=True)
+    before = scalars("PPO")
+    files = sorted(Path("lightning_logs/PPO").glob("*tfevents*"))
+    assert len(files) == 3
+    for number in lost:
+        files[number].unlink()
+    for _ in range(2):  # what was added is in place the next time, too
+        Curves("lightning_logs", "PPO", 6, history=figures("PPO")).finalize("success")
+        assert scalars("PPO") == before
+
+
+def figures(name: str) -> list[dict[str, float]]:
+    sessions = TrainingCheckpoint(f"checkpoints/{name}").load_history()["trainings"]
+    return [row for session in sessions for row in session["metrics"]]
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train three sessions of two episodes, once."""
+    from co2lightning.config import parse_flags
+    from co2lightning.session import run_fit
+
+    place = tmp_path_factory.mktemp("sessions")
+    dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
+    words = ["--env.num_envs", "4", *TINY["PPO"], "--episodes", "2", *dirs]
+    for _ in range(3):
+        flags = {**parse_flags(words, "PPO"), "ckpt_path": "last"}
+        run_fit(flags, agent="PPO", echo=lambda line: None)
+    return place
 
 
 @pytest.mark.parametrize("agent", [name for name in shipped() if name != "SAC"])
