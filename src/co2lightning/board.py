@@ -5,7 +5,11 @@ Shapes: T = 96 steps; a schedule's fields are [1, T].
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
 from co2lightning.agents.agent import Agent
 from co2lightning.env import SiteDays
@@ -23,7 +29,7 @@ from co2lightning.physics import SiteModel, State
 from co2lightning.rules import rbc_b
 from co2lightning.schedule import Schedule, schedule
 from co2lightning.site import STEP_H, Site, T
-from co2lightning.storage import make_directory
+from co2lightning.storage import make_directory, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +96,8 @@ def replace_scalars(
 ) -> None:
     """Write scalars, each at all `steps`, in place of an earlier file.
 
-    TensorBoard reads the newest file of a directory and never returns to an older one.
+    TensorBoard reads the newest file of a directory and never returns to an older one, so it must
+    not be half of one, as torch's own writer, a thread, leaves it on a full disk.
 
     Args:
         directory: Where the event file goes.
@@ -99,19 +106,26 @@ def replace_scalars(
         earlier: Which files it replaces, by the episode at the end of their names.
 
     Raises:
-        NotADirectoryError: There is a link in the place of `directory`.
+        OSError: It cannot be written, such as where a link is in the place of `directory`; the
+            earlier file is untouched.
     """
-    steps = sorted(set(steps))
+    steps, second = sorted(set(steps)), time.time()
+    events = [Event(wall_time=second, file_version="brain.Event:2")]
+    for step in steps:
+        for tag, value in values.items():
+            if value is not None:
+                events.append(Event(wall_time=second, step=step, summary=scalar(tag, value)))
+    content = io.BytesIO()
+    records = RecordWriter(content)
+    for event in events:
+        records.write(event.SerializeToString())
+    made = f"{int(second):010d}.{socket.gethostname()}.{os.getpid()}.0"
+    path = directory / f"events.out.tfevents.{made}.episode_{steps[-1]:04d}"
     make_directory(directory)
-    replaced = [p for p in directory.glob(f"*.episode_{earlier}") if not p.is_dir()]
-    suffix = f".episode_{steps[-1]:04d}"
-    with SummaryWriter(str(directory), filename_suffix=suffix) as writer:
-        for step in steps:
-            for tag, value in values.items():
-                if value is not None:
-                    writer.add_scalar(tag, value, step)
-    for path in replaced:
-        path.unlink(missing_ok=True)
+    replaced = [p for p in directory.glob(f"*.episode_{earlier}") if not p.is_dir() and p != path]
+    write_atomic(path, content.getvalue(), durable=False)
+    for old in replaced:
+        old.unlink(missing_ok=True)
 
 
 # Okabe and Ito's colours: apart for colour-blind eyes too.

@@ -282,7 +282,10 @@ def main(argv: list[str]) -> int:
         _print_table(evaluation, agent, episode)
     logs = Path(arguments.logs)
     if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
-        _write_scalars(logs, evaluation, episode, run)
+        try:
+            _write_scalars(logs, evaluation, episode, run)
+        except OSError as error:  # perhaps others' files, which one may only read
+            say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
     broken = violations(evaluation)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""

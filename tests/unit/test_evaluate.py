@@ -1,6 +1,7 @@
 """The paired evaluation: its statistics by hand, the command's data, table and exit codes."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from co2lightning.physics import build_model
 from co2lightning.rules import rbc_b, run_days
 from co2lightning.session import run_fit
 from co2lightning.site import load_site
+from conftest import tree
 from small_site import HELD_OUT, write_site
 
 
@@ -229,6 +231,25 @@ def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFix
 def test_without_logs_none_are_made(tmp_path: Path) -> None:
     assert main(["PPO", "--json", "--logs.dir", str(tmp_path / "elsewhere")]) == 0
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a place where root may only read")
+@pytest.mark.parametrize("readable", ["PPO", "references"])
+def test_where_only_reading_is_allowed(
+    readable: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is there, so nothing has failed; a line says what is not kept."""
+    logs = tmp_path / "logs"
+    shutil.copytree(place / "lightning_logs", logs)
+    shutil.rmtree(logs / readable, ignore_errors=True)
+    (logs / readable).symlink_to("/sys/kernel")
+    assert main(["PPO", "--logs.dir", str(logs)]) == 0
+    printed = capsys.readouterr()
+    assert "optimum (LP)" in printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"{logs}: ")
+    assert line.endswith("; TensorBoard does not get these figures")
+    assert not [name for name in tree(logs) if name.endswith(".tmp")]
 
 
 def test_another_site_is_named_in_one_line(
