@@ -9,6 +9,7 @@ BIN := .venv/bin
 
 train: .venv/.installed
 	$(BIN)/co2lightning fit --config ppo.yaml --episodes 10
+	@echo "To go on: source $(BIN)/activate; then, say, co2lightning test PPO"
 
 test: .venv/.installed-dev
 	$(BIN)/ruff check .

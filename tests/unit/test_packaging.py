@@ -188,6 +188,16 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{re.escape(words[0])}:", makefile, re.MULTILINE), words
 
 
+def test_after_make_train_one_is_told_how_to_go_on() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(BIN)", ".venv/bin")
+    (train,) = re.findall(r"^train:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    activate = "source .venv/bin/activate"
+    assert activate in train.splitlines()[-1]
+    for page in (README, SPANISH):
+        begin = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[0]
+        assert re.search(rf"^make train.*^{activate}", begin, re.MULTILINE | re.DOTALL)
+
+
 def test_scripts_of_the_readme_exist() -> None:
     for words in readme_arguments("python"):
         assert (ROOT / words[0]).is_file() or words[0].startswith("-"), words
