@@ -1221,7 +1221,9 @@ def _transfer(source: Path, target: Path, *, keep: bool) -> None:
 
 
 def _delete_copy(path: Path, original: Path) -> None:
-    """Delete a file that stands elsewhere, too."""
+    """Delete a file that stands elsewhere, too, and is not reached there by a link to itself."""
+    if os.path.realpath(path) == os.path.realpath(original):
+        return
     with contextlib.suppress(FileNotFoundError):
         if path.samefile(original) or filecmp.cmp(path, original, shallow=False):
             path.unlink()

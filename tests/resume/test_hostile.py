@@ -340,6 +340,23 @@ def test_a_directory_of_the_run_that_is_a_link_is_refused(
     victims()
 
 
+@pytest.mark.parametrize("episode", [0, 1])
+@pytest.mark.parametrize("link", ["archive/SAC-20260101T000000Z", "archive"])
+def test_an_archive_that_is_the_run_itself_costs_no_episode(
+    run: TrainingCheckpoint, command: Command, episode: int, link: str
+) -> None:
+    """A stranger's note says that an archiving was cut off, and a link that all was archived."""
+    Path("checkpoints", link).parent.mkdir(exist_ok=True)
+    Path("checkpoints", link).symlink_to(run.directory.resolve())
+    if link == "archive":
+        (run.directory / "SAC-20260101T000000Z").symlink_to(".")
+    Path(f"checkpoints/archive/.SAC-20260101T000000Z.keeps-{episode}").touch()
+    outcome = resume(command)
+    assert outcome.code == 0
+    assert run.episodes() == [1, 2, 3, 4]
+    assert run.verify() == []
+
+
 def test_a_user_may_name_a_checkpoint_by_a_link(run: TrainingCheckpoint, command: Command) -> None:
     Path("good.pt").symlink_to(run.path(2).resolve())
     assert co2lightning.SAC.load_from_checkpoint("good.pt").updates
