@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from processes import fork
+from test_exact import curves, state
 
 from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.cli import main
+from conftest import TINY, Outcome
 
 if sys.platform == "win32":
     pytest.skip("SIGKILL and fork", allow_module_level=True)
@@ -22,6 +25,7 @@ if sys.platform == "win32":
 CHANGES = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 KEEP = 2
+FIT = ["fit", "--model", "SAC", "--env.num_envs", "4", *TINY["SAC"]]
 
 
 def open_run(place: Path, **options: Any) -> TrainingCheckpoint:
@@ -187,21 +191,21 @@ def check(before: Path, place: Path, scene: str) -> None:
     for archived in archives:
         assert TrainingCheckpoint(archived).verify() == []
         assert TrainingCheckpoint(archived).episodes() == [1, 2, 3]
-    curves = (place / "lightning_logs" / "PPO" / "events.out.tfevents.1").exists()
+    drawn = (place / "lightning_logs" / "PPO" / "events.out.tfevents.1").exists()
     match scene:
         case "archive" | "archive behind links":
-            assert (run.episodes(), curves) == (([], False) if archives else ([1, 2, 3], True))
+            assert (run.episodes(), drawn) == (([], False) if archives else ([1, 2, 3], True))
             assert not list(run.directory.glob("*")) or not archives
             assert run.directory.is_symlink() == ("links" in scene)
         case "branch":
-            assert (run.episodes(), curves) == ([1] if archives else [1, 2, 3], True)
+            assert (run.episodes(), drawn) == ([1] if archives else [1, 2, 3], True)
         case "quarantine":
-            assert (run.episodes(), curves) == ([1], True)
+            assert (run.episodes(), drawn) == ([1], True)
         case "prune":
             assert run.episodes() in ([1, 4, 5], [5, 6], [1, 4, 5, 6], [1, 5, 6], [4, 5, 6])
         case _:
             assert run.episodes() in ([], [1, 2])
-            assert curves <= (run.episodes() != [])
+            assert drawn <= (run.episodes() != [])
 
 
 def check_all(walked: Callable[..., None], place: Path, scene: str) -> None:
@@ -229,3 +233,47 @@ def test_a_kill_at_any_file_call_is_mended_by_the_next_start(tmp_path: Path, sce
 @pytest.mark.parametrize("scene", SCENES)
 def test_so_is_a_second_kill_at_any_file_call_of_that_start(tmp_path: Path, scene: str) -> None:
     check_all(walk_twice, tmp_path, scene)
+
+
+def train_and_branch(place: str) -> None:
+    """Train SAC, then kill `fit` from its first episode at every fourth file call."""
+    before = Path(place, "before")
+    before.mkdir()
+    os.chdir(before)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    assert main([*FIT, "--episodes", "3"]) == 0
+    branch = [*FIT, "--episodes", "1", "--ckpt_path", "checkpoints/SAC/episode_0001.pt"]
+
+    def go_back(copy: Path) -> None:
+        os.chdir(copy)
+        assert main(branch) == 0
+
+    for call in itertools.count(step=4):
+        copy = shutil.copytree(before, Path(place, f"{call}"))
+        if not killed(go_back, copy, call):
+            break
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_a_kill_at_any_file_call_of_going_back(
+    tmp_path: Path, command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = fork(train_and_branch, str(tmp_path))
+    process.join()
+    assert process.exitcode == 0
+    reference = state(str(tmp_path / "before" / "checkpoints" / "SAC"), 3)
+    ended = 0
+    for place in set(tmp_path.iterdir()) - {tmp_path / "before"}:
+        monkeypatch.chdir(place)
+        assert command("verify").code == 0
+        outcome = command(*FIT, "--ckpt_path", "last", "--total_episodes", "3")
+        assert outcome.code == 0, outcome.err
+        ended += "The last start was cut off; the episodes after 1 were moved to" in outcome.out
+        assert state("checkpoints/SAC", 3) == reference
+        assert sorted(curves("SAC")["site/co2_kg"]) == [1, 2, 3]
+        for archived in Path("checkpoints").glob("archive/*"):
+            assert state(str(archived), 3) == reference
+            assert sorted(curves(f"archive/{archived.name}")["site/co2_kg"]) == [1, 2, 3]
+        assert command("verify").code == 0
+    assert ended > 2
