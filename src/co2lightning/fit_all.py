@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: must be at least 1")
     for argument in passed_on:
-        if argument.partition("=")[0] in ("--name", "--config", "--model"):
+        if argument.partition("=")[0] in ("--name", "--config", "--model", "--print_config"):
             raise UserError(
                 f"{argument.partition('=')[0]}: fit-all trains each agent by its own recipe under "
                 "its own name; use fit for this"

@@ -65,6 +65,7 @@ def test_a_failing_agent_is_named_and_stops_no_other(tmp_path: Path) -> None:
         (["--agents", "A2C,DQN"], "--agents DQN: no such agent; choose from A2C,SAC,PPO"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--config", "ppo.yaml"], "--config: fit-all trains each agent by its own recipe"),
+        (["--print_config"], "--print_config: fit-all trains each agent by its own recipe"),
         (["--name", "x"], "--name: fit-all trains each agent by its own recipe"),
         (["--ckpt_path", "x.pt"], "--ckpt_path x.pt: fit-all takes last only"),
     ],
