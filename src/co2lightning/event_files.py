@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import time
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,8 @@ def complete(
         if after is None:
             name = "events.out.tfevents.0000000000.history.0"
         else:  # sorts behind that file and before the next one
-            name = f"{after.name}.{int(after.name.rsplit('.', 1)[-1]) + 1}"
+            number = re.search(r"\.([0-9]+)$", after.name)
+            name = f"{after.name}.{int(number[1]) + 1 if number else 0}"
         storage.write_atomic(directory / name, _encode({n: figures[n] for n in episodes}))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import co2lightning
-from co2lightning import config, storage
+from co2lightning import config, event_files, storage
 from co2lightning.board import replace_scalars
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
@@ -380,3 +380,13 @@ def test_odd_things_among_the_curves_neither_stop_nor_lead_anywhere(
     with pytest.raises(NotADirectoryError):
         replace_scalars(logs / "test", {"test/co2_kg": 1.0}, [3], "*")
     victims()
+
+
+def test_curves_in_a_file_of_any_name_are_completed(place: Path) -> None:
+    figures = {episode: {event_files.SHOWN: 1.0} for episode in (1, 2, 3)}
+    event_files.complete(place, [], {1: figures[1]})
+    file = next(place.iterdir()).rename(place / "events.out.tfevents.1700000000.host.copy")
+    event_files.complete(place, [file], figures)
+    assert len(files := sorted(place.iterdir())) == 2
+    event_files.complete(place, files, figures)
+    assert sorted(place.iterdir()) == files
