@@ -387,6 +387,7 @@ def test_curves_in_a_file_of_any_name_are_completed(place: Path) -> None:
     event_files.complete(place, [], {1: figures[1]})
     file = next(place.iterdir()).rename(place / "events.out.tfevents.1700000000.host.copy")
     event_files.complete(place, [file], figures)
-    assert len(files := sorted(place.iterdir())) == 2
+    files = sorted(place.iterdir())
+    assert len(files) == 2
     event_files.complete(place, files, figures)
     assert sorted(place.iterdir()) == files
