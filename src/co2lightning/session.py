@@ -163,6 +163,7 @@ def run_fit(
     rank = _check_trainer(session, agent)
     _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
     _check_place("--logs.dir", session["logs.dir"], name)
+    _check_text("--logs.dir", Path(session["logs.dir"]) / name)
     if run.half_archived() and not rank.number:  # a plan is made of what stands after that
         with _held(run, echo):
             pass
@@ -314,6 +315,17 @@ def _check_place(flag: str, directory: str, name: str) -> None:
                 "the names of its archives"
             )
         return
+
+
+def _check_text(flag: str, path: Path) -> None:
+    """Refuse a name that TensorBoard cannot write, which takes UTF-8 only."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{flag} {path}: is no UTF-8 text, as TensorBoard needs; give another name, or a UTF-8 "
+            "locale, such as LC_ALL=C.UTF-8"
+        ) from None
 
 
 def _plan(

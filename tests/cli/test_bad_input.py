@@ -121,6 +121,7 @@ FLAGS = [
     (["--name", "../x"], "--name ../x: a plain directory name, such as night-tariff"),
     (["--name", "archive"], "--name archive"),
     (["--name", ""], "--name"),
+    (["--name", "caf\udce9"], "caf\\udce9: is no UTF-8 text, as TensorBoard needs; give another"),
     (["--episodes", "3", "--total_episodes", "4"], "--episodes and --total_episodes: give one"),
     (["--ckpt_path", "nowhere.pt"], "--ckpt_path nowhere.pt: no such file; give last, or"),
     (["--ckpt_path", "https://example.org/a.pt"], "only local files"),
