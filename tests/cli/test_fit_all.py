@@ -87,6 +87,32 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of another process are POSIX")
+def test_the_agents_outlive_the_terminal(tmp_path: Path) -> None:
+    """As under nohup: SIGHUP was ignored from the start, and nobody reads the lines any more."""
+    process = subprocess.Popen(
+        ["bash", "-c", "trap '' HUP; exec \"$@\"", "-", sys.executable, "-m", "co2lightning"]
+        + ["fit-all", "--agents", "A2C,PPO", "--jobs", "2", "--episodes", "20", *TINY],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if "Episode" in line:
+            break
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=240) == 0
+    assert process.communicate()[1] == ""
+    for agent in ("A2C", "PPO"):
+        assert history(tmp_path, agent)["total_episodes"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of another process are POSIX")
 def test_a_signal_reaches_the_agents(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "co2lightning", "fit-all", "--episodes", "500", *TINY],
