@@ -138,6 +138,9 @@ def _importing() -> Generator[None]:
     They make a million objects that stay; to go through them again and again, and once more at
     the end, takes two seconds.
     """
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):  # which Lightning reads at once
+        if not (number := os.environ.get(name, "0")).isdecimal():
+            raise UserError(f"{name} {number!r}: a launcher sets a number; unset it")
     if "lightning.pytorch" in sys.modules or not gc.isenabled():
         yield
         return

@@ -165,6 +165,14 @@ def test_what_fit_does_not_take_from_lightning_has_a_reason(agent: str) -> None:
                     assert named == "ckpt_path" or not unknown_settings([named], agent), reason
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_a_launchers_variable_that_is_no_number(
+    refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    refused(says=(f"{name} '': a launcher sets a number; unset it",))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(refused: Callable[..., None]) -> None:
     refused("--trainer.accelerator", "gpu", says=("--trainer.accelerator gpu", "backend"))

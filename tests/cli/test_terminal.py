@@ -1,5 +1,6 @@
 """What is printed steers no terminal, can be shown anywhere, and does not end what it tells of."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,20 @@ def test_what_is_escaped_is_shown(command: Command) -> None:
     with pytest.raises(UserError) as caught:
         raise UserError(f"{STEERS}: no such thing")
     assert str(caught.value) == f"{SHOWN} PPO: no such thing"
+
+
+@POSIX
+def test_who_holds_a_run_is_shown(command: Command) -> None:
+    import fcntl
+
+    train("PPO", [0.5])
+    with open("checkpoints/.PPO.lock", "w", encoding="utf-8") as lock:
+        json.dump({"pid": STEERS, "host": STEERS, "since": STEERS}, lock)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = command("fit", "--model", "PPO", "--env.num_envs", "4")
+    assert outcome.code == 2
+    assert f"in use by process {SHOWN} PPO on {SHOWN} PPO since" in harmless(outcome)
 
 
 def test_a_resume_shows_what_the_file_holds(command: Command, fit: Command) -> None:
