@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 from scipy import stats
 
+from co2lightning import trained_days
 from co2lightning.agents import agent_class
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.env import SiteDays
@@ -248,6 +249,7 @@ class Trained(NamedTuple):
     site: Site
     path: Path
     run: TrainingCheckpoint
+    facts: dict[str, Any]  # what the checkpoint says of the run
 
 
 def main(argv: list[str]) -> int:
@@ -274,7 +276,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     own_logs = Path(arguments.logs) / arguments.name
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
-    agent, episode, site, path, run = open_run(arguments, "test")
+    agent, episode, site, path, run, facts = open_run(arguments, "test")
+    site = unseen(facts, site)
     evaluation = evaluate(agent, site)
     if arguments.json:
         say(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
@@ -320,7 +323,15 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
             f"have sha256 {site.sha256[:12]}",
             err=True,
         )
-    return Trained(agent, int(checkpoint["episode"]), site, path, run)
+    return Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
+
+
+def unseen(facts: dict[str, Any], site: Site) -> Site:
+    """Return a site whose held-out days a run was not trained on; say what is left out."""
+    left, remark = trained_days.unseen(facts, site)
+    if remark:
+        say(remark, err=True)
+    return left
 
 
 def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning import trained_days
 from co2lightning.agents.agent import Agent
 from co2lightning.env import day_index
 from co2lightning.errors import UserError
-from co2lightning.evaluate import TITLES, RunParser, open_run
+from co2lightning.evaluate import TITLES, RunParser, open_run, unseen
 from co2lightning.history import Place
 from co2lightning.observation import FEATURES, build_observer, observe
 from co2lightning.physics import SiteModel, State, build_model
@@ -62,12 +63,16 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    agent, episode, site, _, _ = open_run(arguments, "predict")
-    try:
-        day = day_index(site, arguments.day) if arguments.day else int(site.held_out_days[0])
-    except UserError as error:
-        raise UserError(f"--{error}") from None
-    if not site.held_out[day]:
+    agent, episode, site, _, _, facts = open_run(arguments, "predict")
+    if arguments.day:
+        try:
+            day = day_index(site, arguments.day)
+        except UserError as error:
+            raise UserError(f"--{error}") from None
+    else:
+        day = int(unseen(facts, site).held_out_days[0])
+    trained = trained_days.seen(facts, site)
+    if not site.held_out[day] or (trained is not None and trained[day]):
         say(f"{site.days[day]} is a training day of {site.name}", err=True)
     planned, seen = day_schedule(agent, site, day)
     text = schedule_csv(site, day, planned)

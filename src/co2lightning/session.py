@@ -33,6 +33,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
+from co2lightning import trained_days
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import SIZES, Agent, agent_of, check_sizes, kind_of
 from co2lightning.agents.descent import worth_compiling
@@ -69,7 +70,7 @@ from co2lightning.env import Environment, SiteDays, make_environment
 from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.ranks import Rank, is_loss
 from co2lightning.replay import fewest_rows, is_piece, pieces_of_ranks
-from co2lightning.site import named_in
+from co2lightning.site import Site, named_in
 from co2lightning.storage import local
 from co2lightning.terminal import tell
 
@@ -408,6 +409,12 @@ def _plan(
                 f"The data of site {site.name} are others than at episode {start.episode}; "
                 "training goes on with these"
             )
+            trained = trained_days.seen(start.content["run"], site)
+            if trained is not None and (both := int((trained & site.held_out).sum())):
+                notes.append(
+                    f"{both} of the {len(site.held_out_days)} held-out days of {site.name} were "
+                    f"trained on up to episode {start.episode}; test and report leave them out"
+                )
         if earlier and earlier.start and earlier.start.path == start.path:
             replay = earlier.replay
         elif target > start.episode:
@@ -887,13 +894,15 @@ def _info(agent: str, plan: _Plan) -> dict[str, Any]:
         | {"python": platform.python_version()},
     }
     if isinstance(plan.environment, SiteDays):
-        info["site"] = site_description(plan.environment)
+        site = plan.environment.site
+        before = plan.start.content["run"] if plan.start else {}
+        info["site"] = site_description(site)
+        info["trained_days"] = trained_days.with_this_session(before, site)
     return info
 
 
-def site_description(environment: SiteDays) -> dict[str, Any]:
+def site_description(site: Site) -> dict[str, Any]:
     """Return the site's full configuration as plain data."""
-    site = environment.site
     return {
         "name": site.name,
         "sha256": site.sha256,

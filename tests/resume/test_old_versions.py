@@ -57,6 +57,7 @@ def test_it_goes_on(
     check_history(str(run.directory), 4)
     # It is the same run that goes on: settings, optimizer and replay are taken up.
     assert config.items() <= run.load_metadata()["configuration"].items()
+    assert len(run.load_metadata()["trained_days"]["iquitos"]) == 61
     before, after = (run.read(run.path(episode)) for episode in (2, 3))
     assert math.isfinite(after["metrics"]["co2_kg"])
     for content in (before, after):

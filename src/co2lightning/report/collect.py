@@ -22,6 +22,7 @@ from co2lightning.physics import SiteModel, State, build_model, step
 from co2lightning.rules import Rule, rbc_b
 from co2lightning.schedule import schedule
 from co2lightning.site import Floats, Site, T, load_site, named_in
+from co2lightning.trained_days import unseen
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
@@ -122,7 +123,7 @@ def collect(
     if not loaded:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
     sites: dict[str, Site] = {}
-    groups: dict[str, list[tuple[_Loaded, tuple[str, str]]]] = {}
+    groups: dict[tuple[str, bytes], tuple[Site, list[tuple[_Loaded, tuple[str, str]]]]] = {}
     for one in loaded:
         if one.site not in sites:
             with named_in(None if site else one.path):
@@ -137,11 +138,16 @@ def collect(
                 f"{one.run.name}: evaluated on {found.name} (sha256 {found.sha256[:12]}), trained "
                 f"on {trained_on[0]} (sha256 {trained_on[1][:12]})"
             )
-        groups.setdefault(found.sha256, []).append((one, trained_on))
-    by_hash = {found.sha256: found for found in sites.values()}
+        try:
+            found, remark = unseen(one.checkpoint["run"], found)
+        except UserError as error:
+            raise UserError(f"{one.run.name}: {error}") from None
+        if remark:
+            warn(f"{one.run.name}: {remark}")
+        key = found.sha256, found.held_out.tobytes()
+        groups.setdefault(key, (found, []))[1].append((one, trained_on))
     results: list[SiteResult] = []
-    for sha256, members in groups.items():
-        found = by_hash[sha256]
+    for found, members in groups.values():
         count = len(found.held_out_days)
         echo(f"{found.name}: the rules and the optimum on {count} held-out days")
         references = evaluate(None, found)
