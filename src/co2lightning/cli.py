@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, 2)
     except TrainingError as error:
-        return _fail(error, 1)
+        return _fail(error, 1) if error.exit_code else 0
     except OSError as error:
         return _fail(_disk_line(error, training=argv[:1] in (["fit"], ["fit-all"])), 1)
     except KeyboardInterrupt:

@@ -20,8 +20,10 @@ class TrainingError(RuntimeError):
     What was saved before stands.
     """
 
-    def __init__(self, message: object) -> None:
+    def __init__(self, message: object, rank: int = 0) -> None:
         super().__init__(clean(" ".join(str(message).split())))
+        # Lightning kills rank 0, which says it too, when another rank ends in error.
+        self.exit_code = 0 if rank else 1
 
 
 def show(value: object) -> str:

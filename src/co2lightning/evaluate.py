@@ -99,16 +99,26 @@ def evaluate(agent: Agent | None, site: Site, references: Evaluation | None = No
         site: The site.
         references: An earlier evaluation of the same site, to spare the rules and the optimum.
     """
-    references = references or _references(site)
     if agent is None:
-        return references
+        return references or _references(site)
     days = site.held_out_days.tolist()
     own = schedule(build_model(site, agent.device), policy_of(agent, site), site, days)
+    check_finite(own)
+    references = references or _references(site)
     return replace(
         references,
         policies={"agent": _figures(own, references.unavoidable_kwh), **references.policies},
         schedules={"agent": own, **references.schedules},
     )
+
+
+def check_finite(own: Schedule) -> None:
+    """Raise a UserError if an agent's actions were none: finite weights can be too large, too."""
+    if not np.isfinite(own.co2_kg).all():
+        raise UserError(
+            "the policy's actions are no finite numbers, training diverged; give an earlier "
+            "episode: --ckpt_path FILE"
+        )
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:

@@ -271,7 +271,8 @@ def laxity_order(laxity: Tensor) -> Tensor:
     per_step = 1 << (31 - _LAXITY_BITS - socket_bits)
     laxity = laxity.detach() if laxity.requires_grad else laxity
     if laxity.is_cpu and not torch.compiler.is_compiling():
-        key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
+        with np.errstate(invalid="ignore"):  # NaN of a policy that diverged: others tell
+            key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
         key <<= socket_bits
         key |= np.arange(n_sockets, dtype=np.int32)
         key.sort(axis=1)

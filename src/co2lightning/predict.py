@@ -17,7 +17,7 @@ from co2lightning import trained_days
 from co2lightning.agents.agent import Agent
 from co2lightning.env import day_index
 from co2lightning.errors import UserError
-from co2lightning.evaluate import TITLES, RunParser, open_run, unseen
+from co2lightning.evaluate import TITLES, RunParser, check_finite, open_run, unseen
 from co2lightning.history import Place
 from co2lightning.observation import FEATURES, build_observer, observe
 from co2lightning.physics import SiteModel, State, build_model
@@ -100,6 +100,7 @@ def day_schedule(agent: Agent, site: Site, day: int) -> tuple[Schedule, Floats]:
         return agent.act(seen[-1])
 
     planned = schedule(build_model(site, agent.device), policy, site, [day])
+    check_finite(planned)
     return planned, torch.cat(seen).double().cpu().numpy()
 
 

@@ -132,6 +132,7 @@ def is_piece(piece: Any, observation_dim: int, action_dim: int) -> bool:
         and rows.dtype == torch.float32
         and rows.dim() == 2
         and rows.shape[1] == sum(sizes)
+        and bool(rows.isfinite().all())
     )
 
 

@@ -35,7 +35,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from co2lightning import trained_days
 from co2lightning.agents import agent_class
-from co2lightning.agents.agent import SIZES, Agent, agent_of, check_sizes, kind_of
+from co2lightning.agents.agent import SIZES, Agent, agent_of, check_sizes, kind_of, not_finite
 from co2lightning.agents.descent import worth_compiling
 from co2lightning.board import LAYOUT, REFERENCES, DispatchFigure
 from co2lightning.callbacks import (
@@ -542,6 +542,8 @@ def _restorable(learner: Agent, start: _Start) -> dict[str, Any]:
             known = {key: kind_of(value) for key, value in held.items()}
             if known != kinds or not 0 <= held["step"] < math.inf:
                 raise ValueError(f"the optimizer's state of weights {number} is not Adam's")
+            if name := not_finite(held):
+                raise ValueError(f"the optimizer's {name} of weights {number} is not finite")
     except Exception as error:  # whatever a foreign file provokes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{start.path}: does not fit {type(learner).__name__} ({reason})") from None

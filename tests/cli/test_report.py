@@ -465,5 +465,5 @@ def test_a_diverged_run_is_named(
     output = tmp_path / "r.html"
     outcome = report("--checkpoints.dir", tmp_path / "checkpoints", "--output", output)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "episode_0004.pt: its weights are no finite numbers" in outcome.err
+    assert "episode_0004.pt: its weights log_std are no finite numbers" in outcome.err
     assert not output.exists()

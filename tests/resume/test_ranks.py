@@ -143,6 +143,17 @@ def test_a_step_follows_the_mean_of_the_gradients(
     assert tree(place) == before
 
 
+def test_ranks_end_together_where_numbers_are_not_finite(place: Path) -> None:
+    """Rank 0 says it and closes the session; the other must not end in error before."""
+    words = words_of("PPO", "--episodes", "3", "--model.learning_rate", "1e30")
+    codes, said = run([place, place], words)
+    assert codes == [1, 0], said
+    assert said.count("error: ") == said.count("without a finite gradient: 4") == 1
+    trained = TrainingCheckpoint("checkpoints/PPO")
+    assert trained.load_history()["trainings"][-1]["status"] == "failed"
+    assert trained.verify() == []
+
+
 @pytest.mark.slow
 def test_compiled_ranks_do_what_eager_ones_do(place: Path) -> None:
     train(place, "PPO", "--episodes", "2", "--name", "eager")

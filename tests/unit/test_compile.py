@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,8 +35,9 @@ Fit = Callable[..., Outcome]
 M = 32
 
 
-def minibatch(name: str, size: int) -> Any:
-    obs, action = torch.randn(size, 3), 2.0 * torch.rand(size, 2) - 1.0
+def minibatch(name: str, size: int, scale: float = 1.0) -> Any:
+    """Return a minibatch; a `scale` of observations that is NaN makes it one of no use."""
+    obs, action = scale * torch.randn(size, 3), 2.0 * torch.rand(size, 2) - 1.0
     if name == "SAC":
         batch = ReplayBatch(obs, action, torch.randn(size), torch.randn(size, 3), torch.zeros(size))
         return Update(batch, torch.randn(size, 2), torch.randn(size, 2))
@@ -64,20 +66,23 @@ COMPILED = [n if n == "PPO" else pytest.param(n, marks=pytest.mark.slow) for n i
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_hundred_compiled_updates_are_the_eager_ones(name: str) -> None:
-    """Schedules move and a smaller minibatch ends each epoch, as in training."""
+    """Schedules move and a smaller minibatch ends each epoch, as in training; some are no good."""
     torch.manual_seed(2)
     torch._dynamo.utils.counters.clear()
     pupils = [pupil(name, compiled=compiled) for compiled in (False, True)]
     before = [p.detach().clone() for p in pupils[0][0].parameters()]
     for number in range(100):
-        batch = minibatch(name, 5 if number % 10 == 9 else M)
+        scale = torch.nan if number in (0, 80, 89) else 1.0
+        batch = minibatch(name, 5 if number % 10 == 9 else M, scale)
         for agent, take, _ in pupils:
             if number % 25 == 0:
                 take.begin(1e-3 / (1.0 + number))
                 if name == "PPO":
                     agent.clip_range.fill_(0.3 / (1.0 + number))  # pyright: ignore
             take(batch)
+    assert [take.skipped_in_a_row() for _, take, _ in pupils] == [1, 1]
     eager_figures, figures = (take.end() for _, take, _ in pupils)
+    assert figures["skipped_updates"] == 2
     (eager, _, eager_adam), (agent, take, adam) = pupils
     assert take.compiled, "the compiler failed"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -96,6 +101,29 @@ def test_a_hundred_compiled_updates_are_the_eager_ones(name: str) -> None:
         assert list(a["state"][key]) == list(b["state"][key])
         for part, value in a["state"][key].items():
             torch.testing.assert_close(b["state"][key][part], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_update_whose_gradient_is_not_finite_moves_nothing(name: str) -> None:
+    torch.manual_seed(4)
+    agent, take, adam = pupil(name, compiled=False)
+    take(minibatch(name, M))
+    learned = {n: p.detach().clone() for n, p in agent.named_parameters() if p.requires_grad}
+    before = copy.deepcopy(adam.state_dict())
+    for _ in range(11):
+        take(minibatch(name, M, torch.nan))
+    for key, value in learned.items():
+        assert torch.equal(agent.get_parameter(key), value), key
+    for key, state in adam.state_dict()["state"].items():
+        for part, value in state.items():
+            assert torch.equal(value, before["state"][key][part]), part
+    assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())  # targets too
+    take(minibatch(name, M))
+    assert take.skipped_in_a_row() == 11
+    figures = take.end()
+    assert figures["skipped_updates"] == 11
+    assert all(figure.isfinite() for figure in figures.values())
+    assert not torch.equal(agent.get_parameter("critic.weights.0"), learned["critic.weights.0"])
 
 
 class Alone:

@@ -5,6 +5,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from co2lightning.agents.descent import Descent
 from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.config import check_agent, check_stored
 from co2lightning.env import Environment
-from co2lightning.errors import UserError
+from co2lightning.errors import TrainingError, UserError
 from co2lightning.ledger import MAX_EPISODES, parse_count
 from co2lightning.observation import RULE_FEATURES
 from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
@@ -69,6 +70,8 @@ def check_sizes(
             )
 
 
+MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
+
 _SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
 _GROUPS = {  # of tags that are not of training
     "env_steps_per_second": "time",
@@ -90,6 +93,11 @@ def tagged_metrics(figures: Mapping[str, float | None]) -> dict[str, float]:
         for name, value in figures.items()
         if value is not None and name != "episode"
     }
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a number which is not finite."""
+    return next((name for name, each in tensors.items() if not each.isfinite().all()), None)
 
 
 class Agent(pl.LightningModule):
@@ -290,7 +298,7 @@ class Agent(pl.LightningModule):
         total_reward, episodes, env_steps = known[:3]
         site = self.env.metrics(mean)
         seconds = time.perf_counter() - self._began
-        self.metrics = {
+        metrics = {
             "rollout/ep_rew_mean": total_reward / max(episodes, self.env.num_envs),
             **site,
             **{f"train/{name}": value for name, value in zip(figures, known[3:], strict=True)},
@@ -298,6 +306,8 @@ class Agent(pl.LightningModule):
             "time/episode_seconds": seconds,
             "time/env_steps_per_second": env_steps * self.world_size / seconds,
         }
+        self._check_finite(metrics)
+        self.metrics = metrics
         for logger in self.loggers:
             logger.log_metrics(self.metrics, step=self.episode)
             if isinstance(logger, TensorBoardLogger):
@@ -306,6 +316,23 @@ class Agent(pl.LightningModule):
         named = {**self.metrics, **short_metrics(self.metrics)}
         tensors = {name: torch.tensor(value) for name, value in named.items()}
         self.trainer.callback_metrics.update(tensors)
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        """Raise a TrainingError if an episode's figures or weights are not worth saving."""
+        wrong = [f"{tag} is {value}" for tag, value in metrics.items() if not math.isfinite(value)]
+        del wrong[1:]  # the others follow from it
+        row = self.descent.skipped_in_a_row() if metrics.get("train/skipped_updates") else 0
+        if row >= MOST_SKIPPED or (wrong and row):
+            wrong.append(f"updates in a row without a finite gradient: {row}")
+        if name := not_finite(self.state_dict()):
+            wrong.append(f"the weights {name} are not finite")
+        if wrong:
+            raise TrainingError(
+                f"episode {self.episode}: {', '.join(wrong)}; it is not saved, what was saved "
+                "before stands: --ckpt_path last continues, perhaps with a lower "
+                "--model.learning_rate",
+                self.global_rank,
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters."""
@@ -373,7 +400,8 @@ class Agent(pl.LightningModule):
             settings: The hyperparameters.
 
         Raises:
-            UserError: The weights are not those of such an agent; none were made, then.
+            UserError: The weights are not those of such an agent, then none were made, or not
+                finite.
         """
         state = content["state_dict"]
         try:
@@ -389,6 +417,11 @@ class Agent(pl.LightningModule):
             reason = " ".join(str(error).split())[:120]
             message = f"{origin}: not of this version's {cls.__name__} ({reason})"
             raise UserError(message) from None
+        if name := not_finite(state):
+            raise UserError(
+                f"{origin}: its weights {name} are no finite numbers, training diverged; an "
+                "earlier episode may be good"
+            )
         return learner
 
     # -- use -----------------------------------------------------------------------------------

@@ -38,6 +38,9 @@ class Learner(Protocol):
 class Descent:
     """Takes an agent's parameters down its loss: gradient, clipping, Adam, what follows.
 
+    An update whose gradient is not finite moves neither parameters nor the optimizer's state. That
+    is decided on the device, and from the ranks' mean: nothing waits for it, all decide alike.
+
     Eager and compiled run the same lines but for Adam's: eager, that is torch's fused kernel;
     compiled, the formula stands here, since the kernel would be a call out of the graph. Both move
     the parameters and the optimizer's own state in place, so a checkpoint does not know which
@@ -82,24 +85,38 @@ class Descent:
         """Begin an episode with a learning rate."""
         self.group["lr"] = rate
         self._rate.fill_(rate)
-        self._sums: dict[str, Tensor] = {}
-        self._updates = 0
+        self._names: list[str] = []
+        self._figures: list[Tensor] = []  # of each update, the last whether it was skipped
 
     def end(self) -> dict[str, Tensor]:
-        """Bring the optimizer's state up to date; return the mean figures of the episode."""
+        """Bring the optimizer's state up to date; return the episode's figures.
+
+        They are means over the updates that were taken, and how many were skipped.
+        """
         if self.compiled:
             for step in self._steps[1:]:
                 step.copy_(self._steps[0])
-        return {name: total / self._updates for name, total in self._sums.items()}
+        if not self._figures:
+            return {}
+        figures, skipped = torch.stack(self._figures).split([len(self._names), 1], dim=1)
+        taken = len(skipped) - skipped.sum()
+        means = torch.where(skipped > 0.5, 0.0, figures).sum(0) / taken
+        named = dict(zip(self._names, means.unbind(), strict=True))
+        return named | {"skipped_updates": skipped.sum()}
+
+    def skipped_in_a_row(self) -> int:
+        """Return how many updates of the episode were skipped in a row; waits for the device."""
+        row = longest = 0
+        for skipped in torch.stack(self._figures)[:, -1].tolist():
+            row = row + 1 if skipped else 0
+            longest = max(longest, row)
+        return longest
 
     def __call__(self, batch: Any) -> None:
         """Take one step on a minibatch, a tuple of tensors."""
         figures = self._update(batch)
-        if self._sums:
-            torch._foreach_add_(list(self._sums.values()), list(figures.values()))
-        else:
-            self._sums = {name: figure.clone() for name, figure in figures.items()}
-        self._updates += 1
+        *self._names, _ = figures
+        self._figures.append(torch.stack(list(figures.values())))
 
     def _update(self, batch: Any) -> dict[str, Tensor]:
         if self.compiled and self._shape is None:
@@ -109,15 +126,14 @@ class Descent:
         return self.update(batch)
 
     def update(self, batch: Any) -> dict[str, Tensor]:
-        """Take one step; return the loss's figures."""
+        """Take one step; return the loss's figures and, last, whether it was `skipped`."""
         return self._take(batch, self.gradient, self.step)
 
-    def _take(self, batch: Any, gradient: Callable[..., Any], step: Callable[..., None]) -> Any:
+    def _take(self, batch: Any, gradient: Callable[..., Any], step: Callable[..., Tensor]) -> Any:
         gradients, figures = gradient(batch)
         if self.average:
             gradients = self.average(gradients)
-        step(gradients)
-        return figures
+        return {**figures, "skipped": step(gradients)}
 
     def gradient(self, batch: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the gradients of the loss and its figures."""
@@ -126,33 +142,47 @@ class Descent:
         return gradients, {name: figure.detach() for name, figure in figures.items()}
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor]) -> None:
-        """Clip the gradients, take Adam's step, let the agent follow."""
+    def step(self, gradients: list[Tensor]) -> Tensor:
+        """Clip the gradients, take Adam's step, let the agent follow.
+
+        Returns:
+            1.0 if the step was skipped, since the gradients were not finite; else 0.0.
+        """
+        each = map(torch.linalg.vector_norm, gradients)
+        norms = list(each) if self.compiled else torch._foreach_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        skipped = torch.where(norm < math.inf, 0.0, 1.0)
         if self.max_norm is not None:
-            each = map(torch.linalg.vector_norm, gradients)
-            norms = list(each) if self.compiled else torch._foreach_norm(gradients)
-            norm = torch.linalg.vector_norm(torch.stack(norms))
             torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
         if self.compiled:
-            self._adam(gradients)
+            self._adam(gradients, skipped < 0.5)
         else:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
+            # What torch's own scaler of gradients says to the kernel: 1 takes no step.
+            self.optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
         self.agent.follow()
+        return skipped
 
-    def _adam(self, gradients: list[Tensor]) -> None:
-        """Take the step of Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1."""
+    def _adam(self, gradients: list[Tensor], finite: Tensor) -> None:
+        """Take the step of Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1, if `finite`."""
         beta1, beta2 = self.group["betas"]
-        t = self._steps[0].add_(1.0)
+        t = self._steps[0].add_(finite)
         # 1 - beta^t, which loses its digits in float32 while t is small.
         size = self._rate / -torch.expm1(t * math.log(beta1))
         spread = (-torch.expm1(t * math.log(beta2))).sqrt()
         columns = zip(self.parameters, gradients, self._means, self._squares, strict=True)
-        for parameter, gradient, mean, square in columns:
+        for parameter, gradient, *moments in columns:
+            moved = [parameter, *moments]
+            before = [tensor.clone() for tensor in moved]
+            mean, square = moments
+            # In place: a graph rounds the same formula otherwise where it is written otherwise.
             mean.lerp_(gradient, 1.0 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
             parameter.sub_(size * mean / (square.sqrt() / spread + self.group["eps"]))
+            for tensor, old in zip(moved, before, strict=True):
+                tensor.copy_(torch.where(finite, tensor, old))
 
     def _take_up_state(self) -> None:
         """Take hold of the optimizer's state, made as torch makes it at the first step."""
