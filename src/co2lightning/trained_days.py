@@ -8,7 +8,8 @@ A day that `held_out` names only since then is not held out for this run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from typing import Any
@@ -29,8 +30,10 @@ def with_this_session(run: Mapping[str, Any], site: Site) -> dict[str, list[str]
         run: What the checkpoint says of the run; empty for a new one.
         site: What it trains on from here.
     """
-    stored = run.get("trained_days")
-    others = dict(stored) if isinstance(stored, dict) else {}
+    stored, described = run.get("trained_days"), run.get("site")
+    others: dict[str, list[str] | None] = dict(stored) if isinstance(stored, dict) else {}
+    if run and not others and isinstance(described, dict):  # of version 0.1.0, perhaps elsewhere
+        others = {str(described.get("name")): None}
     trained = seen(run, site) if run else np.zeros_like(site.held_out)
     if trained is None:
         return others | {site.name: None}
@@ -88,10 +91,13 @@ def _intervals_of(run: Mapping[str, Any], site: Site) -> list[str]:
     return [text for text in texts if isinstance(text, str) and _INTERVAL.fullmatch(text)]
 
 
-def _within(intervals: Iterable[str], days: Iterable[str]) -> NDArray[np.bool_]:
-    """Return whether each of `days`, ISO dates, lies in one of the intervals."""
-    ends = [text.split("/") for text in intervals]
-    return np.array([any(first <= day <= last for first, last in ends) for day in days])
+def _within(intervals: Iterable[str], days: Sequence[str]) -> NDArray[np.bool_]:
+    """Return whether each of `days`, ascending ISO dates, lies in one of the intervals."""
+    within = np.zeros(len(days), dtype=np.bool_)
+    for text in intervals:
+        first, last = text.split("/")
+        within[bisect_left(days, first) : bisect_right(days, last)] = True
+    return within
 
 
 def _as_intervals(days: Iterable[str]) -> list[str]:

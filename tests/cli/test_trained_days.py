@@ -81,4 +81,6 @@ def test_a_run_of_a_version_that_did_not_write_them_down(site: Path) -> None:
     assert "was not written down" in remark
     assert with_this_session(changed, village) == {"village": None}
     assert unseen({"trained_days": {"village": None}}, village)[1] == remark
-    assert unseen({"site": {"name": "town", "sha256": "0" * 64}}, village) == (village, None)
+    town = {"site": {"name": "town", "sha256": "0" * 64}}
+    assert with_this_session(town, village) == {"town": None, "village": days}
+    assert unseen(town, village) == (village, None)
