@@ -463,7 +463,7 @@ def _checked(settings: Settings, parser: ArgumentParser, prefix: str) -> Setting
     for key in settings:
         value: Any = settings[key]
         shown = show(list(value) if isinstance(value, tuple) else value)
-        if key == "model.hidden" and (
+        if (key == "model.hidden" and value is not None) and (
             not 1 <= len(value) <= 16 or any(width not in _HIDDEN for width in value)
         ):
             raise UserError(
