@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from co2lightning.checkpoints import TrainingCheckpoint as TrainingCheckpoint
     from co2lightning.env import ChargingSiteEnv as ChargingSiteEnv
     from co2lightning.env import ChargingSiteVectorEnv as ChargingSiteVectorEnv
+    from co2lightning.errors import TrainingError as TrainingError
     from co2lightning.errors import UserError as UserError
     from co2lightning.session import fit as fit
     from co2lightning.site import load_site as load_site
@@ -29,6 +30,7 @@ _HOME = {
     "ChargingSiteEnv": "env",
     "ChargingSiteVectorEnv": "env",
     "TrainingCheckpoint": "checkpoints",
+    "TrainingError": "errors",
     "UserError": "errors",
     "fit": "session",
     "load_site": "site",

@@ -11,7 +11,6 @@ import pytest
 
 import co2lightning
 from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.errors import TrainingError
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
@@ -135,7 +134,7 @@ def test_a_callback_raises(
 def test_from_python_the_error_of_a_callback_is_kept(place: Path) -> None:
     options = {"model": "PPO", "env.num_envs": 4, "model.hidden": [8], "episodes": 2}
     callback = {"class_path": f"{__name__}.Raises", "init_args": {"hook": "on_train_epoch_start"}}
-    with pytest.raises(TrainingError, match="Raises raised OSError") as caught:
+    with pytest.raises(co2lightning.TrainingError, match="Raises raised OSError") as caught:
         co2lightning.fit({**options, "trainer.callbacks": [callback]})
     assert isinstance(caught.value.__cause__, OSError)
 
