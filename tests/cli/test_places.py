@@ -38,7 +38,7 @@ def test_a_url_is_no_place(command: Command, which: str) -> None:
     name, flag = which.split()
     first = {"fit": ["--config", "ppo.yaml"], "history": [], "verify": [], "fit-all": []}
     words = [*first.get(name, ["PPO"]), *(["--output", "a"] if name == "export" else [])]
-    for url in ("s3://bucket/x", "gs://bucket/x", "file:///tmp/x"):
+    for url in ("s3://bucket/x", "gs://bucket/x", "file:///data/x"):
         said = refused(command, name, *words, flag, url)
         named = "site" if flag == "--env.site" else flag
         assert said == f"error: {named} {url}: only local files and directories, not a URL\n"
