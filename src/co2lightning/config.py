@@ -303,6 +303,10 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
         given = _flatten(parser.parse_args(arguments, defaults=False))
     except ArgumentError as error:
         raise UserError(_one_line(parser, str(error), "--")) from None
+    except OverflowError:  # of a whole number where one with a fraction may stand
+        longest = arguments.index(max(arguments, key=len))
+        words = show(" ".join(arguments[max(0, longest - 1) : longest + 1]))
+        raise UserError(f"{words}: must be a finite number") from None
     return _checked(given, parser, "--")
 
 
@@ -316,6 +320,12 @@ def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
         given = _flatten(parser.parse_object(_nest(settings), defaults=False))
     except ArgumentError as error:
         raise UserError(_one_line(parser, str(error), prefix)) from None
+    except OverflowError:
+        sizes = {
+            k: v.bit_length() if isinstance(v, int) else len(str(v)) for k, v in settings.items()
+        }
+        key = max(sizes, key=lambda key: sizes[key])
+        raise UserError(f"{prefix}{key} {show(settings[key])}: must be a finite number") from None
     return _checked(given, parser, prefix)
 
 

@@ -92,6 +92,9 @@ FLAGS = [
     (["--model.learning_rate", "-1"], "--model.learning_rate -1.0: must be above 0"),
     (["--model.learning_rate", ".nan"], "--model.learning_rate nan: must be a finite number"),
     (["--model.reward_scale", ".inf"], "--model.reward_scale inf: must be a finite number"),
+    (["--episodes", "1" * 401], "--episodes 1111"),
+    (["--model.gamma", "1" * 401], "--model.gamma 1111"),
+    (["--model.gamma=" + "1" * 401], "--model.gamma=1111"),
     (["--model.gamma", "2"], "--model.gamma 2.0: must be at least 0 and at most 1"),
     (["--model.batch_size", "0"], "--model.batch_size 0: must be at least 1"),
     (["--model.hidden", "[]"], "--model.hidden []: must be 1 to 16 widths, such as [64, 64]"),
@@ -315,6 +318,8 @@ def test_from_python(place: Path) -> None:
     refused: list[tuple[Any, str]] = [
         ({"config": "ppo.yaml", "episods": 5}, "fit: episods is not a setting of PPO; did you"),
         ({"config": "ppo.yaml", "episodes": 0}, "fit: episodes 0: must be at least 1"),
+        ({"model": "PPO", "model.gamma": 10**400}, "fit: model.gamma 1000.*must be a finite"),
+        ({"model": "PPO", "model.gamma": 10**5000}, "fit: model.gamma a huge int: must be"),
         ({"model": "DQN"}, "DQN: no such agent"),
         ({}, "--config"),
         ({"config": "ppo.yaml", "trainer": {"lr": 1}}, "trainer.lr is not a setting of PPO: use"),
