@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 	wait $$typed || { cat .pytest_cache/pyright.txt >&2; exit 1; }; exit $$tested
 
 test-slow: .venv/.installed-dev
-	$(BIN)/pytest -m "slow or learning"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or learning"
 
 # constraints.txt, which that one test is about, is not what is installed here.
 test-lowest: .venv-lowest/.installed
