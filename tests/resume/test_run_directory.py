@@ -130,7 +130,8 @@ def kill_loop(place: Path, kills: int, seed: int, keep: int) -> None:
             done = max([first - 1, *(episode for _, episode, _ in events(pipe))])
         assert not run.is_running()
         assert run.get_next_episode() - 1 in (done, done + 1), "an episode that was saved is lost"
-        assert run.verify() == [], "what a kill leaves is not damage"
+        if run.directory.exists():  # a kill may come before it was made
+            assert run.verify() == [], "what a kill leaves is not damage"
     last = run.get_next_episode()
     assert finish(place, last, keep)[0] == 0
     assert run.get_next_episode() - 1 == last
