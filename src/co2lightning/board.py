@@ -5,7 +5,6 @@ Shapes: T = 96 steps; a schedule's fields are [1, T].
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import socket
@@ -17,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.summary import scalar
 
 from co2lightning.agents.agent import Agent
 from co2lightning.env import SiteDays
+from co2lightning.event_files import encode
 from co2lightning.observation import observe
 from co2lightning.physics import SiteModel, State
 from co2lightning.rules import rbc_b
@@ -109,21 +106,13 @@ def replace_scalars(
         OSError: It cannot be written, such as where a link is in the place of `directory`; the
             earlier file is untouched.
     """
-    steps, second = sorted(set(steps)), time.time()
-    events = [Event(wall_time=second, file_version="brain.Event:2")]
-    for step in steps:
-        for tag, value in values.items():
-            if value is not None:
-                events.append(Event(wall_time=second, step=step, summary=scalar(tag, value)))
-    content = io.BytesIO()
-    records = RecordWriter(content)
-    for event in events:
-        records.write(event.SerializeToString())
-    made = f"{int(second):010d}.{socket.gethostname()}.{os.getpid()}.0"
+    steps = sorted(set(steps))
+    points = {tag: value for tag, value in values.items() if value is not None}
+    made = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
     path = directory / f"events.out.tfevents.{made}.episode_{steps[-1]:04d}"
     make_directory(directory)
     replaced = [p for p in directory.glob(f"*.episode_{earlier}") if not p.is_dir() and p != path]
-    write_atomic(path, content.getvalue(), durable=False)
+    write_atomic(path, encode(dict.fromkeys(steps, points)), durable=False)
     for old in replaced:
         old.unlink(missing_ok=True)
 

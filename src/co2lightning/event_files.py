@@ -63,10 +63,11 @@ def complete(
         else:  # sorts behind that file and before the next one
             number = re.search(r"\.([0-9]+)$", after.name)
             name = f"{after.name}.{int(number[1]) + 1 if number else 0}"
-        storage.write_atomic(directory / name, _encode({n: figures[n] for n in episodes}))
+        storage.write_atomic(directory / name, encode({n: figures[n] for n in episodes}))
 
 
-def _encode(figures: Mapping[int, Mapping[str, float]]) -> bytes:
+def encode(figures: Mapping[int, Mapping[str, float]]) -> bytes:
+    """Return an event file with the points of each episode: episode -> tag -> value."""
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)
     now = time.time()
