@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.session import run_fit
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.train.fit import run_fit
 
 METRICS = [
     *("co2_kg", "reward", "time_seconds", "unmet_kwh", "co2_vs_uncontrolled", "grid_import_kwh"),

@@ -22,9 +22,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from co2lightning.agents.ppo import PPO
-from co2lightning.env import SiteDays
-from co2lightning.rollout import RolloutDataset
-from co2lightning.site import Site, T, load_site
+from co2lightning.learn.rollout import RolloutDataset
+from co2lightning.sim.days import SiteDays
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Site, T
 
 
 class Actor(PPO):

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from co2lightning.agents import AGENTS
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.evaluate import Evaluation, evaluate, load_agent, summarise, violations
-from co2lightning.site import Site, load_site
+from co2lightning.agents.load import load_agent
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Site
 
 EPISODES = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
 FIGURES = ("co2_kg", "gap_closed", "vs_rbc_b_kg", "vs_rbc_b_kg_interval", "unmet_kwh")

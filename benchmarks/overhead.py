@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from co2lightning.agents.ppo import PPO
-from co2lightning.config import check_settings, complete, read_recipe
-from co2lightning.env import make_environment
-from co2lightning.session import run_fit
+from co2lightning.settings.config import check_settings, complete, read_recipe
+from co2lightning.sim.days import make_environment
+from co2lightning.train.fit import run_fit
 
 
 class BareLoop:

@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents import agent_class
-from co2lightning.config import Settings, complete
-from co2lightning.env import Environment, SiteDays, Step
-from co2lightning.site import load_site
+from co2lightning.settings.config import Settings, complete
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.interface import Environment, Step
+from co2lightning.site.load import load_site
 from learning import machine, versions
 from stable_baselines import Lockstep, VecEnv, stable_baselines
 

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from co2lightning import ranks
-from co2lightning.config import check_settings, complete, read_recipe
+from co2lightning.learn import ranks
+from co2lightning.settings.config import check_settings, complete, read_recipe
 from overhead import BareLoop
 
 WARM_UP = 2  # rounds

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.env import evaluation_soc
-from co2lightning.evaluate import load_agent, policy_of
-from co2lightning.physics import build_model
-from co2lightning.rules import RULES, run_days
-from co2lightning.site import load_site
+from co2lightning.agents.load import load_agent, policy_of
+from co2lightning.control.rules import RULES
+from co2lightning.control.state import build_model
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.load import load_site
 
 
 def main() -> None:

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 import co2lightning
 from co2lightning.agents import AGENTS
-from co2lightning.config import Settings, check_settings, complete, read_recipe
-from co2lightning.evaluate import Evaluation, evaluate, summarise
-from co2lightning.site import Site, T, load_site
+from co2lightning.settings.config import Settings, check_settings, complete, read_recipe
+from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Site, T
 from learning import EPISODES, FIGURES, add_figures, machine, train, versions
 
 try:

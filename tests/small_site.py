@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from co2lightning.site import Battery, Sessions, Site, SocketType, T, load_site
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
 
 # Two threads on busy cores wait for each other: a year of a rule took 8 s instead of 0.1.
 torch.set_num_threads(1)

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from co2lightning.agents.a2c import A2C as A2C
     from co2lightning.agents.ppo import PPO as PPO
     from co2lightning.agents.sac import SAC as SAC
-    from co2lightning.checkpoints import TrainingCheckpoint as TrainingCheckpoint
-    from co2lightning.env import ChargingSiteEnv as ChargingSiteEnv
-    from co2lightning.env import ChargingSiteVectorEnv as ChargingSiteVectorEnv
     from co2lightning.errors import TrainingError as TrainingError
     from co2lightning.errors import UserError as UserError
-    from co2lightning.session import fit as fit
-    from co2lightning.site import load_site as load_site
+    from co2lightning.runs.run import TrainingCheckpoint as TrainingCheckpoint
+    from co2lightning.sim.gymnasium import ChargingSiteEnv as ChargingSiteEnv
+    from co2lightning.sim.gymnasium import ChargingSiteVectorEnv as ChargingSiteVectorEnv
+    from co2lightning.site.load import load_site as load_site
+    from co2lightning.train.fit import fit as fit
 
 __version__ = "0.1.0"
 
@@ -27,13 +27,13 @@ _HOME = {
     "A2C": "agents.a2c",
     "PPO": "agents.ppo",
     "SAC": "agents.sac",
-    "ChargingSiteEnv": "env",
-    "ChargingSiteVectorEnv": "env",
-    "TrainingCheckpoint": "checkpoints",
+    "ChargingSiteEnv": "sim.gymnasium",
+    "ChargingSiteVectorEnv": "sim.gymnasium",
+    "TrainingCheckpoint": "runs.run",
     "TrainingError": "errors",
     "UserError": "errors",
-    "fit": "session",
-    "load_site": "site",
+    "fit": "train.fit",
+    "load_site": "site.load",
 }
 """Public name -> the module it lives in."""
 
@@ -53,6 +53,6 @@ def __dir__() -> list[str]:
 
 gymnasium.register(
     id="co2lightning/ChargingSite-v0",
-    entry_point="co2lightning.env:ChargingSiteEnv",
-    vector_entry_point="co2lightning.env:ChargingSiteVectorEnv",
+    entry_point="co2lightning.sim.gymnasium:ChargingSiteEnv",
+    vector_entry_point="co2lightning.sim.gymnasium:ChargingSiteVectorEnv",
 )

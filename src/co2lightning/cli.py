@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from co2lightning.errors import TrainingError, UserError
-from co2lightning.terminal import prepare, say, take_signals, tell
+from co2lightning.terminal import prepare, say, take_signals
 
 _HELP = """\
 usage: co2lightning COMMAND [options]
@@ -88,45 +88,15 @@ def _run(argv: list[str]) -> int:
     return run(argv[1:])
 
 
-def _fit(argv: list[str]) -> int:
-    with _importing():
-        from co2lightning import config
-
-    given, rest = config.split_arguments(argv)
-    agent, recipe = given.get("agent"), given.get("config")
-    if "-h" in rest or "--help" in rest:
-        named = config.check_agent(agent or "PPO", "--model")
-        config.print_help(named, recipe or (f"{agent.lower()}.yaml" if agent else None))
-        return 0
-    with _importing():
-        from co2lightning.callbacks import Interrupted, Signals
-        from co2lightning.session import run_fit, which_agent
-
-    agent = which_agent(agent, recipe, given.get("ckpt_path"))
-    flags = config.parse_flags(rest, agent)
-    if "ckpt_path" in given:
-        flags["ckpt_path"] = given["ckpt_path"]
-    signals = Signals()
-    try:
-        run_fit(flags, agent=agent, config=recipe, signals=signals)
-    except Interrupted as interrupted:
-        if interrupted.exit_code:
-            tell(f"Stopped by {interrupted}; --ckpt_path last continues")
-        return interrupted.exit_code
-    finally:
-        signals.restore()
-    return 0
-
-
 _COMMANDS = {
-    "fit": ("cli", "_fit"),
-    "fit-all": ("fit_all", "main"),
-    "test": ("evaluate", "main"),
-    "report": ("report.command", "main"),
-    "history": ("history", "main"),
-    "verify": ("history", "verify_main"),
-    "predict": ("predict", "main"),
-    "export": ("export", "main"),
+    "fit": ("commands.fit", "main"),
+    "fit-all": ("commands.fit_all", "main"),
+    "test": ("commands.test", "main"),
+    "report": ("commands.report", "main"),
+    "history": ("commands.history", "main"),
+    "verify": ("commands.history", "verify_main"),
+    "predict": ("commands.predict", "main"),
+    "export": ("commands.export", "main"),
 }
 """Command -> its module and function there."""
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from co2lightning import storage
 from co2lightning.agents import AGENTS
 from co2lightning.agents.ppo import PPO
-from co2lightning.config import parse_flags, unknown_settings
 from co2lightning.errors import UserError
+from co2lightning.runs import seal
+from co2lightning.settings.config import parse_flags, unknown_settings
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
@@ -27,7 +27,7 @@ Command = Callable[..., Outcome]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train two episodes of PPO, once."""
-    from co2lightning.session import run_fit
+    from co2lightning.train.fit import run_fit
 
     place = tmp_path_factory.mktemp("trained")
     dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
@@ -244,10 +244,10 @@ def test_another_agents_recipe(refused: Callable[..., None]) -> None:
 
 def reseal(source: Path, target: Path, **changes: Any) -> None:
     """Write a copy of an episode whose content differs, with a good seal."""
-    content, record, _ = storage.load_sealed(source)
+    content, record, _ = seal.load_sealed(source)
     for key, value in changes.items():
         content[key] = value
-    target.write_bytes(storage.seal_checkpoint(content, record))
+    target.write_bytes(seal.seal_checkpoint(content, record))
 
 
 def test_a_checkpoint_of_another_agent(refused: Callable[..., None], place: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_command_that_is_not_there(command: Command) -> None:
 
 
 def test_from_python(place: Path) -> None:
-    from co2lightning.session import fit
+    from co2lightning.train.fit import fit
 
     refused: list[tuple[Any, str]] = [
         ({"config": "ppo.yaml", "episods": 5}, "fit: episods is not a setting of PPO; did you"),

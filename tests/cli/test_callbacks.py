@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import co2lightning
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]

@@ -16,9 +16,10 @@ from co2lightning import agents
 from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO, Samples
-from co2lightning.callbacks import Curves
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.config import (
+from co2lightning.errors import UserError
+from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings.config import (
     Settings,
     check_settings,
     complete,
@@ -26,8 +27,7 @@ from co2lightning.config import (
     parse_flags,
     read_recipe,
 )
-from co2lightning.errors import UserError
-from co2lightning.rollout import Rollout, RolloutDataset
+from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
 from small_site import write_site
 
@@ -308,7 +308,7 @@ def test_changed_site_data_are_told(fit: Fit, place: Path) -> None:
 
 
 def test_from_python(place: Path) -> None:
-    from co2lightning.session import fit
+    from co2lightning.train.fit import fit
 
     tiny = {"env.num_envs": 4, "model": {"n_epochs": 1, "hidden": [8]}}
     result = fit({"config": "ppo.yaml", "episodes": 2, **tiny})
@@ -476,8 +476,8 @@ def figures(name: str) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train three sessions of two episodes, once."""
-    from co2lightning.config import parse_flags
-    from co2lightning.session import run_fit
+    from co2lightning.settings.config import parse_flags
+    from co2lightning.train.fit import run_fit
 
     place = tmp_path_factory.mktemp("sessions")
     dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]

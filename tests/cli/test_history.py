@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome, tree
 
 Command = Callable[..., Outcome]

@@ -14,9 +14,9 @@ import torch
 from gymnasium.spaces import Box
 
 import co2lightning
-from co2lightning import storage
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs import seal
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome
 
 Command = Callable[..., Outcome]
@@ -113,12 +113,12 @@ def test_training_ends_before_it_saves_what_is_not_finite(
 def test_a_checkpoint_that_is_not_finite_is_refused(command: Command) -> None:
     assert train(command, *SAC, "--episodes", "2").code == 0
     path = Path("checkpoints/SAC/episode_0002.pt")
-    content, record, _ = storage.load_sealed(path)
+    content, record, _ = seal.load_sealed(path)
 
     def spoil(tensor: torch.Tensor) -> None:
         with torch.no_grad():
             tensor.view(-1)[-1] = math.inf
-        Path("bad.pt").write_bytes(storage.seal_checkpoint(content, record))
+        Path("bad.pt").write_bytes(seal.seal_checkpoint(content, record))
 
     moments = content["optimizer_states"][0]["state"][3]
     spoil(moments["exp_avg_sq"])
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(command: Command) -> None:
     with torch.no_grad():  # finite, but what it multiplies is not
         for weights in content["state_dict"].values():
             weights.copy_(torch.sign(torch.randn_like(weights)) * 3e38)
-    Path("bad.pt").write_bytes(storage.seal_checkpoint(content, record))
+    Path("bad.pt").write_bytes(seal.seal_checkpoint(content, record))
     for words in (["test"], ["predict"]):
         outcome = command(*words, "SAC", *given)
         assert outcome.code == 2

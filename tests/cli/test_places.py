@@ -9,7 +9,7 @@ from test_words import help_of
 
 import co2lightning
 from co2lightning import UserError, cli
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome, tree
 from small_site import write_site
 

@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from co2lightning import rules
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.agents.load import load_agent
 from co2lightning.cli import main
-from co2lightning.config import parse_flags
-from co2lightning.evaluate import evaluate, load_agent, mean_interval, summarise
-from co2lightning.history import find_runs, summarize
+from co2lightning.commands.run import find_runs
+from co2lightning.control import rules
 from co2lightning.report.collect import compare_to_rule
-from co2lightning.session import run_fit
-from co2lightning.site import T, load_site
+from co2lightning.report.tables import summarize
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings.config import parse_flags
+from co2lightning.sim.evaluate import evaluate, mean_interval, summarise
+from co2lightning.site.load import load_site
+from co2lightning.site.model import T
+from co2lightning.train.fit import run_fit
 from conftest import TINY, Outcome, tree
 from small_site import HELD_OUT, write_site
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_history import train
 
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]

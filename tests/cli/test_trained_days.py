@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from co2lightning.site import load_site
-from co2lightning.trained_days import unseen, with_this_session
+from co2lightning.site.load import load_site
+from co2lightning.site.trained_days import unseen, with_this_session
 from conftest import Outcome
 from small_site import HELD_OUT, write_site
 

@@ -14,7 +14,7 @@ import torch
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
-from co2lightning.gym_env import GymEnvironment
+from co2lightning.sim.foreign import GymEnvironment
 
 HORIZON = 32
 

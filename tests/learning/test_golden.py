@@ -13,7 +13,7 @@ import pytest
 from probes import SETTINGS
 
 from co2lightning.agents import AGENTS, agent_class
-from co2lightning.gym_env import GymEnvironment
+from co2lightning.sim.foreign import GymEnvironment
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 EPISODES = 20

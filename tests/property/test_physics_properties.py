@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from co2lightning.physics import Flows, SiteModel, State, begin_day, build_model, step
-from co2lightning.rules import RULES, Rule, run_days, uncontrolled
-from co2lightning.site import Site, T
+from co2lightning.control.rules import RULES, Rule, uncontrolled
+from co2lightning.control.state import SiteModel, State, begin_day, build_model
+from co2lightning.sim.physics import Flows, step
+from co2lightning.sim.schedule import run_days
+from co2lightning.site.model import Site, T
 from small_site import H, day_by_hand, random_site, shipped
 
 FIGURES = (

@@ -11,7 +11,7 @@ from processes import fork
 from test_exact import check_history, curves, shipped, state
 from test_signals import Trainer, ended, reference_run
 
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY
 
 if not sys.platform.startswith("linux"):

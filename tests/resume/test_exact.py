@@ -17,11 +17,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from co2lightning.agents import AGENTS
-from co2lightning.callbacks import Curves
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.cli import main
-from co2lightning.config import find_recipe
 from co2lightning.errors import UserError
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings.config import find_recipe
+from co2lightning.train.curves import Curves
 from conftest import Outcome
 
 Fit = Callable[..., Outcome]
@@ -110,8 +110,8 @@ def check_history(directory: str, last: int) -> None:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return an uninterrupted run of N episodes, trained once per agent."""
-    from co2lightning.config import parse_flags
-    from co2lightning.session import run_fit
+    from co2lightning.settings.config import parse_flags
+    from co2lightning.train.fit import run_fit
     from conftest import TINY
 
     made: dict[str, Path] = {}

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import co2lightning
-from co2lightning import config, event_files, storage
-from co2lightning.board import replace_scalars
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs import seal as sealing
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings import config
+from co2lightning.train import event_files
+from co2lightning.train.board import replace_scalars
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
@@ -32,19 +34,19 @@ class Payload:
 
 
 def seal(content: Any, record: dict[str, Any]) -> bytes:
-    """Do as `storage.seal_checkpoint`, but with whatever content."""
+    """Do as `sealing.seal_checkpoint`, but with whatever content."""
     trusting = pytest.MonkeyPatch()
     with trusting.context() as patch:
-        patch.setattr(storage, "_foreign_content", lambda buffer: None)
-        patch.setattr(storage, "plain", lambda content, most_bytes: content)
-        return storage.seal_checkpoint(content, record)
+        patch.setattr(sealing, "_foreign_content", lambda buffer: None)
+        patch.setattr(sealing, "plain", lambda content, most_bytes: content)
+        return sealing.seal_checkpoint(content, record)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train three episodes of SAC, once."""
-    from co2lightning.config import parse_flags
-    from co2lightning.session import run_fit
+    from co2lightning.settings.config import parse_flags
+    from co2lightning.train.fit import run_fit
 
     place = tmp_path_factory.mktemp("trained")
     dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
@@ -73,14 +75,14 @@ def resume(command: Command, *words: str) -> Outcome:
 
 def rewrite(run: TrainingCheckpoint, path: Path, changes: dict[str, Any]) -> None:
     """Change the content of a file and make all hashes fit."""
-    content, record, _ = storage.load_sealed(path)
+    content, record, _ = sealing.load_sealed(path)
     data = seal({**content, **changes}, record)
     path.write_bytes(data)
-    history = storage.read_json(run.directory / "history.json")
+    history = sealing.read_json(run.directory / "history.json")
     row = history["checkpoints"][record["episode"] - 1]
     entry = row["replay"] if record["kind"] == "replay" else row
-    entry |= {"sha256": storage.hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    (run.directory / "history.json").write_bytes(storage.seal_json(json.dumps(history)))
+    entry |= {"sha256": sealing.hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (run.directory / "history.json").write_bytes(sealing.seal_json(json.dumps(history)))
 
 
 def test_an_honest_rewrite_is_resumed(run: TrainingCheckpoint, command: Command) -> None:
@@ -215,9 +217,9 @@ def test_names_in_the_history_lead_nowhere(
     run: TrainingCheckpoint, command: Command, name: str
 ) -> None:
     Path("victim.pt").write_bytes(b"precious")
-    history = storage.read_json(run.directory / "history.json")
+    history = sealing.read_json(run.directory / "history.json")
     history["checkpoints"][0]["file"] = name
-    (run.directory / "history.json").write_bytes(storage.seal_json(json.dumps(history)))
+    (run.directory / "history.json").write_bytes(sealing.seal_json(json.dumps(history)))
     outcome = resume(
         command, "--ckpt_path", "last", "--episodes", "1", "--checkpoints.keep_last", "1"
     )

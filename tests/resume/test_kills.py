@@ -15,8 +15,8 @@ import torch
 from processes import fork
 from test_exact import curves, state
 
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.cli import main
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome
 
 if sys.platform == "win32":

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from processes import fork
 
-from co2lightning import ranks
+from co2lightning.learn import ranks
 
 SIZES = (1, 1000, 300_000)  # the last is more than a line takes at once
 

@@ -14,9 +14,9 @@ import torch
 from test_hostile import seal
 
 import co2lightning
-from co2lightning import storage
-from co2lightning.checkpoints import TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs import seal as sealing
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome
 
 Path_ = tuple[Any, ...]
@@ -82,7 +82,7 @@ ODD = [
 @pytest.fixture(scope="module")
 def good() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of an episode and its record."""
-    return storage.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")[:2]
+    return sealing.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")[:2]
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_loops_that_disagree_with_the_episode(
 
 def test_an_object_that_hides_methods_in_a_dictionary(place: Path) -> None:
     """A file can give a dictionary attributes, which torch and its own methods' callers heed."""
-    content, record, _ = storage.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")
+    content, record, _ = sealing.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")
     hidden = {"items": 3, "_metadata": {"actor": {"assign_to_params_buffers": True}}}
 
     class Hiding:
@@ -265,7 +265,7 @@ def test_large_honest_content_is_still_saved_and_read(place: Path) -> None:
 def test_json_that_could_not_be_shown_or_written_again(place: Path, number: str) -> None:
     run = shutil.copytree(GOLDEN / "PPO", place / "PPO")
     text = (run / "metadata.json").read_text().replace('"versions"', f'"odd": {number}, "versions"')
-    (run / "metadata.json").write_bytes(storage.seal_json(text[: text.rindex(",")] + "}"))
+    (run / "metadata.json").write_bytes(sealing.seal_json(text[: text.rindex(",")] + "}"))
     with pytest.raises(ValueError, match=r"large|no number|nested"):
-        storage.read_json(run / "metadata.json")
+        sealing.read_json(run / "metadata.json")
     assert TrainingCheckpoint(run).load_metadata()["last_episode"] == 2

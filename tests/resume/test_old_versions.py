@@ -12,7 +12,7 @@ import torch
 from test_exact import check_history
 
 import co2lightning
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome, tree
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -26,11 +26,11 @@ from test_exact import check_history, curves, digest, state
 
 from co2lightning.agents import AGENTS
 from co2lightning.agents.a2c import A2C
-from co2lightning.agents.descent import Descent
-from co2lightning.callbacks import Interrupted, Signals
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.env import make_environment
-from co2lightning.rollout import RolloutDataset
+from co2lightning.learn.descent import Descent
+from co2lightning.learn.rollout import RolloutDataset
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.days import make_environment
+from co2lightning.train.signals import Interrupted, Signals
 from conftest import TINY, Outcome, tree
 
 PATIENCE = 240.0
@@ -191,7 +191,7 @@ def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch)
             signals._handle(signal.SIGTERM, None)
         return value
 
-    monkeypatch.setattr("co2lightning.ranks.highest", message)
+    monkeypatch.setattr("co2lightning.learn.ranks.highest", message)
     signals.on_train_epoch_start(trainer, agent)
     with pytest.raises(Interrupted, match="SIGTERM"):
         signals.on_train_epoch_start(trainer, agent)

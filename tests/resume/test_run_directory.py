@@ -23,8 +23,9 @@ if sys.platform == "win32":
 import fcntl
 import resource
 
-from co2lightning.checkpoints import Locked, TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs.lock import Locked
+from co2lightning.runs.run import TrainingCheckpoint
 
 
 def open_run(place: Path, **options: Any) -> TrainingCheckpoint:

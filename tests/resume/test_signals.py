@@ -23,7 +23,7 @@ import pytest
 from processes import fork
 from test_exact import QUICK, check_history, curves, shipped, state
 
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome, tree
 
 if sys.platform == "win32":

@@ -15,7 +15,7 @@ import optuna
 import pytest
 from test_exact import check_history, state
 
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "sweep.py"

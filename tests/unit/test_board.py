@@ -11,15 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from test_evaluate import write_site
 
-from co2lightning.board import LAYOUT, draw_day, write_references
 from co2lightning.cli import main
-from co2lightning.config import complete, parse_flags
-from co2lightning.env import SiteDays
+from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.errors import UserError
-from co2lightning.rules import rbc_b, uncontrolled
-from co2lightning.schedule import schedule
-from co2lightning.session import run_fit
-from co2lightning.site import load_site
+from co2lightning.settings.config import complete, parse_flags
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.schedule import schedule
+from co2lightning.site.load import load_site
+from co2lightning.train.board import LAYOUT, draw_day, write_references
+from co2lightning.train.fit import run_fit
 
 TINY = {"env.num_envs": 4, "model.n_epochs": 2, "model.batch_size": 192, "model.hidden": (8,)}
 

@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from co2lightning import storage
-from co2lightning.checkpoints import Damaged, TrainingCheckpoint
 from co2lightning.errors import UserError
+from co2lightning.runs import run as run_module
+from co2lightning.runs import seal as sealing
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.runs.seal import Damaged
 
 WEIGHTS = {"state_dict": {"weight": torch.arange(6000.0)}, "epoch": 3, "loops": {"a": (1, None)}}
 
@@ -116,7 +118,7 @@ def test_2000_bit_flips_are_all_detected(tmp_path: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
         target.write_bytes(data)
         with pytest.raises(Damaged):
-            storage.read_sealed(target)
+            sealing.read_sealed(target)
 
 
 def test_truncation_at_every_4_kib_and_near_the_end_is_detected(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def seal(data: bytes) -> bytes:
     record = {"kind": "episode", "agent": "PPO", "episode": 1, "metrics": {}, "pruned_to": 0}
     record |= {"session": {"session_timestamp": "", "start_episode": 1, "device": "cpu"}}
     record["session"]["duration_seconds"] = 0
-    comment = storage.COMMENT + json.dumps(record | {"replay_pruned_to": 0}).encode() + storage.SEAL
+    comment = sealing.COMMENT + json.dumps(record | {"replay_pruned_to": 0}).encode() + sealing.SEAL
     data = data[:-2] + (len(comment) + 64).to_bytes(2, "little") + comment
     return data + hashlib.sha256(data).hexdigest().encode()
 
@@ -186,7 +188,7 @@ def hostile(marker: Path) -> dict[str, bytes]:
         "deep code": seal(rezip(b"(" * 200_000 + b".")),
         "no entries": seal(b"PK\x05\x06" + bytes(18)),
         "lying directory": seal(rezip()[:-12] + b"\xff" * 8 + bytes(4)),
-        "record is a list": rezip()[:-2] + b"\x05\0" + storage.COMMENT + b"[]" + storage.SEAL,
+        "record is a list": rezip()[:-2] + b"\x05\0" + sealing.COMMENT + b"[]" + sealing.SEAL,
     }
 
 
@@ -271,7 +273,7 @@ def test_reading_history_imports_neither_torch_nor_lightning(tmp_path: Path) -> 
     run = train(tmp_path, 2)
     (run.directory / "history.json").unlink()
     code = (
-        "import sys; from co2lightning.checkpoints import TrainingCheckpoint\n"
+        "import sys; from co2lightning.runs.run import TrainingCheckpoint\n"
         f"run = TrainingCheckpoint({str(run.directory)!r})\n"
         "assert run.load_history()['total_episodes'] == 2; run.load_metadata(); run.verify()\n"
         "assert not {'torch', 'lightning'} & set(sys.modules)"
@@ -428,7 +430,7 @@ def corruptions(text: str) -> list[bytes]:
         text.replace('"agent": "PPO"', '"agent": 5'),
         text.replace('"agent": "PPO"', '"agent": "' + "x" * 5000 + '"'),
     ]
-    sealed = [storage.seal_json(body) for body in bodies]
+    sealed = [sealing.seal_json(body) for body in bodies]
     return [b"", b"\0" * 500, b"\xff\xfe", text.encode()[:-50], *map(str.encode, bodies), *sealed]
 
 
@@ -458,7 +460,7 @@ def test_corrupt_or_hostile_metadata_is_rebuilt_never_a_traceback(tmp_path: Path
         assert run.load_metadata()["last_episode"] == 2
         run.recover()
         assert run.verify() == []
-    path.write_bytes(storage.seal_json('{"agent": ["PPO"], "status": {}, "session_timestamp": 5}'))
+    path.write_bytes(sealing.seal_json('{"agent": ["PPO"], "status": {}, "session_timestamp": 5}'))
     (run.directory / "history.json").unlink()
     assert run.load_history()["agent"] == "PPO"
     run.recover()
@@ -476,7 +478,7 @@ def test_every_bit_flip_of_the_json_files_is_detected(tmp_path: Path) -> None:
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)
             with pytest.raises(ValueError, match=r"."):
-                storage.read_json(path)
+                sealing.read_json(path)
 
 
 # --- damage -------------------------------------------------------------------------------------
@@ -663,13 +665,13 @@ def test_replay_is_read_as_it_is_asked_for_and_the_history_once(
 ) -> None:
     run = train(tmp_path, 6, replay=True)
     read: list[str] = []
-    for function in (storage.read_json, storage.load_sealed):
+    for function in (sealing.read_json, sealing.load_sealed):
 
         def spy(path: Path, function: Any = function) -> Any:
             read.append(path.name)
             return function(path)
 
-        monkeypatch.setattr(storage, function.__name__, spy)
+        monkeypatch.setattr(run_module, function.__name__, spy)
     pieces = run.load_replay(range(6, 0, -1))
     for _ in range(3):
         next(pieces)

@@ -17,17 +17,18 @@ import torch._inductor.config
 from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.parallel import DistributedDataParallel
 
-from co2lightning import storage
-from co2lightning.agents import AGENTS, agent_class, descent
+from co2lightning.agents import AGENTS, agent_class
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.descent import Descent, worth_compiling
 from co2lightning.agents.ppo import Samples
+from co2lightning.agents.replay import ReplayBatch
 from co2lightning.agents.sac import Update
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.config import complete, read_recipe
-from co2lightning.env import SiteDays
-from co2lightning.replay import ReplayBatch
-from co2lightning.rollout import Rollout, RolloutDataset
+from co2lightning.learn import descent
+from co2lightning.learn.descent import Descent, worth_compiling
+from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.runs import seal
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings.config import complete, read_recipe
+from co2lightning.sim.days import SiteDays
 from conftest import TINY, Outcome
 from small_site import shipped
 
@@ -203,7 +204,7 @@ def test_a_rollout_that_cannot_be_compiled_goes_on_without(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr("co2lightning.env.as_graph", fail)
+    monkeypatch.setattr("co2lightning.sim.days.as_graph", fail)
     said: list[str] = []
     dataset = played("PPO", SiteDays(shipped(), 2), said, hidden=(4,), compile=True)
     other = played("PPO", SiteDays(shipped(), 2), said, hidden=(4,), compile=False)
@@ -307,10 +308,10 @@ def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit("PPO", "--episodes", "1")
-    content, record, _ = storage.load_sealed(Path("checkpoints/PPO/episode_0001.pt"))
+    content, record, _ = seal.load_sealed(Path("checkpoints/PPO/episode_0001.pt"))
     path = Path("old.pt")
     del content["hyper_parameters"]["compile"], content["run"]["config"]["model.compile"]
-    path.write_bytes(storage.seal_checkpoint(content, record))
+    path.write_bytes(seal.seal_checkpoint(content, record))
     assert agent_class("PPO").load_from_checkpoint(path).hparams["compile"] == "auto"
     monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
     outcome = fit("PPO", "--ckpt_path", "old.pt", "--episodes", "1")

@@ -9,18 +9,13 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import co2lightning  # noqa: F401  registers the id
-from co2lightning.env import (
-    ChargingSiteEnv,
-    ChargingSiteVectorEnv,
-    SiteDays,
-    day_index,
-    evaluation_soc,
-    make_environment,
-)
+from co2lightning.control.observation import FEATURES
+from co2lightning.control.rules import uncontrolled
 from co2lightning.errors import UserError
-from co2lightning.observation import FEATURES
-from co2lightning.rules import run_days, uncontrolled
-from co2lightning.site import T
+from co2lightning.sim.days import SiteDays, day_index, make_environment
+from co2lightning.sim.gymnasium import ChargingSiteEnv, ChargingSiteVectorEnv
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.model import T
 from small_site import shipped
 
 ID = "co2lightning/ChargingSite-v0"

@@ -11,18 +11,23 @@ import pytest
 import torch
 from scipy import stats
 
-from co2lightning import evaluate as module
-from co2lightning import schedule
+from co2lightning.agents.load import load_agent
 from co2lightning.agents.ppo import PPO
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.env import SiteDays, evaluation_soc
+from co2lightning.commands import run as run_module
+from co2lightning.commands import test as test_command
+from co2lightning.commands.test import main
+from co2lightning.control.rules import rbc_b
+from co2lightning.control.state import build_model
 from co2lightning.errors import UserError
-from co2lightning.evaluate import Evaluation, Figures, evaluate, main, summarise, violations
-from co2lightning.optimum import Optimum
-from co2lightning.physics import build_model
-from co2lightning.rules import rbc_b, run_days
-from co2lightning.session import run_fit
-from co2lightning.site import load_site
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim import evaluate as module
+from co2lightning.sim import schedule
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
+from co2lightning.sim.optimum import Optimum
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.load import load_site
+from co2lightning.train.fit import run_fit
 from conftest import tree
 from small_site import HELD_OUT, write_site
 
@@ -205,9 +210,9 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
 def test_the_table_says_that_actions_are_corrections(capsys: pytest.CaptureFixture[str]) -> None:
     agent = PPO(SiteDays.observation_dim, SiteDays.action_dim)
     agent.hparams["action"] = "correction"
-    module._print_table(by_hand(), agent, 1)
+    test_command._print_table(by_hand(), agent, 1)
     assert "PPO as a correction of RBC B, episode 1" in capsys.readouterr().out
-    assert module.as_data(by_hand(), agent, 1)["action"] == "correction"
+    assert test_command.as_data(by_hand(), agent, 1)["action"] == "correction"
 
 
 def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,14 +312,14 @@ def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
 def test_a_strange_checkpoint_is_refused(change: dict[str, Any], said: str) -> None:
     path = Path("checkpoints/PPO/episode_0002.pt")
     with pytest.raises(UserError, match=said):
-        module.load_agent({**TrainingCheckpoint.read(path), **change}, path)
+        load_agent({**TrainingCheckpoint.read(path), **change}, path)
 
 
 def test_a_run_without_a_site_has_no_co2(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path("checkpoints/PPO/episode_0002.pt")
     checkpoint = TrainingCheckpoint.read(path)
     del checkpoint["run"]["site"]
-    monkeypatch.setattr(module, "_read", lambda run, file, command: (checkpoint, path))
+    monkeypatch.setattr(run_module, "_read", lambda run, file, command: (checkpoint, path))
     with pytest.raises(UserError, match="was not trained on a site"):
         main(["PPO"])
 

@@ -17,11 +17,12 @@ from test_predict import rows_of
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.cli import main
-from co2lightning.env import SiteDays
-from co2lightning.export import build_onnx, metadata
-from co2lightning.observation import FEATURES
-from co2lightning.predict import day_schedule
-from co2lightning.site import Site, load_site
+from co2lightning.commands.export import build_onnx, metadata
+from co2lightning.commands.predict import day_schedule
+from co2lightning.control.observation import FEATURES
+from co2lightning.sim.days import SiteDays
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Site
 
 Run = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from co2lightning.errors import UserError
-from co2lightning.gym_env import GymEnvironment
+from co2lightning.sim.foreign import GymEnvironment
 
 
 class Countdown(gym.Env[np.ndarray, np.ndarray]):

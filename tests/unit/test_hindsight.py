@@ -10,12 +10,13 @@ from co2lightning.agents.a2c import A2C
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO
 from co2lightning.agents.sac import SAC
-from co2lightning.env import SiteDays, evaluation_soc
-from co2lightning.hindsight import HINDSIGHT
-from co2lightning.observation import FEATURES
-from co2lightning.physics import build_model
-from co2lightning.rules import rbc_b, run_days
-from co2lightning.site import T
+from co2lightning.control.observation import FEATURES
+from co2lightning.control.rules import rbc_b
+from co2lightning.control.state import build_model
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.hindsight import HINDSIGHT
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.model import T
 from small_site import shipped
 
 O, K = len(FEATURES), len(HINDSIGHT)  # noqa: E741

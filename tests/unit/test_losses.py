@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from co2lightning.agents.a2c import A2C
-from co2lightning.agents.ppo import PPO, Samples
-from co2lightning.agents.sac import SAC, Update
-from co2lightning.networks import (
+from co2lightning.agents.networks import (
     MLP,
     TwinCritic,
     gaussian_entropy,
     gaussian_log_prob,
     squashed_gaussian,
 )
-from co2lightning.replay import ReplayBatch
-from co2lightning.rollout import Rollout
+from co2lightning.agents.ppo import PPO, Samples
+from co2lightning.agents.replay import ReplayBatch
+from co2lightning.agents.sac import SAC, Update
+from co2lightning.learn.rollout import Rollout
 
 
 def silence(module: nn.Module) -> None:

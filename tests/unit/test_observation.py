@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.observation import FEATURES, RULE_FEATURES, build_observer, observe
-from co2lightning.physics import State, begin_day, build_model, step
-from co2lightning.rules import rbc_b
-from co2lightning.site import Sessions, Site, T
+from co2lightning.control.observation import FEATURES, RULE_FEATURES, build_observer, observe
+from co2lightning.control.rules import rbc_b
+from co2lightning.control.state import State, begin_day, build_model
+from co2lightning.sim.physics import step
+from co2lightning.site.model import Sessions, Site, T
 from small_site import H, Row, shipped, small_site
 
 NAMES = [feature.name for feature in FEATURES]

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from co2lightning.env import evaluation_soc
-from co2lightning.optimum import optimum, optimum_days
-from co2lightning.physics import SiteModel, State, build_model
-from co2lightning.rules import RULES, run_days
-from co2lightning.site import Battery, Sessions, Site, SocketType, T
+from co2lightning.control.rules import RULES
+from co2lightning.control.state import SiteModel, State, build_model
+from co2lightning.sim.optimum import optimum, optimum_days
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
 from small_site import shipped
 
 Row = tuple[int, int, float, float]  # arrival step, departure step, kWh, kW

@@ -17,8 +17,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import co2lightning
-from co2lightning import cli, config, fit_all
-from co2lightning.evaluate import TITLES
+from co2lightning import cli
+from co2lightning.commands import fit_all
+from co2lightning.settings import config
+from co2lightning.sim.evaluate import TITLES
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -371,8 +373,8 @@ def test_import_is_cheap_and_registers_the_environment() -> None:
         "import sys, co2lightning, gymnasium\n"
         "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
         "spec = gymnasium.spec('co2lightning/ChargingSite-v0')\n"
-        "assert spec.entry_point == 'co2lightning.env:ChargingSiteEnv'\n"
-        "assert spec.vector_entry_point == 'co2lightning.env:ChargingSiteVectorEnv'\n"
+        "assert spec.entry_point == 'co2lightning.sim.gymnasium:ChargingSiteEnv'\n"
+        "assert spec.vector_entry_point == 'co2lightning.sim.gymnasium:ChargingSiteVectorEnv'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

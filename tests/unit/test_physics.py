@@ -5,16 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.physics import (
-    Flows,
-    State,
-    begin_day,
-    build_model,
-    dispatch,
-    laxity_order,
-    step,
-)
-from co2lightning.site import Site, T
+from co2lightning.control.state import State, begin_day, build_model, laxity_order
+from co2lightning.sim.physics import Flows, dispatch, step
+from co2lightning.site.model import Site, T
 from small_site import H, Row, random_site, small_site
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
 
+from co2lightning.agents.load import load_agent
 from co2lightning.cli import main
-from co2lightning.evaluate import evaluate, load_agent
-from co2lightning.observation import FEATURES
-from co2lightning.physics import build_model
-from co2lightning.predict import COLUMNS
-from co2lightning.site import STEP_H, load_site
+from co2lightning.commands.predict import COLUMNS
+from co2lightning.control.observation import FEATURES
+from co2lightning.control.state import build_model
+from co2lightning.sim.evaluate import evaluate
+from co2lightning.site.load import load_site
+from co2lightning.site.model import STEP_H
 
 Run = pytest.CaptureFixture[str]
 
@@ -28,7 +30,7 @@ def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> None:  # noqa: F811
-    from co2lightning.checkpoints import TrainingCheckpoint
+    from co2lightning.runs.run import TrainingCheckpoint
 
     assert main(["predict", "PPO"]) == 0
     printed = capsys.readouterr()
@@ -134,8 +136,9 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: Run) -> None
 def test_the_tables_are_those_of_the_environment(place: Path) -> None:  # noqa: F811
     """What `predict` writes as seen is what an environment would have shown."""
     from co2lightning.agents.ppo import PPO
-    from co2lightning.env import SiteDays, evaluation_soc
-    from co2lightning.predict import day_schedule
+    from co2lightning.commands.predict import day_schedule
+    from co2lightning.sim.days import SiteDays
+    from co2lightning.sim.schedule import evaluation_soc
 
     site = load_site(place / "village")
     agent = PPO(SiteDays.observation_dim, SiteDays.action_dim, seed=3)

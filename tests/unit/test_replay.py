@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from co2lightning.replay import Replay, is_piece
-from co2lightning.rollout import Rollout
+from co2lightning.agents.replay import Replay, is_piece
+from co2lightning.learn.rollout import Rollout
 
 
 def segment(first: int, count: int) -> Rollout:

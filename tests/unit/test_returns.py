@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.returns import gae
+from co2lightning.agents.returns import gae
 
 
 def column(*values: float) -> Tensor:

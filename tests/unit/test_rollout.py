@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.env import Step
-from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
+from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.learn.seeds import episode_generator, episode_seed
+from co2lightning.sim.interface import Step
 
 
 class Counter:

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
-from co2lightning.env import evaluation_soc
-from co2lightning.physics import SiteModel, begin_day, build_model
-from co2lightning.rules import RULES, Rule, rbc_a, rbc_b, run_days, solar_only, uncontrolled
-from co2lightning.site import STEP_H
+from co2lightning.control.rules import RULES, Rule, rbc_a, rbc_b, solar_only, uncontrolled
+from co2lightning.control.state import SiteModel, begin_day, build_model
+from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.site.model import STEP_H
 from small_site import Row, shipped, small_site
 
 # Mean kg of 365 days from two models written independently of this one, and how far another

@@ -18,9 +18,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from co2lightning import site as site_module
 from co2lightning.errors import UserError
-from co2lightning.site import Sessions, Site, load_site, shipped_sites
+from co2lightning.site import load as site_module
+from co2lightning.site.load import load_site, shipped_sites
+from co2lightning.site.model import Sessions, Site
 
 CONFIG: dict[str, Any] = {
     "name": "mine",

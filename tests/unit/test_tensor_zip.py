@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_checkpoints import seal
 
-from co2lightning import tensor_zip
-from co2lightning.checkpoints import Damaged, TrainingCheckpoint
+from co2lightning.runs import tensor_zip
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.runs.seal import Damaged
 
 
 def save(content: Any) -> bytes:

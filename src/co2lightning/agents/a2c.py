@@ -10,9 +10,9 @@ from typing import Literal
 from torch import Tensor
 
 from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
-from co2lightning.env import Environment
-from co2lightning.networks import gaussian_entropy
-from co2lightning.rollout import Rollout
+from co2lightning.agents.networks import gaussian_entropy
+from co2lightning.learn.rollout import Rollout
+from co2lightning.sim.interface import Environment
 
 
 class A2C(ActorCritic):

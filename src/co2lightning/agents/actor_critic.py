@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent
-from co2lightning.networks import MLP, gaussian_log_prob
-from co2lightning.returns import gae
-from co2lightning.rollout import Rollout
+from co2lightning.agents.networks import MLP, gaussian_log_prob
+from co2lightning.agents.returns import gae
+from co2lightning.learn.rollout import Rollout
 
 
 class ActorCritic(Agent):

@@ -17,15 +17,16 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from co2lightning import ranks
-from co2lightning.agents.descent import Descent
-from co2lightning.checkpoints import TrainingCheckpoint
-from co2lightning.config import check_agent, check_stored
-from co2lightning.env import Environment
+from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
-from co2lightning.ledger import MAX_EPISODES, parse_count
-from co2lightning.observation import RULE_FEATURES
-from co2lightning.rollout import Rollout, RolloutDataset, episode_generator, episode_seed
+from co2lightning.learn import ranks
+from co2lightning.learn.descent import Descent
+from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.learn.seeds import episode_generator, episode_seed
+from co2lightning.runs.ledger import MAX_EPISODES, parse_count
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.settings.config import check_agent, check_stored
+from co2lightning.sim.interface import Environment
 
 SIZES = {
     "observation_dim": "observations",

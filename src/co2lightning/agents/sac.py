@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from co2lightning import ranks
 from co2lightning.agents.agent import Agent
-from co2lightning.env import Environment
-from co2lightning.networks import MLP, TwinCritic, squashed_gaussian
-from co2lightning.replay import Replay, ReplayBatch
-from co2lightning.rollout import Rollout
+from co2lightning.agents.networks import MLP, TwinCritic, squashed_gaussian
+from co2lightning.agents.replay import Replay, ReplayBatch
+from co2lightning.learn import ranks
+from co2lightning.learn.rollout import Rollout
+from co2lightning.sim.interface import Environment
 
 
 class Update(NamedTuple):

@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.checkpoints import TrainingCheckpoint
+from co2lightning.agents.load import load_agent, policy_of
+from co2lightning.control.rules import Rule, rbc_b
+from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.errors import UserError
-from co2lightning.evaluate import Evaluation, evaluate, load_agent, policy_of
-from co2lightning.history import summarize
-from co2lightning.physics import SiteModel, State, build_model, step
-from co2lightning.rules import Rule, rbc_b
-from co2lightning.schedule import schedule
-from co2lightning.site import Floats, Site, T, load_site, named_in
-from co2lightning.trained_days import unseen
+from co2lightning.report.tables import summarize
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.evaluate import Evaluation, evaluate
+from co2lightning.sim.physics import step
+from co2lightning.sim.schedule import schedule
+from co2lightning.site.load import load_site, named_in
+from co2lightning.site.model import Floats, Site, T
+from co2lightning.site.trained_days import unseen
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from co2lightning.env import evaluation_soc
-from co2lightning.evaluate import TITLES, Summary, summarise
 from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
 from co2lightning.report.page import REFERENCES
-from co2lightning.site import STEP_H, T
+from co2lightning.sim.evaluate import TITLES, Summary, summarise
+from co2lightning.sim.schedule import evaluation_soc
+from co2lightning.site.model import STEP_H, T
 
 # Okabe and Ito's colours, darkened as in report.css; references are greys told apart by dashes.
 _COLOURS = ("#0072b2", "#c2500a", "#008060", "#a8327d", "#8a6d00", "#5b4db7")

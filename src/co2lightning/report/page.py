@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from co2lightning import __version__
-from co2lightning.env import evaluation_soc
-from co2lightning.evaluate import TITLES, Summary, mean_interval, summarise
-from co2lightning.history import convergence
 from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
-from co2lightning.schedule import Schedule
-from co2lightning.site import Floats, Site
+from co2lightning.report.tables import convergence
+from co2lightning.sim.evaluate import TITLES, Summary, mean_interval, summarise
+from co2lightning.sim.schedule import Schedule, evaluation_soc
+from co2lightning.site.model import Floats, Site
 
 _MINUS = "\N{MINUS SIGN}"
 # The references in the order of their CO2, each with the class that gives its look.

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2lightning.errors import UserError
-from co2lightning.site import STEP_H, Site, T, load_site
+from co2lightning.site.load import load_site
+from co2lightning.site.model import STEP_H, Site, T
 from co2lightning.terminal import say
 
 SEED = 2025

@@ -1,0 +1,129 @@
+"""The command `co2lightning report`: what it takes, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from co2lightning.commands.run import Parser, Place, find_runs
+from co2lightning.errors import UserError
+from co2lightning.runs.files import check_directory, check_output, now, write_atomic
+from co2lightning.terminal import say
+
+if TYPE_CHECKING:
+    from co2lightning.report.collect import SiteResult
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the report and return the exit code.
+
+    Raises:
+        UserError: No run to show, a damaged run, a site that cannot be read, an output that
+            cannot be written; all found before the long part begins.
+    """
+    began = time.monotonic()
+    options = _parse(argv)
+    output = check_output("--output", options.output)
+    assert output is not None
+    figures = None if options.figures is None else Path(options.figures)
+    if figures:
+        _writable_directory(figures)
+    names = list(dict.fromkeys(options.names))
+    found = [find_runs(name, options.directory) for name in names or [None]]
+    runs = [run for some in found for run in some]
+    if not runs:
+        raise UserError(
+            f"no runs in {options.directory}; co2lightning fit --config ppo.yaml starts one, "
+            "--checkpoints.dir says where they are"
+        )
+    # Only now: torch takes seconds, a mistyped flag should not.
+    from co2lightning.report.collect import collect
+    from co2lightning.report.page import render
+
+    results = collect(runs, options.site, say, partial(say, err=True))
+    command = shlex.join(["co2lightning", "report", *argv])
+    page = render(results, command, now())
+    files = {output: page}
+    if figures:
+        from co2lightning.report.figures import draw
+
+        files |= {figures / file: data for file, data in draw(results).items()}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, content, durable=False)
+    except OSError as error:
+        # Not by the command line's own words, which are about a training that was cut.
+        say(f"error: {error.filename}: {error.strerror}; nothing half written", err=True)
+        return 1
+    if figures:
+        say(f"{figures}: {len(files) // 2} figures, each as PNG and as PDF")
+    count = sum(len(result.runs) for result in results)
+    say(
+        f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
+        f"{time.monotonic() - began:.0f} s; open it in a browser"
+    )
+    return _check_bound(results)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="co2lightning report",
+        description="Write one HTML file that shows runs: learning curves, the comparison on "
+        "held-out days, sessions, every held-out day to look at. It needs no network.",
+        epilog="example: co2lightning report PPO SAC --output report.html --figures figures",
+        allow_abbrev=False,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
+    parser.add_argument(
+        "--output",
+        action=Place,
+        default="report.html",
+        metavar="FILE",
+        help="the report [default: report.html]",
+    )
+    parser.add_argument(
+        "--figures",
+        action=Place,
+        metavar="DIR",
+        help="also write the figures there, as PNG and as PDF for papers",
+    )
+    parser.add_directory()
+    parser.add_argument(
+        "--env.site",
+        dest="site",
+        metavar="SITE",
+        help="evaluate on this site [default: the one each run was trained on]",
+    )
+    return parser.parse_args(list(argv))
+
+
+def _writable_directory(path: Path) -> None:
+    if path.is_dir():
+        check_directory(f"--figures {path}", path)
+    elif os.path.lexists(path):
+        raise UserError(f"--figures {path}: is not a directory")
+    else:
+        check_directory(f"--figures {path}", path.resolve().parent)
+
+
+def _check_bound(results: list[SiteResult]) -> int:
+    """Return 1, and say why, if a policy is better than the optimum."""
+    from co2lightning.sim.evaluate import violations
+
+    broken = [
+        f"{run.name}, {line}"
+        for result in results
+        for run in result.runs
+        for line in violations(run.evaluation)
+    ]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
+    return 1 if broken else 0

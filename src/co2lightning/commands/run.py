@@ -1,0 +1,171 @@
+"""What the commands share that take a run: its name, its place, its agent and its site."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from co2lightning.errors import UserError
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.site import trained_days
+from co2lightning.site.load import load_site, named_in
+from co2lightning.site.model import Site
+from co2lightning.terminal import say
+
+if TYPE_CHECKING:
+    from co2lightning.agents.agent import Agent
+
+from co2lightning.places import local
+
+
+class Place(argparse.Action):
+    """Takes a file or directory of this machine's disks."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, local(str(option_string), values))
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.split()[-1]}: {message}; --help shows what there is")
+
+    def add_directory(self) -> None:
+        """Add the flag that says where the runs are, as `directory`."""
+        self.add_argument(
+            "--checkpoints.dir",
+            dest="directory",
+            action=Place,
+            default="checkpoints",
+            metavar="DIR",
+            help="where the runs are [default: checkpoints]",
+        )
+
+
+class RunParser(Parser):
+    """Parses a command that uses one episode of a run; a mistake becomes a `UserError`.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        example: A command line that works.
+    """
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"co2lightning {command}",
+            description=description,
+            epilog=f"example: {example}",
+            allow_abbrev=False,
+        )
+        self.command = command
+        self.example = example
+        self.add_argument("name", metavar="NAME", help="the run, such as PPO")
+        self.add_argument(
+            "--ckpt_path",
+            action=Place,
+            metavar="FILE",
+            help="an episode file [default: the run's newest]",
+        )
+        self.add_directory()
+        self.add_argument(
+            "--env.site",
+            dest="site",
+            metavar="SITE",
+            help="a shipped site or a site folder [default: the run's]",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.command}: {message}; such as: {self.example}")
+
+
+class Trained(NamedTuple):
+    """An episode of a run, ready to act on its site."""
+
+    agent: Agent
+    episode: int
+    site: Site
+    path: Path
+    run: TrainingCheckpoint
+    facts: dict[str, Any]  # what the checkpoint says of the run
+
+
+def open_run(arguments: argparse.Namespace, command: str) -> Trained:
+    """Load the episode and the site that a command was asked for.
+
+    Args:
+        arguments: What a `RunParser` parsed.
+        command: Its name, for the messages.
+
+    Raises:
+        UserError: There is no such run, the file is no episode, the site cannot be read.
+    """
+    from co2lightning.agents.load import load_agent
+
+    run = TrainingCheckpoint(Path(arguments.directory) / arguments.name)
+    checkpoint, path = _read(run, arguments.ckpt_path, command)
+    agent = load_agent(checkpoint, path)
+    described = checkpoint["run"].get("site")
+    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
+    if not isinstance(described, dict) or not isinstance(wanted, str):
+        raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
+    with named_in(None if arguments.site else path):
+        site = load_site(wanted)
+    say(*site.notes, err=True)
+    if site.sha256 != described.get("sha256"):
+        say(
+            f"Site {wanted} is not the one {arguments.name} was trained on "
+            f"({described.get('name')}, sha256 {str(described.get('sha256'))[:12]}): its files "
+            f"have sha256 {site.sha256[:12]}",
+            err=True,
+        )
+    return Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
+
+
+def unseen(facts: dict[str, Any], site: Site) -> Site:
+    """Return a site whose held-out days a run was not trained on; say what is left out."""
+    left, remark = trained_days.unseen(facts, site)
+    if remark:
+        say(remark, err=True)
+    return left
+
+
+def _read(
+    run: TrainingCheckpoint, ckpt_path: str | None, command: str
+) -> tuple[dict[str, Any], Path]:
+    """Return the checkpoint that was asked for and its path."""
+    if ckpt_path not in (None, "last"):
+        return TrainingCheckpoint.read(ckpt_path), Path(ckpt_path)
+    checkpoint = run.load_latest_checkpoint()
+    if checkpoint is None:
+        place = run.directory.parent
+        runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
+        known = f"runs there: {', '.join(runs)}" if runs else "co2lightning fit trains one"
+        raise UserError(f"{command} {run.name}: no episode in {run.directory}; {known}")
+    newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
+    if run.path(episode) != newest:
+        say(f"{newest} is damaged: this is episode {episode}", err=True)
+    return checkpoint, run.path(episode)
+
+
+def find_runs(name: str | None, place: str | Path) -> list[TrainingCheckpoint]:
+    """Return the runs in a directory, by name."""
+    directory = Path(place)
+    names = sorted(p.name for p in directory.iterdir() if p.is_dir()) if directory.is_dir() else []
+    runs = [TrainingCheckpoint(directory / n) for n in names if n[0] != "." and n != "archive"]
+    runs = [run for run in runs if run.episodes() or run.load_history()["trainings"]]
+    if name is None:
+        return runs
+    chosen = [run for run in runs if run.name == name]
+    if not chosen:
+        known = ", ".join(run.name for run in runs) or "none"
+        raise UserError(f"{name}: no such run in {directory}; there are: {known}")
+    return chosen

@@ -1,0 +1,139 @@
+"""`co2lightning test`: a run on held-out days, beside the rules and the optimum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from co2lightning.commands.run import Place
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.terminal import say, show_tables
+
+if TYPE_CHECKING:
+    from co2lightning.agents.agent import Agent
+from co2lightning.commands.run import RunParser, open_run, unseen
+from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
+
+
+def main(argv: list[str]) -> int:
+    """Run `co2lightning test` and return its exit code.
+
+    Raises:
+        UserError: There is no such run, the file is no episode, the site cannot be read.
+    """
+    parser = RunParser(
+        "test",
+        "Evaluate a run's newest episode on the held-out days, beside the rules and the optimum: "
+        "CO2 in kg a day, energy in kWh a day, power in kW.",
+        "co2lightning test PPO --json",
+    )
+    parser.add_argument("--json", action="store_true", help="data on standard output")
+    parser.add_argument(
+        "--logs.dir",
+        dest="logs",
+        action=Place,
+        default="lightning_logs",
+        metavar="DIR",
+        help="of TensorBoard; the figures go there too [default: lightning_logs]",
+    )
+    arguments = parser.parse_args(argv)
+    own_logs = Path(arguments.logs) / arguments.name
+    TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
+    agent, episode, site, path, run, facts = open_run(arguments, "test")
+    site = unseen(facts, site)
+    evaluation = evaluate(agent, site)
+    if arguments.json:
+        say(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
+    else:
+        _print_table(evaluation, agent, episode)
+    logs = Path(arguments.logs)
+    if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
+        try:
+            _write_scalars(logs, evaluation, episode, run)
+        except OSError as error:  # perhaps others' files, which one may only read
+            say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
+    broken = violations(evaluation)
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
+    return 1 if broken else 0
+
+
+def as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
+    """Return what `test --json` prints: plain data, numbers to 1e-6."""
+    return {
+        "site": evaluation.site,
+        "agent": type(agent).__name__,
+        "action": _action(agent),
+        "episode": episode,
+        "days": list(evaluation.days),
+        "policies": {
+            name: {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
+            for name, figures in evaluation.policies.items()
+        },
+        "summary": {
+            name: {key: None if v is None else round(v, 6) for key, v in s._asdict().items()}
+            for name, s in summarise(evaluation).items()
+        },
+    }
+
+
+def _action(agent: Agent) -> str:
+    """Say how an agent's output is read: as the action, or as a correction of RBC B's."""
+    return str(agent.hparams.get("action", "direct"))
+
+
+def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
+    from rich.table import Table
+
+    correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
+    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
+    days = evaluation.days
+    table = Table(
+        title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
+        f"days of {evaluation.site} ({days[0]} to {days[-1]})",
+        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
+        "Unmet: beyond what charging on arrival leaves.",
+    )
+    table.add_column("policy")
+    for heading in (
+        *("CO2\nkg/day", "against RBC B\nkg/day", "gap\nclosed", "unmet\nkWh/day"),
+        *("self-con-\nsumption", "curtailed\nkWh/day", "peak\nkW"),
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, s in summarise(evaluation).items():
+        table.add_row(
+            titles[name],
+            _plus_minus(f"{s.co2_kg:.1f}", s.co2_kg_interval),
+            "" if name == "rbc_b" else _plus_minus(f"{s.vs_rbc_b_kg:+.1f}", s.vs_rbc_b_kg_interval),
+            "" if s.gap_closed is None else f"{s.gap_closed:.1%}",
+            f"{s.unmet_kwh:.3f}",
+            "" if s.self_consumption is None else f"{s.self_consumption:.1%}",
+            f"{s.curtailed_kwh:.0f}",
+            f"{s.peak_import_kw:.0f}",
+        )
+    show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
+
+
+def _plus_minus(mean: str, interval: float | None) -> str:
+    return mean if interval is None else f"{mean} ± {interval:.1f}"
+
+
+def _write_scalars(
+    logs: Path, evaluation: Evaluation, episode: int, run: TrainingCheckpoint
+) -> None:
+    """Write `test/*` of an episode for TensorBoard, and the rules' and the optimum's lines.
+
+    In a directory of its own below the run's: there TensorBoard reads the newest file and never
+    returns to an older one, so a second file beside that of a running training would freeze its
+    curve; and the purge that a resume orders would take these points too.
+    """
+    from co2lightning.train.board import replace_scalars, write_references
+
+    summaries = {name: summary._asdict() for name, summary in summarise(evaluation).items()}
+    own = {f"test/{name}": value for name, value in summaries.pop("agent").items()}
+    replace_scalars(logs / run.name / "test", own, [episode], f"{episode:04d}")
+    write_references(logs, evaluation.site, summaries, run.get_next_episode() - 1)

@@ -1,0 +1,1 @@
+"""What a controller works out each step: state, observation, shield, rules."""

@@ -1,0 +1,255 @@
+"""What a controller knows at the beginning of a step: the site's tables and its state.
+
+Pure functions on torch tensors. A step of 64 days is bounded by the number of tensor operations, a
+few microseconds each whatever their size. Hence a few liberties: tables hold what depends on the
+day alone, the equipment's numbers are tensors (arithmetic with a Python float takes twice as
+long), two rows go through one operation where they can, a state carries what both step and
+observation need.
+
+Shapes: T = 96 steps a day, D days of the site, B days at once, S sockets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co2lightning.site.model import STEP_H, Site, T
+
+REWARD_SHARE = 0.5  # of the day's mean intensity: what a kWh earns when it is stored or charged
+_LAXITY_BITS = 7  # for the whole steps of a laxity: 96 < 2 ** 7
+
+
+class SiteModel(NamedTuple):
+    """A site as tensors on one device. Build it with `build_model`.
+
+    Who stands where and for how long is a fact of the day that no controller changes, so it is
+    looked up, not simulated. Step t of day d has place t * D + d in every table.
+    """
+
+    series: Tensor  # [5, T * D]: what `State` calls net_kw ... room_kw
+    sockets: Tensor  # [4, T * D, S]: later kW, session kW, 1.0 if it stays, owed kW
+    soc_bounds: Tensor  # [2, 1] soc_max, soc_min
+    kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
+    action_scale: Tensor  # [2] from actions to the share of the EV power and to the battery's kW
+    action_shift: Tensor  # [2]
+    soc_per_kw: float  # what a kW at the AC side charges within a step
+    # The rest is 0-dim.
+    days: Tensor  # D, an integer: from one step's place to the next one's
+    charge_kw_per_soc: Tensor
+    losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
+    battery_kw: Tensor  # rating at the AC side
+    least_battery_kw: Tensor  # minus that
+    zero: Tensor
+    one: Tensor
+    minus_one: Tensor
+    tiny: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.zero.device
+
+
+class Carry(NamedTuple):
+    """What a step takes over from the one before; everything else follows from it."""
+
+    place: Tensor  # [B] where this step of the day stands in the tables
+    soc: Tensor  # [B] 0-1
+    soc_start: Tensor  # [B] 0-1, at midnight
+    owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
+
+
+class State(NamedTuple):
+    """The site at the beginning of a step, arrivals of that step included."""
+
+    step: int
+    place: Tensor  # [B] where this step of the day stands in the tables
+    soc: Tensor  # [B] 0-1
+    soc_start: Tensor  # [B] 0-1, at midnight
+    net_kw: Tensor  # [B] building load - PV
+    carbon_kg_per_kw: Tensor  # [B] CO2 of a kW imported throughout this step
+    baseline_kg: Tensor  # [B] this step's part of what the reward is measured against
+    credit_kg_per_kw: Tensor  # [B] what a kW charged throughout this step earns, see `step`
+    room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
+    reach_kw: Tensor  # [2, B] what would fill the battery within this step, what would empty it
+    limits_kw: Tensor  # [2, B] what the battery can take in this step, >= 0, and give, <= 0
+    battery_max_kw: Tensor  # [B] the first of them
+    battery_min_kw: Tensor  # [B] the second
+    owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
+    laxity: Tensor  # [B, S] steps a vehicle can still wait at full power afterwards
+    must_kw: Tensor  # [B, S] the shield's minimum
+    could_kw: Tensor  # [B, S] what the vehicle can take
+    must_total_kw: Tensor  # [B]
+    could_total_kw: Tensor  # [B]
+    spread_kw: Tensor  # [B] could - must
+    need_kw: Tensor  # [B] load + must - PV
+    supply_kw: Tensor  # [B] EV power the grid connection has room for when the battery helps
+
+    @property
+    def carry(self) -> Carry:
+        return Carry(self.place, self.soc, self.soc_start, self.owed_kw)
+
+
+def build_model(
+    site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> SiteModel:
+    """Turn a site into tables of `dtype` on `device`."""
+    days, n_sockets = len(site.days), site.n_sockets
+    sessions = site.sessions
+    exact = np.float64 if dtype == torch.float64 else np.float32
+    sockets = np.zeros((4, T * days * n_sockets), dtype=exact)
+    later_kw, max_kw, stays, arriving_kw = sockets
+    max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
+    # Where a session stands in a column, step after step of its stay.
+    window = sessions.departure_step - sessions.arrival_step
+    arrival = (sessions.arrival_step * days + sessions.day) * n_sockets + sessions.socket
+    since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
+    stay = np.repeat(arrival, window) + since * (days * n_sockets)
+    power_kw = np.repeat(sessions.max_kw.astype(exact), window)
+    later_kw[stay] = power_kw * (np.repeat(window - 1, window) - since)
+    max_kw[stay] = power_kw
+    stays[stay] = since > 0
+    arriving_kw[arrival] = sessions.energy_kwh / STEP_H
+
+    net_kw = site.load_kw - site.pv_kw
+    carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
+    baseline_kg = np.maximum(net_kw, 0.0) * carbon_kg_per_kw
+    credit_kg_per_kw = REWARD_SHARE * carbon_kg_per_kw.mean(axis=1, keepdims=True)
+    credit_kg_per_kw = np.broadcast_to(credit_kg_per_kw, net_kw.shape)
+    room_kw = site.grid_kw - net_kw
+    series = np.stack([net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw])
+    battery = site.battery
+    charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / STEP_H
+    discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / STEP_H
+
+    def tensor(values: object) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype, device=device)
+
+    return SiteModel(
+        series=tensor(series.transpose(0, 2, 1).reshape(len(series), -1)),
+        sockets=tensor(sockets.reshape(4, T * days, n_sockets)),
+        soc_bounds=tensor([[battery.soc_max], [battery.soc_min]]),
+        kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
+        action_scale=tensor([0.5, battery.power_kw]),
+        action_shift=tensor([0.5, 0.0]),
+        soc_per_kw=1.0 / charge_kw_per_soc,
+        days=torch.tensor(days, device=device),
+        charge_kw_per_soc=tensor(charge_kw_per_soc),
+        losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
+        battery_kw=tensor(battery.power_kw),
+        least_battery_kw=tensor(-battery.power_kw),
+        zero=tensor(0.0),
+        one=tensor(1.0),
+        minus_one=tensor(-1.0),
+        tiny=tensor(1e-6),
+    )
+
+
+def begin_day(model: SiteModel, day: Tensor, soc_start: Tensor) -> State:
+    """Return the state at midnight of `day` [B] with the battery at `soc_start` [B]."""
+    soc_start = soc_start.to(model.zero.dtype)
+    nobody = model.zero.new_zeros(len(day), model.sockets.shape[-1])
+    return arrive(model, 0, day, soc_start, soc_start, nobody)[0]
+
+
+def arrive(
+    model: SiteModel, step: int, place: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
+) -> tuple[State, Tensor]:
+    """Let vehicles leave and arrive before `step` and work out what can be done in it.
+
+    Args:
+        left_kw: [B, S] what the vehicles of the step before are still owed.
+
+    Returns:
+        The state and what those that left are still owed [B].
+    """
+    later_kw, power_kw, stays, arriving_kw = model.sockets.index_select(1, place).unbind(0)
+    staying_kw = left_kw * stays
+    unmet_kw = (left_kw - staying_kw).sum(1)
+    carry = Carry(place, soc, soc_start, staying_kw + arriving_kw)
+    return _work_out(model, step, carry, later_kw, power_kw), unmet_kw
+
+
+def restore(model: SiteModel, step: int, carry: Carry) -> State:
+    """Return the state at the beginning of `step` from what it came from."""
+    later_kw, power_kw = model.sockets[:2].index_select(1, carry.place).unbind(0)
+    return _work_out(model, step, carry, later_kw, power_kw)
+
+
+def _work_out(
+    model: SiteModel, step: int, carry: Carry, later_kw: Tensor, power_kw: Tensor
+) -> State:
+    """Work out what can be done in a step; later and power [B, S] are the sessions' of it."""
+    place, soc, soc_start, owed_kw = carry
+    series = model.series.index_select(1, place)
+    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw = series.unbind(0)
+    could_kw = torch.minimum(owed_kw, power_kw)
+    # What the steps after this one cannot deliver at full power must be charged now.
+    pressing_kw = owed_kw - later_kw
+    must_kw = pressing_kw.clamp(model.zero, could_kw)
+    laxity = torch.addcdiv(model.one, pressing_kw, power_kw, value=-1.0)
+    must_total_kw, could_total_kw = must_kw.sum(1), could_kw.sum(1)
+    reach_kw = (model.soc_bounds - soc) * model.kw_per_soc
+    limits_kw = reach_kw.clamp(model.least_battery_kw, model.battery_kw)
+    battery_max_kw, battery_min_kw = limits_kw.unbind(0)
+    return State(
+        step=step,
+        place=place,
+        soc=soc,
+        soc_start=soc_start,
+        net_kw=net_kw,
+        carbon_kg_per_kw=carbon_kg_per_kw,
+        baseline_kg=baseline_kg,
+        credit_kg_per_kw=credit_kg_per_kw,
+        room_kw=room_kw,
+        reach_kw=reach_kw,
+        limits_kw=limits_kw,
+        battery_max_kw=battery_max_kw,
+        battery_min_kw=battery_min_kw,
+        owed_kw=owed_kw,
+        laxity=laxity,
+        must_kw=must_kw,
+        could_kw=could_kw,
+        must_total_kw=must_total_kw,
+        could_total_kw=could_total_kw,
+        spread_kw=could_total_kw - must_total_kw,
+        need_kw=net_kw + must_total_kw,
+        supply_kw=room_kw - battery_min_kw,
+    )
+
+
+def laxity_order(laxity: Tensor) -> Tensor:
+    """Return the sockets [B, S] by ascending laxity, the lower index first among equals.
+
+    Laxity and socket number are packed into one int32, so that sorting the values alone gives the
+    order: numpy on a CPU does that 20 times faster than torch sorts with indices. 128 sockets
+    leave 17 bits for the fraction of a step, 7 ms: what float32 resolves at a laxity above 64.
+    """
+    n_sockets = laxity.shape[1]
+    socket_bits = (n_sockets - 1).bit_length()
+    per_step = 1 << (31 - _LAXITY_BITS - socket_bits)
+    laxity = laxity.detach() if laxity.requires_grad else laxity
+    if laxity.is_cpu and not torch.compiler.is_compiling():
+        with np.errstate(invalid="ignore"):  # NaN of a policy that diverged: others tell
+            key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
+        key <<= socket_bits
+        key |= np.arange(n_sockets, dtype=np.int32)
+        key.sort(axis=1)
+        key &= (1 << socket_bits) - 1
+        return torch.as_tensor(key.astype(np.int64))
+    key = (laxity * per_step).to(torch.int32) << socket_bits
+    key = key | torch.arange(n_sockets, dtype=torch.int32, device=laxity.device)
+    rows = sort_rows(key) if key.is_cpu else key.sort(dim=1).values
+    return (rows & ((1 << socket_bits) - 1)).long()
+
+
+@torch.library.custom_op("co2lightning::sort_rows", mutates_args=())
+def sort_rows(key: Tensor) -> Tensor:
+    """Sort each row of integers [B, S] with numpy, which a compiled graph cannot do by itself."""
+    return torch.as_tensor(np.sort(key.numpy(), axis=1))
+
+
+sort_rows.register_fake(torch.empty_like)  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,1 @@
+"""How agents learn, whatever they are: rollouts, descent, graphs, ranks, seeds."""

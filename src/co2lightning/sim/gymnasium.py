@@ -1,0 +1,190 @@
+"""The site as an environment for Gymnasium: numpy around the one simulator, `days.SiteDays`.
+
+The single environment is the B = 1 case of the vector one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from co2lightning.control.observation import (
+    FEATURES,
+)
+from co2lightning.errors import UserError
+from co2lightning.sim.days import N_ACTIONS, SiteDays, day_index
+from co2lightning.sim.schedule import evaluation_soc
+from co2lightning.site.load import load_site
+from co2lightning.site.model import STEP_H
+
+
+class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """B days of a charging site at once, for Gymnasium.
+
+    One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
+    charging power between what must and what could be charged now, and the battery's power as a
+    share of its rating, charging positive. A shield charges first what a vehicle's departure
+    demands, so no policy leaves energy unserved that charging on arrival would have served. The
+    reward is the kg CO2 by which the rule RBC B is beaten on that day (see
+    `co2lightning.physics.step`).
+
+    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step; that of
+    a reset `day`, the dates. After a day's last step the next call of `step` ignores its actions
+    and begins new days (NEXT_STEP autoreset).
+
+    Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
+    sockets' total power in kW; energy scale: two hours of it in kWh):
+
+    OBSERVATION_TABLE
+
+    Args:
+        num_envs: B, days at once.
+        site: Name of a shipped site, or a site folder.
+        render_mode: Only None; the report draws the days.
+
+    Raises:
+        UserError: The site cannot be read; the message names file, row and column.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
+
+    def __init__(
+        self, num_envs: int = 1, site: str | Path = "iquitos", render_mode: str | None = None
+    ) -> None:
+        self.days = SiteDays(load_site(site), num_envs)
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self._over = False
+        self._streams: list[np.random.Generator] = []  # that draw days: one for all, or B
+        self.single_observation_space = gym.spaces.Box(
+            np.array([f.low for f in FEATURES], dtype=np.float32),
+            np.array([f.high for f in FEATURES], dtype=np.float32),
+        )
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (N_ACTIONS,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin B training days, or the day named by `options={"day": "2025-03-01"}`.
+
+        Args:
+            seed: One for all days, no two of which are the same; or B of them, each of which gives
+                the days that the single environment has with it. None goes on as before.
+            options: The day, of all B.
+        """
+        if seed is None or isinstance(seed, int):
+            super().reset(seed=seed)
+            if seed is not None or not self._streams:
+                self._streams = [self.np_random]
+        else:
+            self._streams = self._streams_of(seed)
+        if options and "day" in options:
+            index = day_index(self.days.site, str(options["day"]))
+            days = torch.full((self.num_envs,), index)
+            soc = evaluation_soc(self.days.site)[days]
+        else:
+            each = self.num_envs // len(self._streams)
+            drawn = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
+            days, soc = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        obs = self.days.begin(days, soc)
+        self._over = False
+        return obs.numpy(), {"day": np.array([self.days.site.days[day] for day in days.tolist()])}
+
+    def _streams_of(self, seeds: Sequence[int | None]) -> list[np.random.Generator]:
+        if len(seeds) != self.num_envs:
+            raise UserError(
+                f"seed: {len(seeds)} seeds for {self.num_envs} environments; give one for each, "
+                "or one number for all"
+            )
+        own = self._streams
+        if len(own) != self.num_envs:
+            own = [np_random()[0] for _ in seeds]
+        return [
+            stream if seed is None else np_random(int(seed))[0]
+            for seed, stream in zip(seeds, own, strict=True)
+        ]
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Run 15 minutes; after the day's last step the next call begins new days."""
+        never = np.zeros(self.num_envs, dtype=bool)
+        if self._over:
+            obs, info = self.reset()
+            return obs, np.zeros(self.num_envs), never, never, info
+        with torch.no_grad():
+            action = torch.from_numpy(np.asarray(actions, dtype=np.float32))
+            result = self.days.step(action)
+        self._over = self.days.state is None
+        flows = self.days.flows
+        info = {
+            "co2_kg": flows.co2_kg.numpy(),
+            "grid_import_kwh": flows.grid_import_kw.numpy() * STEP_H,
+            "curtailed_kwh": flows.curtailed_kwh.numpy(),
+            "unmet_kwh": flows.unmet_kwh.numpy(),
+        }
+        reward = result.reward.double().numpy()
+        return result.obs.numpy(), reward, result.terminated.numpy() > 0.5, never, info
+
+
+class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
+    """One day of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
+
+    Args:
+        site: Name of a shipped site, or a site folder.
+        render_mode: Only None; the report draws the days.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, site: str | Path = "iquitos", render_mode: str | None = None) -> None:
+        self._vector = ChargingSiteVectorEnv(1, site)
+        self.render_mode = render_mode
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin a training day, or the day named by `options={"day": "2025-03-01"}`."""
+        super().reset(seed=seed)
+        obs, info = self._vector.reset(seed=seed, options=options)
+        return obs[0], _first(info)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Run 15 minutes."""
+        obs, reward, terminated, _, info = self._vector.step(np.asarray(action)[None])
+        return obs[0], float(reward[0]), bool(terminated[0]), False, _first(info)
+
+
+def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: values.tolist()[0] for name, values in info.items()}
+
+
+def _observation_table() -> str:
+    header = f"{'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
+    rows = [
+        f"{i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
+        for i, f in enumerate(FEATURES)
+    ]
+    return "\n".join(f"    {line}".rstrip() for line in [header, *rows])
+
+
+if ChargingSiteVectorEnv.__doc__:
+    ChargingSiteVectorEnv.__doc__ = inspect.cleandoc(ChargingSiteVectorEnv.__doc__).replace(
+        "OBSERVATION_TABLE", _observation_table()
+    )

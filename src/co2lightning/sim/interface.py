@@ -1,0 +1,49 @@
+"""What a rollout needs of an environment, whatever is simulated.
+
+Shapes: B copies at once, A actions, O features, K more that only critics see, n steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """What one step of B environments gave."""
+
+    obs: Tensor  # [B, O + K] after the step; of the finished episode where one ended
+    reward: Tensor  # [B]
+    terminated: Tensor  # [B] 1.0 where the future is worth nothing
+    truncated: Tensor  # [B] 1.0 where only the clock stopped it
+    valid: Tensor  # [B] 0.0 where the step was a reset, not a transition
+
+
+Policy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From observations [B, O + K] and noise [B, A] to the policy's output and the action [B, A]."""
+Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
+"""From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
+outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
+
+
+class Environment(Protocol):
+    """What a rollout needs of an environment: B copies in lockstep, tensors on one device.
+
+    Observations are [B, O + K]: what the policy sees, then what only a critic may see (K may be 0).
+    """
+
+    num_envs: int
+    observation_dim: int
+    hindsight_dim: int
+    action_dim: int
+    horizon: int
+    rule_features: tuple[int, ...]
+    may_reset: bool  # whether a step can be a reset instead of a transition
+
+    def to(self, device: torch.device) -> None: ...
+    def reset(self, seed: int) -> Tensor: ...
+    def step(self, action: Tensor) -> Step: ...
+    def metrics(self, mean: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]: ...

@@ -1,0 +1,151 @@
+"""The perfect-foresight optimum of a day: a linear program, the bound no controller can pass.
+
+The program knows the whole day beforehand and decides the power of every vehicle for itself. It
+is a relaxation of the physics: whatever a policy does on that day is one of its points, so its
+optimum is at most the policy's CO2. Where the two differ it is the looser one: no limit at the
+grid connection, vehicles not bound to one shared budget, the battery free to charge and discharge
+in one step (a small cost on throughput keeps it from doing so), energy thrown away at will.
+
+Shapes: T = 96 steps a day, N sessions of the day, K = sum of their windows in steps.
+Variables, in this order: grid import [T], charge [T], discharge [T], curtailment [T] in kW,
+stored energy [T] at the end of each step in kWh, energy missing at midnight [1] in kWh, power of
+each vehicle in each step of its window [K] in kW.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
+
+from co2lightning.site.model import STEP_H, Floats, Site, T
+
+_THROUGHPUT_KG_PER_KWH = 1e-6
+# Tighter than HiGHS's own 1e-7: the bound is compared to the last 1e-6 kg.
+_TOLERANCE = 1e-9
+
+
+class Optimum(NamedTuple):
+    """The best day there could have been. Signs as in the physics."""
+
+    co2_kg: float  # of the metric: import plus the battery's settlement, no throughput cost
+    ev_kw: Floats  # [T]
+    battery_kw: Floats  # [T] at the AC side, charging positive
+    grid_import_kw: Floats  # [T]
+    soc: Floats  # [T + 1] 0-1, from midnight to midnight
+    curtailed_kwh: Floats  # [T]
+
+
+def optimum(site: Site, day: int, soc_start: float) -> Optimum:
+    """Solve one day.
+
+    Args:
+        site: The site.
+        day: Index into `site.days`.
+        soc_start: State of charge at midnight, 0-1.
+
+    Raises:
+        RuntimeError: HiGHS found no optimum. Every day of a checked site has one.
+    """
+    battery, sessions = site.battery, site.sessions
+    carbon = site.carbon_kg_per_kwh[day]
+    stored_start_kwh = soc_start * battery.capacity_kwh
+    own = np.flatnonzero(sessions.day == day)
+    window = sessions.departure_step[own] - sessions.arrival_step[own]
+    session = np.repeat(np.arange(len(own)), window)
+    first = np.repeat(np.cumsum(window) - window, window)
+    step = sessions.arrival_step[own][session] + np.arange(len(session)) - first
+    max_kw = sessions.max_kw[own]
+    # What charging on arrival could not deliver either is nobody's debt.
+    energy_kwh = np.minimum(sessions.energy_kwh[own], window * max_kw * STEP_H)
+
+    each_step, zeros = sparse.identity(T, format="csr"), sparse.csr_matrix((T, T))
+    nothing = sparse.csr_matrix((T, 1))
+    in_step = sparse.csr_matrix((np.ones(len(step)), (step, np.arange(len(step)))), (T, len(step)))
+    of_session = sparse.csr_matrix(
+        (np.full(len(step), STEP_H), (session, np.arange(len(step)))), (len(own), len(step))
+    )
+    no_vehicles = sparse.csr_matrix((T, len(step)))
+    before = sparse.diags(np.ones(T - 1), -1, (T, T), format="csr")
+    charge_kwh = STEP_H * battery.charge_efficiency
+    discharge_kwh = STEP_H / battery.discharge_efficiency
+    # Import + discharge - charge - curtailment - vehicles = load - PV, in every step.
+    balance = [each_step, -each_step, each_step, -each_step, zeros, nothing, -in_step]
+    # Stored energy - that of the step before - what is charged + what is discharged = 0.
+    storage = [zeros, -charge_kwh * each_step, discharge_kwh * each_step, zeros]
+    storage += [each_step - before, nothing, no_vehicles]
+    served = sparse.hstack([sparse.csr_matrix((len(own), 5 * T + 1)), of_session])
+    stored_before_kwh = np.zeros(T)
+    stored_before_kwh[0] = stored_start_kwh
+    # Missing energy >= (stored at the start - stored at the end) / charge efficiency.
+    missing = sparse.csr_matrix(
+        ([-1.0 / battery.charge_efficiency, -1.0], ([0, 0], [5 * T - 1, 5 * T])),
+        (1, 5 * T + 1 + len(step)),
+    )
+
+    cost = np.zeros(5 * T + 1 + len(step))
+    cost[:T] = STEP_H * carbon
+    cost[T : 3 * T] = STEP_H * _THROUGHPUT_KG_PER_KWH
+    cost[5 * T] = carbon.mean()
+    lower, upper = np.zeros_like(cost), np.full_like(cost, np.inf)
+    upper[T : 3 * T] = battery.power_kw
+    lower[4 * T : 5 * T] = battery.soc_min * battery.capacity_kwh
+    upper[4 * T : 5 * T] = battery.soc_max * battery.capacity_kwh
+    upper[5 * T + 1 :] = max_kw[session]
+
+    result = linprog(
+        cost,
+        A_ub=missing,
+        b_ub=[-stored_start_kwh / battery.charge_efficiency],
+        A_eq=sparse.vstack([sparse.hstack(balance), sparse.hstack(storage), served], format="csr"),
+        b_eq=np.concatenate([site.load_kw[day] - site.pv_kw[day], stored_before_kwh, energy_kwh]),
+        bounds=np.stack([lower, upper], axis=1),
+        method="highs",
+        options={
+            "primal_feasibility_tolerance": _TOLERANCE,
+            "dual_feasibility_tolerance": _TOLERANCE,
+        },
+    )
+    if result.status != 0:
+        raise RuntimeError(f"the optimum of {site.days[day]} was not found: {result.message}")
+    grid_kw, charge_kw, discharge_kw, curtailed_kw, stored_kwh = result.x[: 5 * T].reshape(5, T)
+    return Optimum(
+        co2_kg=float(STEP_H * grid_kw @ carbon + carbon.mean() * result.x[5 * T]),
+        ev_kw=in_step @ result.x[5 * T + 1 :],
+        battery_kw=charge_kw - discharge_kw,
+        grid_import_kw=grid_kw,
+        soc=np.concatenate([[soc_start], stored_kwh / battery.capacity_kwh]),
+        curtailed_kwh=STEP_H * curtailed_kw,
+    )
+
+
+def optimum_days(
+    site: Site, days: Sequence[int], soc_start: Sequence[float], processes: int = 1
+) -> list[Optimum]:
+    """Solve several days, in their order.
+
+    Args:
+        site: The site.
+        days: Indices into `site.days`.
+        soc_start: State of charge at midnight of each of them, 0-1.
+        processes: Processes to share the days among.
+    """
+    tasks = list(zip(map(int, days), map(float, soc_start), strict=True))
+    processes = min(processes, len(tasks))
+    if processes <= 1:
+        return _solve(site, tasks)
+    # Spawned, for a fork of a process that uses torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as executor:
+        shares = [executor.submit(_solve, site, tasks[i::processes]) for i in range(processes)]
+        solved = [share.result() for share in shares]
+    return [solved[i % processes][i // processes] for i in range(len(tasks))]
+
+
+def _solve(site: Site, tasks: Sequence[tuple[int, float]]) -> list[Optimum]:
+    return [optimum(site, day, soc_start) for day, soc_start in tasks]

@@ -1,0 +1,99 @@
+"""Schedules: what a policy, a rule or the optimum does in every step of held-out days.
+
+Shapes: T = 96 steps a day, D days.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co2lightning.control.rules import Rule
+from co2lightning.control.state import SiteModel, State, begin_day
+from co2lightning.sim.optimum import optimum_days
+from co2lightning.sim.physics import Flows, step
+from co2lightning.site.model import STEP_H, Floats, Site
+
+
+def evaluation_soc(site: Site) -> Tensor:
+    """Return the battery's start [D] of every day in evaluation, fixed by the site's seed."""
+    battery = site.battery
+    draws = np.random.default_rng(site.seed).uniform(
+        battery.start_soc_min, battery.start_soc_max, len(site.days)
+    )
+    return torch.tensor(draws, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Trace:
+    """Run a rule, or any policy in its form, through whole days.
+
+    Args:
+        day: [B] indices of the days to run, each once.
+        soc_start: [B] state of charge at midnight.
+    """
+    flows: list[Flows] = []
+    state: State | None = begin_day(model, day.to(model.device), soc_start.to(model.device))
+    while state is not None:
+        state, flow = step(model, state, rule(model, state))
+        flows.append(flow)
+    return Trace(flows)
+
+
+class Trace(NamedTuple):
+    """Days as they went: the flows of each of the T steps."""
+
+    flows: list[Flows]
+
+    def total(self, name: str) -> Tensor:
+        """Return the day's sum [B] of one of the flows, for instance "co2_kg"."""
+        return torch.stack([getattr(flow, name) for flow in self.flows]).sum(0)
+
+
+_DAYS_AT_ONCE = 64  # bounds the memory of a long year with many sockets
+
+
+class Schedule(NamedTuple):
+    """Days as they went; every field is [D, T]. Powers are means over a step."""
+
+    ev_kw: Floats
+    battery_kw: Floats  # at the AC side, charging positive
+    grid_import_kw: Floats
+    curtailed_kwh: Floats  # PV that found no use
+    unmet_kwh: Floats  # owed to vehicles that left at the end of the step
+    soc: Floats  # 0-1, at the end of the step
+    co2_kg: Floats  # in the last step with the battery's settlement at midnight
+
+
+def schedule(model: SiteModel, rule: Rule, site: Site, days: list[int]) -> Schedule:
+    """Run a rule, or any policy in its form, through days [D] as evaluation starts them."""
+    soc_start = evaluation_soc(site)
+    columns: list[list[Floats]] = []
+    for some in torch.as_tensor(days).split(_DAYS_AT_ONCE):
+        flows = run_days(model, rule, some, soc_start[some]).flows
+        columns.append(
+            [
+                torch.stack([getattr(flow, name) for flow in flows], 1).double().cpu().numpy()
+                for name in Schedule._fields
+            ]
+        )
+    return Schedule(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
+
+
+def optimum_schedule(site: Site, days: list[int]) -> Schedule:
+    """Return the perfect-foresight optimum of days [D] as evaluation starts them."""
+    best = optimum_days(site, days, evaluation_soc(site)[days].tolist())
+    co2_kg = np.stack([day.grid_import_kw for day in best]) * site.carbon_kg_per_kwh[days] * STEP_H
+    co2_kg[:, -1] += [day.co2_kg for day in best] - co2_kg.sum(1)
+    return Schedule(
+        ev_kw=np.stack([day.ev_kw for day in best]),
+        battery_kw=np.stack([day.battery_kw for day in best]),
+        grid_import_kw=np.stack([day.grid_import_kw for day in best]),
+        curtailed_kwh=np.stack([day.curtailed_kwh for day in best]),
+        unmet_kwh=np.zeros_like(co2_kg),
+        soc=np.stack([day.soc[1:] for day in best]),
+        co2_kg=co2_kg,
+    )

@@ -1,0 +1,1 @@
+"""A folder of files -> `Site`, checked; needs no torch."""

@@ -1,0 +1,112 @@
+"""Which days a run was trained on, whatever its site's `held_out` says by now.
+
+Checkpoints and metadata.json hold them under `trained_days`: for each site, by its name, intervals
+such as "2025-01-01/2025-01-05"; null where an earlier version trained and did not write them down.
+A day that `held_out` names only since then is not held out for this run.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from co2lightning.errors import UserError
+from co2lightning.site.model import Site
+
+_INTERVAL = re.compile(r"(\d{4}-\d\d-\d\d)/(\d{4}-\d\d-\d\d)", re.ASCII)
+
+
+def with_this_session(run: Mapping[str, Any], site: Site) -> dict[str, list[str] | None]:
+    """Return the `trained_days` of a run that goes on with a site's training days.
+
+    Args:
+        run: What the checkpoint says of the run; empty for a new one.
+        site: What it trains on from here.
+    """
+    stored, described = run.get("trained_days"), run.get("site")
+    others: dict[str, list[str] | None] = dict(stored) if isinstance(stored, dict) else {}
+    if run and not others and isinstance(described, dict):  # of version 0.1.0, perhaps elsewhere
+        others = {str(described.get("name")): None}
+    trained = seen(run, site) if run else np.zeros_like(site.held_out)
+    if trained is None:
+        return others | {site.name: None}
+    known = _intervals_of(run, site)
+    new = (trained | ~site.held_out) & ~_within(known, site.days)
+    days = (site.days[day] for day in np.flatnonzero(new))
+    return others | {site.name: sorted([*known, *_as_intervals(days)])}
+
+
+def seen(run: Mapping[str, Any], site: Site) -> NDArray[np.bool_] | None:
+    """Return whether a run was trained on each of a site's days, [D]; None if nobody knows."""
+    stored, described = run.get("trained_days"), run.get("site")
+    if isinstance(stored, dict):
+        if site.name in stored and not isinstance(stored[site.name], list):
+            return None
+        return _within(_intervals_of(run, site), site.days)
+    described = described if isinstance(described, dict) else {}
+    if described.get("sha256") == site.sha256:  # of version 0.1.0
+        return ~site.held_out
+    return None if described.get("name") == site.name else np.zeros_like(site.held_out)
+
+
+def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
+    """Return a site whose held-out days are those a run was not trained on, and a remark.
+
+    Raises:
+        UserError: None is left.
+    """
+    trained = seen(run, site)
+    count = len(site.held_out_days)
+    if trained is None:
+        return site, (
+            f"Which days of {site.name} the run was trained on was not written down: some of the "
+            f"{count} held-out days may be among them"
+        )
+    held_out = site.held_out & ~trained
+    if not held_out.any():
+        raise UserError(
+            f"site.yaml: held_out: the run was trained on all {count} held-out days of "
+            f"{site.name}; name days that were held out before"
+        )
+    left_out = count - int(held_out.sum())
+    if not left_out:
+        return site, None
+    return replace(site, held_out=held_out), (
+        f"The run was trained on {left_out} of the {count} held-out days of {site.name}; they are "
+        "left out"
+    )
+
+
+def _intervals_of(run: Mapping[str, Any], site: Site) -> list[str]:
+    stored = run.get("trained_days")
+    found = stored.get(site.name) if isinstance(stored, dict) else None
+    texts = found if isinstance(found, list) else []
+    return [text for text in texts if isinstance(text, str) and _INTERVAL.fullmatch(text)]
+
+
+def _within(intervals: Iterable[str], days: Sequence[str]) -> NDArray[np.bool_]:
+    """Return whether each of `days`, ascending ISO dates, lies in one of the intervals."""
+    within = np.zeros(len(days), dtype=np.bool_)
+    for text in intervals:
+        first, last = text.split("/")
+        within[bisect_left(days, first) : bisect_right(days, last)] = True
+    return within
+
+
+def _as_intervals(days: Iterable[str]) -> list[str]:
+    """Return the intervals of ascending ISO dates that follow each other without a gap."""
+    ends: list[list[str]] = []
+    for day in days:
+        before = (date.fromisoformat(day) - timedelta(days=1)).isoformat()
+        if ends and ends[-1][1] == before:
+            ends[-1][1] = day
+        else:
+            ends.append([day, day])
+    return ["/".join(each) for each in ends]

@@ -1,0 +1,1 @@
+"""A training session: what it will do, doing it, and what it writes."""

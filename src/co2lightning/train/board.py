@@ -1,0 +1,233 @@
+"""What TensorBoard shows of a run beside its curves: a layout of charts, and a day as a figure.
+
+Shapes: T = 96 steps; a schedule's fields are [1, T].
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+from torch import Tensor
+
+from co2lightning.agents.agent import Agent
+from co2lightning.control.observation import observe
+from co2lightning.control.rules import rbc_b
+from co2lightning.control.state import SiteModel, State
+from co2lightning.runs.files import make_directory, write_atomic
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.schedule import Schedule, schedule
+from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.train.event_files import encode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+REFERENCES = "references"
+"""The directory of the reference lines, beside those of the runs."""
+
+_RUNS = "all runs side by side, an episode's training days"
+_HELD_OUT = "all runs side by side, held-out days (co2lightning test)"
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    _RUNS: {
+        "CO2, kg a day": ["Multiline", ["^site/co2_kg$"]],
+        "CO2, share of the same days uncontrolled": ["Multiline", ["^site/co2_vs_uncontrolled$"]],
+        "grid import, kWh a day": ["Multiline", ["^site/grid_import_kwh$"]],
+        "energy not served, kWh a day": ["Multiline", ["^site/unmet_kwh$"]],
+        "reward: kg CO2 saved a day against the rule RBC B": [
+            "Multiline",
+            ["^rollout/ep_rew_mean$"],
+        ],
+    },
+    _HELD_OUT: {
+        "CO2 on held-out days, kg a day": ["Multiline", ["^test/co2_kg$"]],
+        "gap closed, uncontrolled 0, optimum 1": ["Multiline", ["^test/gap_closed$"]],
+    },
+}
+"""Category -> chart -> tags, as regular expressions; the same in every run, shown once."""
+
+
+def write_references(
+    logs: Path, site: str, policies: Mapping[str, Mapping[str, float | None]], last_episode: int
+) -> None:
+    """Write what the rules and the optimum reach on a site's held-out days as level lines.
+
+    Each policy is a run of its own, with the tags `test/*` and, to be seen beside the curves of
+    training, `site/co2_kg` and `site/co2_vs_uncontrolled`.
+
+    Args:
+        logs: Of all runs.
+        site: The site's name.
+        policies: Name -> figure -> value; "uncontrolled" among them.
+        last_episode: How far the lines reach at least; they never become shorter.
+    """
+    uncontrolled_kg = policies["uncontrolled"]["co2_kg"]
+    for name, figures in policies.items():
+        directory = logs / REFERENCES / f"{site} held-out days" / name
+        values = {f"test/{key}": value for key, value in figures.items()}
+        co2_kg = values["site/co2_kg"] = figures["co2_kg"]
+        if co2_kg is not None and uncontrolled_kg:
+            values["site/co2_vs_uncontrolled"] = co2_kg / uncontrolled_kg
+        for place in (logs / REFERENCES, directory.parent):
+            make_directory(place)
+        reached = [_last_step(path) for path in directory.glob("*.episode_*")]
+        replace_scalars(directory, values, (1, max([last_episode, *reached])), "*")
+
+
+def _last_step(path: Path) -> int:
+    """Return the episode at the end of an event file's name, 0 where it is of somebody else."""
+    match = re.fullmatch(r".*\.episode_([0-9]{4,6})", path.name)
+    return int(match[1]) if match else 0
+
+
+def replace_scalars(
+    directory: Path, values: Mapping[str, float | None], steps: Iterable[int], earlier: str
+) -> None:
+    """Write scalars, each at all `steps`, in place of an earlier file.
+
+    TensorBoard reads the newest file of a directory and never returns to an older one, so it must
+    not be half of one, as torch's own writer, a thread, leaves it on a full disk.
+
+    Args:
+        directory: Where the event file goes.
+        values: Tag -> value; what is None is left out.
+        steps: Ascending episodes; the last one stands at the end of the file's name.
+        earlier: Which files it replaces, by the episode at the end of their names.
+
+    Raises:
+        OSError: It cannot be written, such as where a link is in the place of `directory`; the
+            earlier file is untouched.
+    """
+    steps = sorted(set(steps))
+    points = {tag: value for tag, value in values.items() if value is not None}
+    made = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+    path = directory / f"events.out.tfevents.{made}.episode_{steps[-1]:04d}"
+    make_directory(directory)
+    replaced = [p for p in directory.glob(f"*.episode_{earlier}") if not p.is_dir() and p != path]
+    write_atomic(path, encode(dict.fromkeys(steps, points)), durable=False)
+    for old in replaced:
+        old.unlink(missing_ok=True)
+
+
+# Okabe and Ito's colours: apart for colour-blind eyes too.
+_BLACK, _ORANGE, _BLUE, _GREEN, _YELLOW, _RED = (
+    *("#222222", "#e69f00", "#0072b2", "#009e73", "#f0e442", "#d55e00"),
+)
+
+
+class DispatchFigure:
+    """Draws one held-out day as the agent controls it now, every so many episodes.
+
+    Nothing is drawn at random and nothing of the training is touched, so whether and how often it
+    draws changes no result.
+
+    Args:
+        env: The site's environment; the day is its first held-out one.
+        every: Draw after the episodes that this number divides.
+        logger: The run's.
+    """
+
+    def __init__(self, env: SiteDays, every: int, logger: TensorBoardLogger) -> None:
+        self.env = env
+        self.every = every
+        self.logger = logger
+        self.day = int(env.site.held_out_days[0])
+        self._rule: Schedule | None = None
+
+    def show(self, agent: Agent) -> None:
+        """Draw the day if the episode an agent has just finished is one of those to be drawn."""
+        if agent.episode % self.every:
+            return
+        env = self.env
+
+        def policy(model: SiteModel, state: State) -> Tensor:
+            return agent.act(observe(env.observer, model, state))
+
+        own = schedule(env.model, policy, env.site, [self.day])
+        if self._rule is None:
+            self._rule = schedule(env.model, rbc_b, env.site, [self.day])
+        name = f"{type(agent).__name__} after episode {agent.episode}"
+        image = draw_day(env.site, self.day, name, own, self._rule)
+        writer = self.logger.experiment
+        writer.add_image("site/dispatch", image, agent.episode, dataformats="HWC")
+        writer.flush()
+
+
+def draw_day(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
+    """Draw a day's powers, battery and CO2.
+
+    Args:
+        site: The site.
+        day: Index into its days.
+        name: Of the policy.
+        own: What the policy did on this day.
+        rule: What RBC B did.
+
+    Returns:
+        An image, RGB: [height, width, 3].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second that start-up is spared
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 8.0), dpi=90)
+    figure.subplots_adjust(left=0.08, right=0.92, bottom=0.065, top=0.91, hspace=0.28)
+    canvas = FigureCanvasAgg(figure)
+    powers, battery, co2 = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
+    figure.suptitle(f"{site.name}, {site.days[day]}: {name}")
+    hour = np.arange(T + 1) * STEP_H
+
+    powers.stairs(site.pv_kw[day], hour, fill=True, color=_YELLOW, label="PV available")
+    powers.stairs(site.load_kw[day], hour, color=_BLACK, label="building load")
+    powers.stairs(own.ev_kw[0], hour, color=_BLUE, linewidth=1.8, label="EV charging")
+    powers.stairs(own.grid_import_kw[0], hour, color=_RED, linewidth=1.8, label="grid import")
+    powers.set_ylabel("power, kW")
+    _legend(powers)
+
+    battery.axhline(0.0, color=_BLACK, linewidth=0.6)
+    battery.stairs(
+        own.battery_kw[0], hour, fill=True, color=_GREEN, label="battery power, charging positive"
+    )
+    battery.set_ylabel("power, kW")
+    store = battery.twinx()
+    store.plot(hour[1:], own.soc[0], color=_ORANGE, linewidth=1.8, label="state of charge (right)")
+    store.set_ylim(0.0, 1.0)
+    store.set_ylabel("state of charge, 0-1")
+    _legend(battery, store)
+
+    total_kg, rule_kg = own.co2_kg[0].cumsum(), rule.co2_kg[0].cumsum()
+    co2.plot(hour[1:], total_kg, color=_BLUE, label=f"this policy, {total_kg[-1]:.0f} kg")
+    co2.plot(hour[1:], rule_kg, color=_BLACK, ls="--", label=f"RBC B, {rule_kg[-1]:.0f} kg")
+    co2.set_ylabel("CO2 since midnight, kg")
+    co2.set_ylim(bottom=0.0)
+    intensity = co2.twinx()
+    carbon = site.carbon_kg_per_kwh[day]
+    intensity.stairs(carbon, hour, color=_ORANGE, ls=":", baseline=None, label="intensity (right)")
+    intensity.set_ylim(0.0, 1.15 * float(carbon.max()) + 1e-9)
+    intensity.set_ylabel("kg CO2 per kWh")
+    _legend(co2, intensity)
+
+    co2.set_xlabel("local time, h")
+    co2.set_xlim(0.0, 24.0)
+    co2.set_xticks(range(0, 25, 3))
+    for axes in (powers, battery, co2):
+        axes.grid(alpha=0.3)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _legend(*axes: Axes) -> None:
+    """Put one legend above a panel, for both of its scales."""
+    handles = [each for one in axes for each in one.get_legend_handles_labels()[0]]
+    labels = [each for one in axes for each in one.get_legend_handles_labels()[1]]
+    axes[0].legend(
+        handles, labels, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False
+    )

@@ -1,0 +1,87 @@
+"""The house: which part may import which."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import co2lightning
+
+HOUSE = Path(co2lightning.__file__).parent
+# From the ground up; a part imports from below it and from its own folder.
+FLOORS = (
+    ("terminal",),
+    ("errors",),
+    ("places",),
+    ("site", "runs"),
+    ("control",),
+    ("sim",),
+    ("learn",),
+    ("agents",),
+    ("settings",),
+    ("train", "report"),
+    ("commands", "sites"),
+    ("cli", "__init__"),
+    ("__main__",),
+)
+FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+
+
+# On their way out.
+STILL_UP = {
+    ("agents/agent.py", "settings.config"),
+    ("learn/rollout.py", "agents.agent"),
+    ("sim/days.py", "learn.graphs"),
+    ("sim/evaluate.py", "agents.load"),
+    ("sim/evaluate.py", "agents.agent"),
+}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and module below the package of every import, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "co2lightning":
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("co2lightning."):
+            yield node.lineno, str(node.module).removeprefix("co2lightning.")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("co2lightning"):
+                    yield node.lineno, alias.name.removeprefix("co2lightning.")
+
+
+@pytest.mark.parametrize("path", sorted(HOUSE.rglob("*.py")), ids=lambda p: str(p.name))
+def test_imports_only_go_down(path: Path) -> None:
+    part = path.relative_to(HOUSE).parts[0].removesuffix(".py")
+    up = [
+        f"{path.relative_to(HOUSE)}:{line} imports {module}"
+        for line, module in imports(path)
+        if module != "__version__"
+        and (target := module.split(".")[0]) != part
+        and FLOOR[target] >= FLOOR[part]
+        and (path.relative_to(HOUSE).as_posix(), module) not in STILL_UP
+    ]
+    assert not up
+
+
+def test_imports_make_no_circle() -> None:
+    files = {
+        path.relative_to(HOUSE).with_suffix("").as_posix().replace("/", "."): path
+        for path in HOUSE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {
+        name: {
+            module
+            for _, module in imports(path)
+            if module in files and (path.relative_to(HOUSE).as_posix(), module) not in STILL_UP
+        }
+        for name, path in files.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
