@@ -14,7 +14,7 @@ HOUSE = Path(co2lightning.__file__).parent
 FLOORS = (
     ("terminal",),
     ("errors",),
-    ("places",),
+    ("places", "metrics"),
     ("site", "runs"),
     ("control",),
     ("sim",),

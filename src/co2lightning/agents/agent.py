@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from co2lightning.learn import ranks
 from co2lightning.learn.descent import Descent
 from co2lightning.learn.rollout import Rollout, RolloutDataset
 from co2lightning.learn.seeds import episode_generator, episode_seed
+from co2lightning.metrics import short_metrics
 from co2lightning.runs.ledger import MAX_EPISODES, parse_count
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.config import check_agent, check_stored
@@ -72,28 +73,6 @@ def check_sizes(
 
 
 MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
-
-_SHORT_NAMES = {"rollout/ep_rew_mean": "reward", "time/episode_seconds": "time_seconds"}
-_GROUPS = {  # of tags that are not of training
-    "env_steps_per_second": "time",
-    **dict.fromkeys(("co2_kg", "uncontrolled_kg", "co2_vs_uncontrolled", "unmet_kwh"), "site"),
-    **dict.fromkeys(("grid_import_kwh", "curtailment_kwh", "self_consumption"), "site"),
-}
-
-
-def short_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """Return an episode's metrics under the names of history.json: `site/co2_kg` is `co2_kg`."""
-    return {_SHORT_NAMES.get(tag, tag.split("/")[-1]): value for tag, value in metrics.items()}
-
-
-def tagged_metrics(figures: Mapping[str, float | None]) -> dict[str, float]:
-    """Return an episode's figures in history.json under their tags: back from `short_metrics`."""
-    tags = {short: tag for tag, short in _SHORT_NAMES.items()}
-    return {
-        tags.get(name, f"{_GROUPS.get(name, 'train')}/{name}"): value
-        for name, value in figures.items()
-        if value is not None and name != "episode"
-    }
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:

@@ -22,6 +22,7 @@ from co2lightning.agents.agent import Agent
 from co2lightning.control.observation import observe
 from co2lightning.control.rules import rbc_b
 from co2lightning.control.state import SiteModel, State
+from co2lightning.metrics import HELD_OUT, TRAINING
 from co2lightning.runs.files import make_directory, write_atomic
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import Schedule, schedule
@@ -35,23 +36,12 @@ if TYPE_CHECKING:
 REFERENCES = "references"
 """The directory of the reference lines, beside those of the runs."""
 
-_RUNS = "all runs side by side, an episode's training days"
-_HELD_OUT = "all runs side by side, held-out days (co2lightning test)"
 LAYOUT: dict[str, dict[str, list[Any]]] = {
-    _RUNS: {
-        "CO2, kg a day": ["Multiline", ["^site/co2_kg$"]],
-        "CO2, share of the same days uncontrolled": ["Multiline", ["^site/co2_vs_uncontrolled$"]],
-        "grid import, kWh a day": ["Multiline", ["^site/grid_import_kwh$"]],
-        "energy not served, kWh a day": ["Multiline", ["^site/unmet_kwh$"]],
-        "reward: kg CO2 saved a day against the rule RBC B": [
-            "Multiline",
-            ["^rollout/ep_rew_mean$"],
-        ],
-    },
-    _HELD_OUT: {
-        "CO2 on held-out days, kg a day": ["Multiline", ["^test/co2_kg$"]],
-        "gap closed, uncontrolled 0, optimum 1": ["Multiline", ["^test/gap_closed$"]],
-    },
+    category: {m.chart: ["Multiline", [f"^{m.tag}$"]] for m in metrics.values() if m.chart}
+    for category, metrics in (
+        ("all runs side by side, an episode's training days", TRAINING),
+        ("all runs side by side, held-out days (co2lightning test)", HELD_OUT),
+    )
 }
 """Category -> chart -> tags, as regular expressions; the same in every run, shown once."""
 

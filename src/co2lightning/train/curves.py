@@ -12,7 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from co2lightning.agents.agent import tagged_metrics
+from co2lightning.metrics import tagged_metrics
 from co2lightning.train import event_files
 
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]+)\..*?(?:\.([0-9]+))?")

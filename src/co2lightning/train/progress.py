@@ -12,7 +12,8 @@ from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from co2lightning.agents.agent import Agent, short_metrics
+from co2lightning.agents.agent import Agent
+from co2lightning.metrics import short_metrics
 
 _WIDTH_FOR_A_BAR = 100  # columns; the figures need nearly 80
 

@@ -14,9 +14,10 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from co2lightning.agents.agent import Agent, short_metrics
+from co2lightning.agents.agent import Agent
 from co2lightning.agents.replay import fewest_rows
 from co2lightning.errors import TrainingError, UserError
+from co2lightning.metrics import short_metrics
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.runs.seal import seal_checkpoint
 

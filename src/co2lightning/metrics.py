@@ -1,0 +1,111 @@
+"""Every figure under all its names: in history.json, in TensorBoard, in tables and charts.
+
+A new figure is one line here and the place that works it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """A figure and what it is called where it is shown.
+
+    Attributes:
+        key: In history.json and in what `--json` prints. Half the width of its 95 % interval,
+            where it has one, is under `key` + `_interval`.
+        heading: Of its column in a table, with the unit; without one it is in none.
+        form: How `str.format` writes it; a text that stands left has none.
+        narrow: The heading in a terminal; without one it is broken at the comma.
+        tag: In TensorBoard.
+        chart: Title of its chart in TensorBoard's layout, where it has one.
+        axis: In a figure for papers.
+    """
+
+    key: str
+    heading: str = ""
+    form: str = ""
+    narrow: str = ""
+    tag: str = ""
+    chart: str = ""
+    axis: str = ""
+
+
+_TRAINING = (
+    Metric("co2_kg", "CO2, kg", "{:.1f}", "CO2 kg", "site/co2_kg", "CO2, kg a day"),
+    Metric("uncontrolled_kg", tag="site/uncontrolled_kg"),
+    Metric(
+        "co2_vs_uncontrolled",
+        heading="of uncontrolled",
+        form="{:.0%}",
+        narrow="of uncon-\ntrolled",
+        tag="site/co2_vs_uncontrolled",
+        chart="CO2, share of the same days uncontrolled",
+        axis="CO2, % of the same days uncontrolled",
+    ),
+    Metric("grid_import_kwh", tag="site/grid_import_kwh", chart="grid import, kWh a day"),
+    Metric("curtailment_kwh", tag="site/curtailment_kwh"),
+    Metric("self_consumption", tag="site/self_consumption"),
+    Metric(
+        "unmet_kwh",
+        heading="unmet, kWh",
+        form="{:.1f}",
+        tag="site/unmet_kwh",
+        chart="energy not served, kWh a day",
+    ),
+    Metric(
+        "reward",
+        tag="rollout/ep_rew_mean",
+        chart="reward: kg CO2 saved a day against the rule RBC B",
+    ),
+    Metric("time_seconds", tag="time/episode_seconds"),
+    Metric("env_steps_per_second", tag="time/env_steps_per_second"),
+)
+_HELD_OUT = (
+    Metric(
+        "co2_kg",
+        heading="CO2, kg/day",
+        form="{:.1f}",
+        chart="CO2 on held-out days, kg a day",
+        axis="mean CO2 and its 95 % interval, kg a day",
+    ),
+    Metric(
+        "vs_rbc_b_kg",
+        heading="against RBC B, kg/day",
+        form="{:+.1f}",
+        axis="paired difference to RBC B, kg a day",
+    ),
+    Metric(
+        "gap_closed",
+        heading="gap closed",
+        form="{:.1%}",
+        narrow="gap\nclosed",
+        chart="gap closed, uncontrolled 0, optimum 1",
+    ),
+    Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+    Metric("self_consumption", "self-consumption", "{:.1%}", "self-con-\nsumption"),
+    Metric("curtailed_kwh", "curtailed, kWh/day", "{:.0f}"),
+    Metric("peak_import_kw", "peak import, kW", "{:.0f}", "peak\nkW"),
+)
+TRAINING = {metric.key: metric for metric in _TRAINING}
+"""Of an episode's training days and of its time. Whatever else an episode has is of its agent, in
+TensorBoard under `train/`."""
+HELD_OUT = {metric.key: metric._replace(tag=f"test/{metric.key}") for metric in _HELD_OUT}
+"""Of a policy on the held-out days, as `sim.evaluate.summarise` works it out."""
+
+_KEYS = {metric.tag: metric.key for metric in _TRAINING}
+
+
+def short_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return an episode's metrics under the names of history.json: `site/co2_kg` is `co2_kg`."""
+    return {_KEYS.get(tag, tag.split("/")[-1]): value for tag, value in metrics.items()}
+
+
+def tagged_metrics(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """Return an episode's figures in history.json under their tags: back from `short_metrics`."""
+    return {
+        TRAINING[name].tag if name in TRAINING else f"train/{name}": value
+        for name, value in figures.items()
+        if value is not None and name != "episode"
+    }
