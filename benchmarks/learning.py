@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from co2lightning.agents import AGENTS
-from co2lightning.agents.load import load_agent
+from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
 from co2lightning.site.load import load_site
@@ -139,7 +139,7 @@ def add_figures(run: Run, site: Site, references: Evaluation, place: Path) -> li
     for episode in sorted({*(e for e in EPISODES if e < last), last}):
         path = files.path(episode)
         content = files.read(path)
-        evaluation = evaluate(load_agent(content, path), site, references)
+        evaluation = evaluate(policy_of(load_agent(content, path), site), site, references)
         broken += violations(evaluation)
         summary = summarise(evaluation)["agent"]._asdict()
         run["episodes"][str(episode)] = {key: summary[key] for key in FIGURES}

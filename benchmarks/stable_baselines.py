@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +37,9 @@ from torch import Tensor, nn
 
 import co2lightning
 from co2lightning.agents import AGENTS
+from co2lightning.control.observation import build_observer, observe
+from co2lightning.control.rules import Rule
+from co2lightning.control.state import SiteModel, State
 from co2lightning.settings.config import Settings, check_settings, complete, read_recipe
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
 from co2lightning.site.load import load_site
@@ -354,17 +357,15 @@ class SiteVecEnv(Lockstep):
         return obs, self.reward_scale * reward, terminated, infos
 
 
-class Policy:
-    """A Stable-Baselines3 agent as `evaluate` wants it."""
+def their_policy(model: Any, site: Site) -> Rule:
+    """Return a Stable-Baselines3 agent's deterministic policy in the form of a rule."""
+    observer = build_observer(site, torch.device("cpu"))
 
-    device = torch.device("cpu")
+    def act(site_model: SiteModel, state: State) -> Tensor:
+        obs = observe(observer, site_model, state).numpy()
+        return torch.from_numpy(model.predict(obs, deterministic=True)[0])
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def act(self, obs: Tensor) -> Tensor:
-        """Return the deterministic actions [B, A] for obs [B, O]."""
-        return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=True)[0])
+    return act
 
 
 def on_site(
@@ -409,7 +410,7 @@ def their_site(
     for count in episodes:
         steps = count * T * num_envs - model.num_timesteps
         model.learn(steps, reset_num_timesteps=False)
-        summary = summarise(evaluate(cast(Any, Policy(model)), site, references))["agent"]
+        summary = summarise(evaluate(their_policy(model, site), site, references))["agent"]
         run["episodes"][str(count)] = {key: getattr(summary, key) for key in FIGURES}
     seconds = time.perf_counter() - start
     print(f"Stable-Baselines3 {agent}-{seed}: {seconds:.0f} s", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from co2lightning.agents.load import load_agent
+from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.commands.run import find_runs
 from co2lightning.control import rules
@@ -142,7 +142,8 @@ def test_the_table_is_that_of_test(made: Made) -> None:
     checkpoint = run.load_latest_checkpoint()
     assert checkpoint is not None
     site = load_site(made.place / "village")
-    evaluation = evaluate(load_agent(checkpoint, run.path(3)), site)
+    agent = load_agent(checkpoint, run.path(3))
+    evaluation = evaluate(policy_of(agent, site), site)
     summaries = summarise(evaluation)
     rows = Page(made.html).rows
     for title, s in (("PPO", summaries["agent"]), ("optimum (LP)", summaries["optimum"])):
@@ -178,7 +179,8 @@ def test_the_first_sentence_compares_with_the_best_reference(
     assert report("PPO", "--env.site", dark, "--output", tmp_path / "r.html").code == 0
     run = TrainingCheckpoint(place / "checkpoints" / "PPO")
     agent = load_agent(TrainingCheckpoint.read(run.path(3)), run.path(3))
-    policies = evaluate(agent, load_site(dark)).policies
+    site = load_site(dark)
+    policies = evaluate(policy_of(agent, site), site).policies
     own_kg, idle_kg = policies["agent"].co2_kg, policies["uncontrolled"].co2_kg
     assert idle_kg.mean() < policies["rbc_b"].co2_kg.mean()
     kg, interval = mean_interval(own_kg - idle_kg)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from co2lightning.agents.load import load_agent
+from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.agents.ppo import PPO
 from co2lightning.commands import run as run_module
 from co2lightning.commands import test as test_command
@@ -148,11 +148,12 @@ def test_an_agent_that_acts_as_the_rule_is_the_rule(place: Path) -> None:
 
     site = load_site(place / "village")
     agent = Imitator(SiteDays.observation_dim, SiteDays.action_dim)
-    evaluation = evaluate(agent, site)
+    policy = policy_of(agent, site)
+    evaluation = evaluate(policy, site)
     assert next(iter(evaluation.policies)) == "agent"
     for own, rule in zip(evaluation.policies["agent"], evaluation.policies["rbc_b"], strict=True):
         assert own == pytest.approx(rule, abs=1e-4)
-    spared = evaluate(agent, site, references=evaluation)
+    spared = evaluate(policy, site, references=evaluation)
     assert spared.policies["optimum"] is evaluation.policies["optimum"]
 
 

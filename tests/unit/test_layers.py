@@ -34,8 +34,6 @@ STILL_UP = {
     ("agents/agent.py", "settings.config"),
     ("learn/rollout.py", "agents.agent"),
     ("sim/days.py", "learn.graphs"),
-    ("sim/evaluate.py", "agents.load"),
-    ("sim/evaluate.py", "agents.agent"),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
 
-from co2lightning.agents.load import load_agent
+from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.commands.predict import COLUMNS
 from co2lightning.control.observation import FEATURES
@@ -49,7 +49,8 @@ def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> N
     assert soc.min() >= 0.1 - 1e-6
     assert soc.max() <= 0.9 + 1e-6
     path = Path("checkpoints/PPO/episode_0002.pt")
-    evaluation = evaluate(load_agent(TrainingCheckpoint.read(path), path), site)
+    agent = load_agent(TrainingCheckpoint.read(path), path)
+    evaluation = evaluate(policy_of(agent, site), site)
     assert co2_kg.sum() == pytest.approx(evaluation.policies["agent"].co2_kg[0], abs=1e-4)
     told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, optimum (LP) {:.1f}\n"  # noqa: E501
     assert printed.err == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))

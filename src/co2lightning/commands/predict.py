@@ -16,13 +16,12 @@ from torch import Tensor
 from co2lightning.agents.agent import Agent
 from co2lightning.commands.run import Place, RunParser, open_run, unseen
 from co2lightning.control.observation import FEATURES, build_observer, observe
-from co2lightning.control.rules import RULES
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.errors import UserError
 from co2lightning.runs.files import check_output, write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import TITLES, check_finite
-from co2lightning.sim.schedule import Schedule, optimum_schedule, schedule
+from co2lightning.sim.evaluate import TITLES, check_finite, reference_schedules
+from co2lightning.sim.schedule import Schedule, schedule
 from co2lightning.site import trained_days
 from co2lightning.site.model import STEP_H, Floats, Site, T
 from co2lightning.terminal import say
@@ -129,9 +128,7 @@ def _csv(site: Site, day: int, names: Sequence[str], values: Floats) -> str:
 
 def _comparison(agent: Agent, episode: int, site: Site, day: int, planned: Schedule) -> str:
     """Say what the day emits, beside the rules and the optimum."""
-    model = build_model(site)
-    others = {name: schedule(model, rule, site, [day]) for name, rule in RULES.items()}
-    others["optimum"] = optimum_schedule(site, [day])
+    others = reference_schedules(site, [day])
     told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
     return (
         f"{site.days[day]}: {type(agent).__name__} after episode {episode} emits "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from co2lightning.agents.load import policy_of
 from co2lightning.commands.run import Place
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.terminal import say, show_tables
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run, facts = open_run(arguments, "test")
     site = unseen(facts, site)
-    evaluation = evaluate(agent, site)
+    evaluation = evaluate(policy_of(agent, site), site, device=agent.device)
     if arguments.json:
         say(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
     else:

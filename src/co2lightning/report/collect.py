@@ -194,6 +194,7 @@ def _plain(value: object) -> str:
 def _evaluated(
     one: _Loaded, site: Site, references: Evaluation, trained_on: tuple[str, str]
 ) -> RunResult:
+    policy, device = policy_of(one.agent, site), one.agent.device
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
@@ -202,8 +203,8 @@ def _evaluated(
         file=one.path,
         sha256=files[one.path.name],
         trained_on=trained_on,
-        evaluation=evaluate(one.agent, site, references),
-        heat=compare_to_rule(policy_of(one.agent, site), site, one.agent.device),
+        evaluation=evaluate(policy, site, references, device),
+        heat=compare_to_rule(policy, site, device),
     )
 
 

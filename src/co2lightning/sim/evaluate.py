@@ -12,20 +12,17 @@ Shapes: D held-out days.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 
-from co2lightning.control.rules import RULES
+from co2lightning.control.rules import RULES, Rule
 from co2lightning.control.state import build_model
 from co2lightning.errors import UserError
 from co2lightning.sim.schedule import Schedule, optimum_schedule, schedule
 from co2lightning.site.model import STEP_H, Floats, Site, T
-
-if TYPE_CHECKING:
-    from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import policy_of
 
 TITLES = {
     "uncontrolled": "uncontrolled",
@@ -82,18 +79,24 @@ class Summary(NamedTuple):
     peak_import_kw: float  # highest of all days
 
 
-def evaluate(agent: Agent | None, site: Site, references: Evaluation | None = None) -> Evaluation:
+def evaluate(
+    policy: Rule | None,
+    site: Site,
+    references: Evaluation | None = None,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
     """Run a policy's held-out days and put them beside the rules' and the optimum's.
 
     Args:
-        agent: Acts without exploration; None evaluates the references alone.
+        policy: In the form of a rule, as "agent" in what is returned; None evaluates the
+            references alone.
         site: The site.
         references: An earlier evaluation of the same site, to spare the rules and the optimum.
+        device: Where the policy acts.
     """
-    if agent is None:
+    if policy is None:
         return references or _references(site)
-    days = site.held_out_days.tolist()
-    own = schedule(build_model(site, agent.device), policy_of(agent, site), site, days)
+    own = schedule(build_model(site, device), policy, site, site.held_out_days.tolist())
     check_finite(own)
     references = references or _references(site)
     return replace(
@@ -112,10 +115,16 @@ def check_finite(own: Schedule) -> None:
         )
 
 
-def _references(site: Site) -> Evaluation:
-    model, days = build_model(site), site.held_out_days.tolist()
+def reference_schedules(site: Site, days: list[int]) -> dict[str, Schedule]:
+    """Return what the rules and the optimum do on days of a site."""
+    model = build_model(site)
     schedules = {name: schedule(model, rule, site, days) for name, rule in RULES.items()}
-    schedules["optimum"] = optimum_schedule(site, days)
+    return schedules | {"optimum": optimum_schedule(site, days)}
+
+
+def _references(site: Site) -> Evaluation:
+    days = site.held_out_days.tolist()
+    schedules = reference_schedules(site, days)
     unavoidable_kwh = schedules["uncontrolled"].unmet_kwh.sum(1)
     policies = {name: _figures(s, unavoidable_kwh) for name, s in schedules.items()}
     # Each of the T steps may round what the battery holds and what the meter has counted.
