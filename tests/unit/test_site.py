@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from co2lightning.errors import UserError
-from co2lightning.site import load as site_module
 from co2lightning.site.load import load_site, shipped_sites
 from co2lightning.site.model import Sessions, Site
 
@@ -498,22 +497,26 @@ def test_broken_gzip(folder: Folder) -> None:
         )
 
 
-def test_sizes_are_bounded(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_bounded(folder: Folder) -> None:
     folder.load()
-    (folder.path / "series.csv.gz").write_bytes(gzip.compress(b"0" * 3_000_000))
-    monkeypatch.setattr(site_module, "_MAX_CSV_BYTES", 2 * 1024**2)
-    assert "unpacks to more than 2 MiB, the most that is read" in message(
+    series = folder.path / "series.csv.gz"
+    series.write_bytes(gzip.compress(bytes(2**20)) * 257)
+    assert "unpacks to more than 256 MiB, the most that is read" in message(
         lambda: load_site(folder.path)
     )
-    (folder.path / "series.csv.gz").write_bytes(b"0" * 3_000_000)
-    assert "series.csv.gz: is larger than 2048 KiB" in message(lambda: load_site(folder.path))
+    os.truncate(series, 256 * 2**20 + 1)
+    assert "series.csv.gz: is larger than 262144 KiB" in message(lambda: load_site(folder.path))
     (folder.path / "site.yaml").write_bytes(b"#" * 300_000)
     assert "site.yaml: is larger than 64 KiB" in message(lambda: load_site(folder.path))
 
 
-def test_rows_are_bounded(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site_module, "_MAX_ROWS", 100)
-    assert message(folder.load) == "series.csv.gz: has over 100 rows, the most that is read"
+def test_rows_are_bounded(folder: Folder) -> None:
+    folder.load()
+    rows = gzip.compress(b"0,0,0,0\n" * 200_000, 1) * 11
+    (folder.path / "series.csv.gz").write_bytes(gzip.compress(f"{SERIES_HEADER}\n".encode()) + rows)
+    assert message(lambda: load_site(folder.path)) == (
+        "series.csv.gz: has over 2000000 rows, the most that is read"
+    )
 
 
 def test_text_encoding(folder: Folder) -> None:

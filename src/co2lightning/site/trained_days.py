@@ -30,30 +30,22 @@ def with_this_session(run: Mapping[str, Any], site: Site) -> dict[str, list[str]
         run: What the checkpoint says of the run; empty for a new one.
         site: What it trains on from here.
     """
-    stored, described = run.get("trained_days"), run.get("site")
-    others: dict[str, list[str] | None] = dict(stored) if isinstance(stored, dict) else {}
-    if run and not others and isinstance(described, dict):  # of version 0.1.0, perhaps elsewhere
-        others = {str(described.get("name")): None}
-    trained = seen(run, site) if run else np.zeros_like(site.held_out)
+    known = _trained_days(run)
+    trained = seen(run, site)
     if trained is None:
-        return others | {site.name: None}
-    known = _intervals_of(run, site)
-    new = (trained | ~site.held_out) & ~_within(known, site.days)
+        return known | {site.name: None}
+    intervals = known.get(site.name) or []
+    new = (trained | ~site.held_out) & ~_within(intervals, site.days)
     days = (site.days[day] for day in np.flatnonzero(new))
-    return others | {site.name: sorted([*known, *_as_intervals(days)])}
+    return known | {site.name: sorted([*intervals, *_as_intervals(days)])}
 
 
 def seen(run: Mapping[str, Any], site: Site) -> NDArray[np.bool_] | None:
     """Return whether a run was trained on each of a site's days, [D]; None if nobody knows."""
-    stored, described = run.get("trained_days"), run.get("site")
-    if isinstance(stored, dict):
-        if site.name in stored and not isinstance(stored[site.name], list):
-            return None
-        return _within(_intervals_of(run, site), site.days)
-    described = described if isinstance(described, dict) else {}
-    if described.get("sha256") == site.sha256:  # of version 0.1.0
-        return ~site.held_out
-    return None if described.get("name") == site.name else np.zeros_like(site.held_out)
+    intervals = _trained_days(run).get(site.name, [])
+    if intervals is None and not isinstance(run.get("trained_days"), dict):  # of version 0.1.0
+        return ~site.held_out if run["site"].get("sha256") == site.sha256 else None
+    return None if intervals is None else _within(intervals, site.days)
 
 
 def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
@@ -84,11 +76,17 @@ def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
     )
 
 
-def _intervals_of(run: Mapping[str, Any], site: Site) -> list[str]:
-    stored = run.get("trained_days")
-    found = stored.get(site.name) if isinstance(stored, dict) else None
-    texts = found if isinstance(found, list) else []
-    return [text for text in texts if isinstance(text, str) and _INTERVAL.fullmatch(text)]
+def _trained_days(run: Mapping[str, Any]) -> dict[str, list[str] | None]:
+    """Return what a run says of each site; of version 0.1.0 only that it was on the one named."""
+    stored, described = run.get("trained_days"), run.get("site")
+    if not isinstance(stored, dict):
+        stored = {described.get("name"): None} if isinstance(described, dict) else {}
+    return {
+        str(name): [text for text in texts if isinstance(text, str) and _INTERVAL.fullmatch(text)]
+        if isinstance(texts, list)
+        else None
+        for name, texts in stored.items()
+    }
 
 
 def _within(intervals: Iterable[str], days: Sequence[str]) -> NDArray[np.bool_]:

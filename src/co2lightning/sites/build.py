@@ -12,29 +12,25 @@ from __future__ import annotations
 import argparse
 import gzip
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from co2lightning.errors import UserError
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.site.model import STEP_H, Floats, Site, T
 from co2lightning.terminal import say
 
-SEED = 2025
-FIRST_DAY = date(2025, 1, 1)
-N_DAYS = 365
-LATITUDE, LONGITUDE, ALTITUDE_M = -3.75, -73.25, 104.0
-TIMEZONE, UTC_OFFSET = "America/Lima", "-05:00"
-CARBON_MEAN_KG_PER_KWH = 0.4521
-TARGET_SOC, CHARGER_EFFICIENCY = 0.95, 0.92
-MID_STEP_H = (np.arange(T) + 0.5) * STEP_H
-
-Floats = NDArray[np.float64]
+_SEED = 2025
+_FIRST_DAY = date(2025, 1, 1)
+_N_DAYS = 365
+_LATITUDE, _LONGITUDE, _ALTITUDE_M = -3.75, -73.25, 104.0
+_TIMEZONE, _UTC_OFFSET = "America/Lima", "-05:00"
+_CARBON_MEAN_KG_PER_KWH = 0.4521
+_TARGET_SOC, _CHARGER_EFFICIENCY = 0.95, 0.92
+_MID_STEP_H = (np.arange(T) + 0.5) * STEP_H
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ PRESETS = (
 
 
 @dataclass(frozen=True)
-class Waves:
+class _Waves:
     """Arrivals of one kind over the day: three waves, each with its share, time and dwell."""
 
     count: float
@@ -69,42 +65,14 @@ class Waves:
     dwell_cv: float
 
 
-DAY_WAVES = {
-    "moto": Waves(
+_DAY_WAVES = {
+    "moto": _Waves(
         190, (0.15, 0.35, 0.50), (8.5, 13.5, 18.3), (1.2, 1.6, 1.3), (5.0, 4.0, 3.5), 0.45
     ),
-    "mototaxi": Waves(
+    "mototaxi": _Waves(
         26, (0.20, 0.45, 0.35), (8.0, 13.5, 18.5), (1.0, 1.4, 1.2), (3.5, 3.5, 3.5), 0.35
     ),
 }
-
-SITE_YAML = """\
-# Charging site at Iquitos, Peru: {title}.
-# Written by `python -m co2lightning.sites.build`: one draw of the year 2025 with the seed below.
-# The format is explained in docs/site-format.md.
-name: {name}
-latitude: {latitude}
-longitude: {longitude}
-altitude_m: {altitude_m:g}
-timezone: {timezone}
-pv_kwp: {pv_kwp:g}  # DC
-grid_kw: 500
-charger_efficiency: {charger_efficiency}
-seed: {seed}
-battery:
-  capacity_kwh: {battery_kwh:g}
-  power_kw: 250  # on the AC side
-  charge_efficiency: 0.95
-  discharge_efficiency: 0.95
-  soc_min: 0.10
-  soc_max: 0.95
-  start_soc_min: 0.30
-  start_soc_max: 0.70
-sockets:
-  - {{name: moto, count: 112, max_kw: 2.0}}
-  - {{name: mototaxi, count: 16, max_kw: 3.0}}
-held_out: {{every: 6, first: 6}}  # the 6th, 12th, 18th ... day is kept for testing
-"""
 
 
 def ar1(rng: np.random.Generator, shape: tuple[int, int], rho: float) -> Floats:
@@ -122,23 +90,23 @@ def clear_sky_index(rng: np.random.Generator) -> Floats:
     resemble their neighbours, a dry season from June to September, and afternoon convection. The
     form follows Munkhammar & Widen 2018 and Assuncao et al. 2003; the numbers are assumptions.
     """
-    months = np.array([(FIRST_DAY + timedelta(days=d)).month for d in range(N_DAYS)])
+    months = np.array([(_FIRST_DAY + timedelta(days=d)).month for d in range(_N_DAYS)])
     season = np.where((months >= 6) & (months <= 9), 1.15, 0.80)
-    day_mean = season + 0.85 * ar1(rng, (1, N_DAYS), 0.3)[0]
-    x = ar1(rng, (N_DAYS, T), float(np.exp(-STEP_H / 1.0)))
-    convection = -0.55 * np.exp(-(((MID_STEP_H - 15) / 1.8) ** 2) / 2)
+    day_mean = season + 0.85 * ar1(rng, (1, _N_DAYS), 0.3)[0]
+    x = ar1(rng, (_N_DAYS, T), float(np.exp(-STEP_H / 1.0)))
+    convection = -0.55 * np.exp(-(((_MID_STEP_H - 15) / 1.8) ** 2) / 2)
     z = day_mean[:, None] + 1.15 * x + convection
     return np.clip(1.10 / (1 + np.exp(-z)), 0.05, 1.10)
 
 
-def solar(kc: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def solar(kc: Floats) -> Floats:
     """Compute the AC power of 1 kWp DC under clear-sky index `kc`, with pvlib.
 
     Args:
         kc: Clear-sky index [D, T].
 
     Returns:
-        Clear-sky GHI (W/m2), GHI (W/m2), clear-sky AC power (kW/kWp), AC power (kW/kWp), [D, T].
+        Clear-sky GHI (W/m2), GHI (W/m2), clear-sky AC power (kW/kWp), AC power (kW/kWp), [4, D, T].
     """
     import pandas as pd
     from pvlib.inverter import pvwatts as inverter_pvwatts
@@ -148,63 +116,47 @@ def solar(kc: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     from pvlib.temperature import TEMPERATURE_MODEL_PARAMETERS, sapm_cell
 
     n_days = len(kc)
-    start = pd.Timestamp(f"{FIRST_DAY}T00:00{UTC_OFFSET}") + pd.Timedelta(minutes=7.5)
-    times = pd.date_range(start, periods=n_days * T, freq="15min").tz_convert(TIMEZONE)
-    place = Location(LATITUDE, LONGITUDE, TIMEZONE, ALTITUDE_M)
+    start = pd.Timestamp(f"{_FIRST_DAY}T00:00{_UTC_OFFSET}") + pd.Timedelta(minutes=7.5)
+    times = pd.date_range(start, periods=n_days * T, freq="15min").tz_convert(_TIMEZONE)
+    place = Location(_LATITUDE, _LONGITUDE, _TIMEZONE, _ALTITUDE_M)
     sun = place.get_solarposition(times)
     clear_sky = place.get_clearsky(times, model="ineichen", solar_position=sun)
     ghi_clear = pd.Series(clear_sky["ghi"], times)
     dni_extra = get_extra_radiation(times)
+    zenith = sun["apparent_zenith"]
     thermal = TEMPERATURE_MODEL_PARAMETERS["sapm"]["close_mount_glass_glass"]
-    ac_limit_kw = 1 / 1.2
 
     def ac_kw_per_kwp(ghi: pd.Series) -> Floats:
         split = erbs(ghi, sun["zenith"], times)
-        poa = get_total_irradiance(
-            10,
-            0,
-            sun["apparent_zenith"],
-            sun["azimuth"],
-            split["dni"],
-            ghi,
-            split["dhi"],
-            dni_extra=dni_extra,
-            model="haydavies",
-        )["poa_global"].fillna(0.0)
+        light = split["dni"], ghi, split["dhi"]
+        plane = get_total_irradiance(
+            10, 0, zenith, sun["azimuth"], *light, dni_extra=dni_extra, model="haydavies"
+        )
+        poa = plane["poa_global"].fillna(0.0)
         cell_c = sapm_cell(poa, 28.0, 1.5, **thermal)
         dc_kw = pvwatts_dc(poa, cell_c, 1.0, -0.0035) * (1 - pvwatts_losses() / 100)
-        ac_kw = inverter_pvwatts(dc_kw, ac_limit_kw / 0.96, eta_inv_nom=0.96)
-        return np.maximum(np.nan_to_num(np.asarray(ac_kw)), 0.0).reshape(n_days, T)
+        ac_kw = inverter_pvwatts(dc_kw, 1 / 1.2 / 0.96, eta_inv_nom=0.96)
+        return np.maximum(np.nan_to_num(np.asarray(ac_kw)), 0.0)
 
     ghi = ghi_clear * kc.ravel()
-    clear, actual = ac_kw_per_kwp(ghi_clear), ac_kw_per_kwp(ghi)
-    return (
-        ghi_clear.to_numpy().reshape(n_days, T),
-        ghi.to_numpy().reshape(n_days, T),
-        clear,
-        actual,
-    )
+    series = [ghi_clear, ghi, ac_kw_per_kwp(ghi_clear), ac_kw_per_kwp(ghi)]
+    return np.stack(series).reshape(4, n_days, T)
 
 
 def building_load_kw(preset: Preset, noise: Floats) -> Floats:
     """Compute the building load [D, T] in kW from the preset's levels and noise of mean 1."""
     night, day, evening = preset.night_kw, preset.day_kw, preset.evening_kw
-    level = np.interp(
-        MID_STEP_H, [0, 5, 6.5, 17, 18.5, 22, 24], [night, night, day, day, evening, evening, night]
-    )
-    return level * noise
+    level_kw = [night, night, day, day, evening, evening, night]
+    return np.interp(_MID_STEP_H, [0, 5, 6.5, 17, 18.5, 22, 24], level_kw) * noise
 
 
 def carbon_kg_per_kwh(preset: Preset) -> Floats:
     """Compute the carbon intensity of one day [T], of mean 0.4521 kg/kWh."""
     if not preset.merit:
-        return np.full(T, CARBON_MEAN_KG_PER_KWH)
-    shape = np.interp(
-        MID_STEP_H,
-        [0, 5, 6.5, 17, 18.25, 22.25, 23.5, 24],
-        [0.85, 0.85, 0.95, 0.95, 1.45, 1.45, 0.85, 0.85],
-    )
-    return CARBON_MEAN_KG_PER_KWH * shape / shape.mean()
+        return np.full(T, _CARBON_MEAN_KG_PER_KWH)
+    level = [0.85, 0.85, 0.95, 0.95, 1.45, 1.45, 0.85, 0.85]
+    shape = np.interp(_MID_STEP_H, [0, 5, 6.5, 17, 18.25, 22.25, 23.5, 24], level)
+    return _CARBON_MEAN_KG_PER_KWH * shape / shape.mean()
 
 
 def lognormal(rng: np.random.Generator, mean: Floats | float, cv: float, n: int) -> Floats:
@@ -221,7 +173,7 @@ def vehicles(rng: np.random.Generator) -> list[tuple[int, str, int, int, float, 
         order of arrival.
     """
     rows: list[tuple[int, str, int, int, float, float]] = []
-    day_factors = lognormal(rng, 1.0, 0.10, N_DAYS)
+    day_factors = lognormal(rng, 1.0, 0.10, _N_DAYS)
     for day, factor in enumerate(day_factors):
         arrivals: list[tuple[float, float, str]] = []  # arrival h, departure h, socket type
         for kind, count, leave_h in (("moto", 95, 11.5), ("mototaxi", 15, 11.0)):
@@ -229,7 +181,7 @@ def vehicles(rng: np.random.Generator) -> list[tuple[int, str, int, int, float, 
             arrival_h = np.abs(rng.normal(3.0, 1.6, n))
             departure_h = rng.normal(leave_h, 1.2, n)
             arrivals += [(a, d, kind) for a, d in zip(arrival_h, departure_h, strict=True)]
-        for kind, waves in DAY_WAVES.items():
+        for kind, waves in _DAY_WAVES.items():
             n = rng.poisson(waves.count * factor)
             wave = rng.choice(3, n, p=waves.share)
             arrival_h = rng.normal(np.array(waves.mean_h)[wave], np.array(waves.sd_h)[wave])
@@ -243,7 +195,7 @@ def vehicles(rng: np.random.Generator) -> list[tuple[int, str, int, int, float, 
             departure_h = max(departure_h, arrival_h + (0.75 if moto else 1.0))
             first = int(arrival_h / STEP_H)
             last = min(max(int(np.ceil(departure_h / STEP_H)), first + 2), T)
-            energy_kwh = max(pack_kwh * (TARGET_SOC - rng.beta(2, 3.5)) / CHARGER_EFFICIENCY, 0.2)
+            energy_kwh = max(pack_kwh * (_TARGET_SOC - rng.beta(2, 3.5)) / _CHARGER_EFFICIENCY, 0.2)
             energy_kwh = min(energy_kwh, 0.98 * max_kw * STEP_H * (last - first))
             # Rounded down, so that rounding never asks for more than the window allows.
             rows.append((day, kind, first, last, np.floor(energy_kwh * 1000) / 1000, max_kw))
@@ -253,90 +205,86 @@ def vehicles(rng: np.random.Generator) -> list[tuple[int, str, int, int, float, 
 def timestamp(day: int, step: int) -> str:
     """Write the local time of a step's beginning; step 96 is the next midnight."""
     day, step = day + step // T, step % T
-    return f"{FIRST_DAY + timedelta(days=day)}T{step // 4:02d}:{step % 4 * 15:02d}{UTC_OFFSET}"
+    return f"{_FIRST_DAY + timedelta(days=day)}T{step // 4:02d}:{step % 4 * 15:02d}{_UTC_OFFSET}"
 
 
-def write_gz(path: Path, lines: Iterable[str]) -> None:
+def _site_yaml(preset: Preset) -> str:
+    return f"""\
+# Charging site at Iquitos, Peru: {preset.title}.
+# Written by `python -m co2lightning.sites.build`: one draw of the year 2025 with the seed below.
+# The format is explained in docs/site-format.md.
+name: {preset.name}
+latitude: {_LATITUDE}
+longitude: {_LONGITUDE}
+altitude_m: {_ALTITUDE_M:g}
+timezone: {_TIMEZONE}
+pv_kwp: {preset.pv_kwp:g}  # DC
+grid_kw: 500
+charger_efficiency: {_CHARGER_EFFICIENCY}
+seed: {_SEED}
+battery:
+  capacity_kwh: {preset.battery_kwh:g}
+  power_kw: 250  # on the AC side
+  charge_efficiency: 0.95
+  discharge_efficiency: 0.95
+  soc_min: 0.10
+  soc_max: 0.95
+  start_soc_min: 0.30
+  start_soc_max: 0.70
+sockets:
+  - {{name: moto, count: 112, max_kw: 2.0}}
+  - {{name: mototaxi, count: 16, max_kw: 3.0}}
+held_out: {{every: 6, first: 6}}  # the 6th, 12th, 18th ... day is kept for testing
+"""
+
+
+def _write_gz(path: Path, lines: list[str]) -> None:
     """Write lines with gzip, with no time stamp or file name inside, so that bytes repeat."""
     path.write_bytes(gzip.compress("".join(f"{x}\n" for x in lines).encode(), 9, mtime=0))
 
 
-def build(output: Path) -> list[str]:
-    """Write both sites below `output`.
-
-    Args:
-        output: Directory that gets one folder per site; it is made if it is missing.
-
-    Returns:
-        Lines that summarise the generated year.
-
-    Raises:
-        UserError: pvlib is not installed.
-    """
-    weather_rng, vehicle_rng, load_rng = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(SEED).spawn(3)
-    )
+def _build(output: Path) -> list[str]:
+    """Write a folder for each site below `output`; returns lines that summarise the year."""
+    seeds = np.random.SeedSequence(_SEED).spawn(3)
+    weather_rng, vehicle_rng, load_rng = (np.random.default_rng(seed) for seed in seeds)
     kc = clear_sky_index(weather_rng)
     try:
-        ghi_clear, ghi, ac_clear, ac = solar(kc)
+        sun = solar(kc)
     except ModuleNotFoundError as error:
         raise UserError(
             f"building the sites needs {error.name}: pip install 'co2lightning[site]'"
         ) from error
-    rows = vehicles(vehicle_rng)
-    load_noise = np.exp(0.05 * load_rng.standard_normal((N_DAYS, T)) - 0.05**2 / 2)
-    header = "session_id,socket_type,arrival,departure,energy_kwh,max_kw"
-    session_lines = [header] + [
+    session_lines = ["session_id,socket_type,arrival,departure,energy_kwh,max_kw"] + [
         f"v{i:06d},{kind},{timestamp(day, first)},{timestamp(day, last)},{energy:.3f},{max_kw:g}"
-        for i, (day, kind, first, last, energy, max_kw) in enumerate(rows, start=1)
+        for i, (day, kind, first, last, energy, max_kw) in enumerate(vehicles(vehicle_rng), start=1)
     ]
-    times = [timestamp(d, t) for d in range(N_DAYS) for t in range(T)]
-    sites: list[Site] = []
+    load_noise = np.exp(0.05 * load_rng.standard_normal((_N_DAYS, T)) - 0.05**2 / 2)
+    times = [timestamp(d, t) for d in range(_N_DAYS) for t in range(T)]
+    lines = _weather_summary(kc, sun)
     for preset in PRESETS:
         folder = output / preset.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "site.yaml").write_text(
-            SITE_YAML.format(
-                title=preset.title,
-                name=preset.name,
-                latitude=LATITUDE,
-                longitude=LONGITUDE,
-                altitude_m=ALTITUDE_M,
-                timezone=TIMEZONE,
-                pv_kwp=preset.pv_kwp,
-                charger_efficiency=CHARGER_EFFICIENCY,
-                seed=SEED,
-                battery_kwh=preset.battery_kwh,
-            ),
-            encoding="utf-8",
-            newline="\n",
-        )
-        columns = (
-            (preset.pv_kwp * ac).ravel(),
-            building_load_kw(preset, load_noise).ravel(),
-            np.tile(carbon_kg_per_kwh(preset), N_DAYS),
-        )
-        write_gz(
-            folder / "series.csv.gz",
-            ["time,pv_kw,load_kw,carbon_kg_per_kwh"]
-            + [
-                f"{time},{pv:.3f},{load:.3f},{carbon:.6f}"
-                for time, pv, load, carbon in zip(times, *columns, strict=True)
-            ],
-        )
-        write_gz(folder / "sessions.csv.gz", session_lines)
-        sites.append(load_site(folder))
-    return weather_summary(kc, ghi_clear, ghi, ac_clear, ac) + [site_summary(s) for s in sites]
+        (folder / "site.yaml").write_text(_site_yaml(preset), encoding="utf-8", newline="\n")
+        pv_kw = (preset.pv_kwp * sun[3]).ravel()
+        load_kw = building_load_kw(preset, load_noise).ravel()
+        carbon = np.tile(carbon_kg_per_kwh(preset), _N_DAYS)
+        rows = zip(times, pv_kw, load_kw, carbon, strict=True)
+        series_lines = ["time,pv_kw,load_kw,carbon_kg_per_kwh"] + [
+            f"{time},{pv:.3f},{load:.3f},{kg:.6f}" for time, pv, load, kg in rows
+        ]
+        _write_gz(folder / "series.csv.gz", series_lines)
+        _write_gz(folder / "sessions.csv.gz", session_lines)
+        lines.append(_site_summary(load_site(folder)))
+    return lines
 
 
-def weather_summary(
-    kc: Floats, ghi_clear: Floats, ghi: Floats, ac_clear: Floats, ac: Floats
-) -> list[str]:
-    """Summarise the weather [D, T] in the figures that the site's description gives."""
+def _weather_summary(kc: Floats, sun: Floats) -> list[str]:
+    """Summarise the weather, [D, T] and [4, D, T], in the figures of the site's description."""
+    ghi_clear, ghi, ac_clear, ac = sun
     daily = ghi.sum(1) / ghi_clear.sum(1)
-    light = (MID_STEP_H > 7) & (MID_STEP_H < 17)
+    light = (_MID_STEP_H > 7) & (_MID_STEP_H < 17)
     now, following = kc[:, light][:, :-1].ravel(), kc[:, light][:, 1:].ravel()
-    per_day = STEP_H / N_DAYS
+    per_day = STEP_H / _N_DAYS
     return [
         f"GHI clear {ghi_clear.sum() * per_day / 1000:.2f}, actual "
         f"{ghi.sum() * per_day / 1000:.2f} kWh/m2/day",
@@ -348,7 +296,7 @@ def weather_summary(
     ]
 
 
-def site_summary(site: Site) -> str:
+def _site_summary(site: Site) -> str:
     """Summarise what a controller meets at a site on an average day."""
     n = len(site.days)
     return (
@@ -368,13 +316,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("sites"), help="directory for the site folders"
     )
-    args = parser.parse_args(argv)
     try:
-        lines = build(args.output)
+        say(*_build(parser.parse_args(argv).output))
     except UserError as error:
         say(str(error), err=True)
         return 2
-    say(*lines)
     return 0
 
 

@@ -1,0 +1,147 @@
+"""Read a CSV file strictly: its columns, and every mistake in it told at once."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from co2lightning.errors import UserError, show
+from co2lightning.site.model import Floats
+
+MAX_BYTES = 256 * 1024**2  # of a file as it lies there, and of what it unpacks to
+_MAX_ROWS = 2_000_000
+_MISTAKES_TOLD = 3  # of each kind so many rows, and so many kinds; the rest is counted
+
+
+def _number(cell: str) -> float | str:
+    """Return the finite number in a cell, or what is wrong with it."""
+    if not cell.strip():
+        return "is empty; write 12.5"
+    if "_" in cell:
+        return "is not a number; write it without _"
+    try:
+        value = float(cell)
+    except ValueError:
+        hint = "write the decimal point as a point" if "," in cell else "write 12.5"
+        return f"is not a number; {hint}"
+    return value if math.isfinite(value) else "is not a finite number; every cell needs one"
+
+
+class Table:
+    """A CSV file as columns of text; collects what is wrong with its cells."""
+
+    def __init__(self, name: str, data: bytes, columns: tuple[str, ...]) -> None:
+        self.name = name
+        text = _unpack(name, data).rstrip("\r\n")
+        cells: list[str] = []  # row after row: a list for each row would be slow to collect
+        width, n_rows = 0, -1
+        try:
+            for n_rows, row in enumerate(csv.reader(io.StringIO(text, newline=""), strict=True)):
+                if not n_rows:
+                    self._check_header(row, columns)
+                    width = len(row)
+                elif len(row) != width:
+                    problem = f"has {len(row)} values; the header has {width}"
+                    if not row:
+                        problem = "is empty; remove it"
+                    raise UserError(f"{name}: row {n_rows + 1} {problem}")
+                elif n_rows > _MAX_ROWS:
+                    raise UserError(f"{name}: has over {_MAX_ROWS} rows, the most that is read")
+                cells += row
+        except csv.Error as error:
+            raise UserError(
+                f"{name}: row {n_rows + 2} is not valid CSV ({error}); values are separated "
+                "by commas"
+            ) from error
+        if n_rows < 1:
+            raise UserError(f"{name}: has no rows; line 1 is the header {','.join(columns)}")
+        self.columns = {cells[i].strip(): cells[width + i :: width] for i in range(width)}
+        self.n_rows = n_rows
+        self._mistakes: list[tuple[str, str]] = []  # of each kind: in full, and in short
+
+    def _check_header(self, header: list[str], columns: tuple[str, ...]) -> None:
+        names = [h.strip() for h in header]
+        expected = f"the header is {','.join(columns)}"
+        if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+            raise UserError(f"{self.name}: row 1 is not separated by commas; {expected}")
+        for column in columns:
+            if column not in names:
+                raise UserError(f"{self.name}: column {column} is missing; {expected}")
+        for i, column in enumerate(names):
+            if column not in columns:
+                raise UserError(f"{self.name}: column {show(column)} is unknown; {expected}")
+            if column in names[:i]:
+                raise UserError(f"{self.name}: column {column} is there twice; {expected}")
+
+    def read(self, column: str, parse: Callable[[str], float | str] = _number) -> Floats:
+        """Read a column as numbers; NaN where a cell holds none, which is noted.
+
+        Args:
+            column: Its name.
+            parse: Returns what a cell holds, or as text what is wrong with it.
+        """
+        cells = self.columns[column]
+        found = {cell: parse(cell) for cell in dict.fromkeys(cells)}
+        wrong = {cell: why for cell, why in found.items() if isinstance(why, str)}
+        kinds = {cell: why.partition(";")[0] for cell, why in wrong.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            self.check([kinds.get(c) == kind for c in cells], column, lambda i: wrong[cells[i]])
+        numbers = found | dict.fromkeys(wrong, math.nan)
+        return np.array([numbers[cell] for cell in cells], dtype=np.float64)
+
+    def check(self, bad: ArrayLike, column: str, problem: str | Callable[[int], str]) -> None:
+        """Note the rows where `bad` holds as one kind of mistake; `finish` tells of them.
+
+        Args:
+            bad: Of each row; row 0 is line 2 of the file.
+            column: Where the mistake is.
+            problem: What is wrong and what would be right; or a function of the row that says so.
+        """
+        rows = np.flatnonzero(bad).tolist()
+        if not rows:
+            return
+        first, count = rows[0], len(rows)
+        words = problem if isinstance(problem, str) else problem(first)
+        cell = show(self.columns[column][first])
+        told = f"row {first + 2}, column {column}: {cell} {words}"
+        if count > 1:
+            named = ", ".join(str(row + 2) for row in rows[:_MISTAKES_TOLD])
+            told += f" ({count} such rows: {named}{', ...' if count > _MISTAKES_TOLD else ''})"
+        self._mistakes.append((told, f"{count} x {column} {words.partition(';')[0]}"))
+
+    def finish(self) -> None:
+        """Raise for all mistakes that were noted, if there are any."""
+        if self._mistakes:
+            told = [in_full for in_full, _ in self._mistakes[:_MISTAKES_TOLD]]
+            told += [in_short for _, in_short in self._mistakes[_MISTAKES_TOLD:]]
+            raise UserError(f"{self.name}: {' | '.join(told)}")
+
+
+def _unpack(name: str, data: bytes) -> str:
+    if name.endswith(".gz"):
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(MAX_BYTES + 1)
+        except EOFError as error:
+            raise UserError(
+                f"{name}: is cut off in the middle; copy or compress it again"
+            ) from error
+        except (OSError, zlib.error) as error:
+            raise UserError(
+                f"{name}: is not a sound gzip file; compress it again, or give plain {name[:-3]}"
+            ) from error
+        if len(data) > MAX_BYTES:
+            most = f"{MAX_BYTES // 1024**2} MiB, the most that is read"
+            raise UserError(f"{name}: unpacks to more than {most}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}: row {row} is not UTF-8 text; save the file as UTF-8") from error
