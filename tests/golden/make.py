@@ -51,7 +51,7 @@ def make(target: Path) -> None:
                 sys.exit(1)
             run = shutil.copytree(f"{place}/checkpoints/{agent}", target / agent)
         learner = getattr(co2lightning, agent).load_from_checkpoint(run / "episode_0002.pt")
-        action, _ = learner.predict(observations(learner.hparams["observation_dim"]))
+        action, _ = learner.predict(observations(learner.observation_dim))
         actions[agent] = action.tolist()
     (target / "actions.json").write_text(json.dumps(actions, indent=1) + "\n", encoding="utf-8")
 

@@ -34,7 +34,7 @@ def test_it_verifies_and_predicts_as_it_did(golden: Path, run: TrainingCheckpoin
     check_history(str(run.directory), 2)
     assert run.load_metadata()["agent"] == golden.name
     learner = getattr(co2lightning, golden.name).load_from_checkpoint(run.path(2))
-    size = 3 * learner.hparams["observation_dim"]
+    size = 3 * learner.observation_dim
     obs = np.linspace(-1.0, 1.0, size, dtype=np.float32).reshape(3, -1)
     expected = json.loads((golden.parent / "actions.json").read_text())[golden.name]
     assert np.ptp(expected) > 0.01, "the actions tell one policy from another"

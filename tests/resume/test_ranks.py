@@ -130,7 +130,7 @@ def test_a_step_follows_the_mean_of_the_gradients(
     assert content["metrics"]["reward"] == pytest.approx(sum(reward) / 2)
     assert reward[0] != reward[1]
     optimizer = agent.configure_optimizers()
-    descent = Descent(agent, optimizer, max_norm=agent.hparams["max_grad_norm"], compiled=False)
+    descent = Descent(agent, optimizer, max_norm=agent.settings.max_grad_norm, compiled=False)
     descent.step([(a + b) / 2 for a, b in zip(*gradients, strict=True)])
     for name, weight in agent.state_dict().items():
         torch.testing.assert_close(content["state_dict"][name], weight, rtol=1e-5, atol=1e-6)

@@ -57,7 +57,7 @@ def pupil(
     agent = agent_class(name)(3, 2, seed=1, hidden=(width,))
     optimizer = agent.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
-    max_norm = agent.hparams.get("max_grad_norm")
+    max_norm = getattr(agent.settings, "max_grad_norm", None)
     return agent, Descent(agent, optimizer, max_norm=max_norm, compiled=compiled), optimizer
 
 
@@ -262,7 +262,7 @@ def test_auto_is_for_long_runs(name: str) -> None:
     settings = complete(read_recipe(f"{name.lower()}.yaml")[1], name)
     model = {k.removeprefix("model."): v for k, v in settings.items() if k.startswith("model.")}
     agent = agent_class(name)(29, 2, **model)
-    assert agent.hparams["compile"] == "auto"
+    assert agent.settings.compile == "auto"
     day: Any = SimpleNamespace(horizon=96, num_envs=settings["env.num_envs"])
     updates = agent.updates_per_episode(day)
     assert not worth_compiling(10 * updates)
@@ -312,7 +312,7 @@ def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
     path = Path("old.pt")
     del content["hyper_parameters"]["compile"], content["run"]["config"]["model.compile"]
     path.write_bytes(seal.seal_checkpoint(content, record))
-    assert agent_class("PPO").load_from_checkpoint(path).hparams["compile"] == "auto"
+    assert agent_class("PPO").load_from_checkpoint(path).settings.compile == "auto"
     monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
     outcome = fit("PPO", "--ckpt_path", "old.pt", "--episodes", "1")
     assert "Resuming PPO at episode 2" in outcome.out

@@ -210,7 +210,7 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
 
 def test_the_table_says_that_actions_are_corrections(capsys: pytest.CaptureFixture[str]) -> None:
     agent = PPO(SiteDays.observation_dim, SiteDays.action_dim)
-    agent.hparams["action"] = "correction"
+    agent.settings.action = "correction"
     test_command._print_table(by_hand(), agent, 1)
     assert "PPO as a correction of RBC B, episode 1" in capsys.readouterr().out
     assert test_command.as_data(by_hand(), agent, 1)["action"] == "correction"

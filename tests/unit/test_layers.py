@@ -31,7 +31,6 @@ FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
 # On their way out.
 STILL_UP = {
-    ("agents/agent.py", "settings.config"),
     ("learn/rollout.py", "agents.agent"),
     ("sim/days.py", "learn.graphs"),
 }

@@ -5,43 +5,73 @@ Shapes: n steps of a rollout, B environments, O features, A actions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from co2lightning.agents.agent import Agent
+from co2lightning.agents.agent import Agent, AgentSettings
 from co2lightning.agents.networks import MLP, gaussian_log_prob
+from co2lightning.agents.ranges import (
+    COUNT_OR_NONE,
+    POSITIVE,
+    SHARE,
+    WEIGHT,
+    Range,
+    setting,
+)
 from co2lightning.agents.returns import gae
 from co2lightning.learn.rollout import Rollout
 
 
-class ActorCritic(Agent):
-    """A Gaussian policy with a learned standard deviation, and a value function beside it.
+@dataclass(kw_only=True)
+class ActorCriticSettings(AgentSettings):
+    """What can be set of an on-policy agent.
 
-    Subclasses save their hyperparameters before they call `build`.
+    Args:
+        n_steps: Steps of the episode between two updates; 0 is the whole episode.
+        gae_lambda: 0 trusts the value function, 1 the rollout.
+        normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
+        ent_coef: Weight of the entropy bonus.
+        vf_coef: Weight of the value loss.
+        max_grad_norm: The gradient's norm is clipped to this.
+        log_std_init: Logarithm of the first standard deviation of an action.
     """
 
+    n_steps: int = setting(0, COUNT_OR_NONE)
+    gae_lambda: float = setting(0.95, SHARE)
+    normalize_advantage: bool = True
+    ent_coef: float = setting(0.0, WEIGHT)
+    vf_coef: float = setting(0.5, WEIGHT)
+    max_grad_norm: float = setting(0.5, POSITIVE)
+    log_std_init: float = setting(0.0, Range(-20, 2))
+
+
+class ActorCritic(Agent):
+    """A Gaussian policy with a learned standard deviation, and a value function beside it."""
+
+    settings: ActorCriticSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def build(self) -> None:
-        """Make the networks the hyperparameters ask for."""
-        generator = self.weights_generator()
-        n_in, n_actions = self.hparams["observation_dim"], self.hparams["action_dim"]
-        n_seen = n_in + self.hparams["hindsight_dim"]
-        shape = {
-            "hidden": self.hparams["hidden"],
-            "activation": self.hparams["activation"],
-            "generator": generator,
+        chosen = self.settings
+        shape: dict[str, Any] = {
+            "hidden": chosen.hidden,
+            "activation": chosen.activation,
+            "generator": self.weights_generator(),
         }
+        n_in, n_actions = self.observation_dim, self.action_dim
         self.actor = MLP(n_in, n_out=n_actions, output_gain=0.01, **shape)
-        self.critic = MLP(n_seen, n_out=1, output_gain=1.0, **shape)
-        self.log_std = nn.Parameter(torch.full((n_actions,), float(self.hparams["log_std_init"])))
+        self.critic = MLP(n_in + self.hindsight_dim, n_out=1, output_gain=1.0, **shape)
+        self.log_std = nn.Parameter(torch.full((n_actions,), float(chosen.log_std_init)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with the epsilon of 1e-5 that on-policy codes agree on."""
-        return torch.optim.Adam(
-            self.parameters(), lr=self.hparams["learning_rate"], eps=1e-5, fused=True
-        )
+        rate = self.settings.learning_rate
+        return torch.optim.Adam(self.parameters(), lr=rate, eps=1e-5, fused=True)
 
     def segment_steps(self, horizon: int) -> int:
-        return min(self.hparams["n_steps"] or horizon, horizon)
+        return min(self.settings.n_steps or horizon, horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)) + self.log_std.exp() * noise
@@ -73,18 +103,18 @@ class ActorCritic(Agent):
         """
         value, next_value = values[:-1], values[1:]
         advantage = gae(
-            rollout.reward * self.hparams["reward_scale"],
+            rollout.reward * self.settings.reward_scale,
             value,
             next_value,
             rollout.terminated,
             rollout.truncated,
-            gamma=self.hparams["gamma"],
-            gae_lambda=self.hparams["gae_lambda"],
+            gamma=self.settings.gamma,
+            gae_lambda=self.settings.gae_lambda,
         )
         target = advantage + value
         mean, variance = _moments(advantage, rollout.valid)
         _, spread = _moments(target, rollout.valid)
-        if self.hparams["normalize_advantage"]:
+        if self.settings.normalize_advantage:
             advantage = (advantage - mean) / (variance.sqrt() + 1e-8)
         return advantage, target, 1.0 - variance / (spread + 1e-8)
 

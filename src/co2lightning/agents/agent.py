@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,6 +18,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from co2lightning.agents import agent_class
+from co2lightning.agents.load import agent_of, not_finite, restore_agent, stored_settings
+from co2lightning.agents.networks import ACTIVATIONS
+from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTHS, Choice, setting
 from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
@@ -24,60 +29,38 @@ from co2lightning.learn.descent import Descent
 from co2lightning.learn.rollout import Rollout, RolloutDataset
 from co2lightning.learn.seeds import episode_generator, episode_seed
 from co2lightning.metrics import short_metrics
-from co2lightning.runs.ledger import MAX_EPISODES, parse_count
+from co2lightning.runs.ledger import parse_count
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import check_agent, check_stored
 from co2lightning.sim.interface import Environment
 
-SIZES = {
-    "observation_dim": "observations",
-    "hindsight_dim": "features of hindsight",
-    "action_dim": "actions",
-}
-"""The hyperparameters that an environment sets, and what they count."""
+_MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
 
 
-def agent_of(content: dict[str, Any], origin: str | Path) -> str:
-    """Return the name of the agent whose episode a checkpoint's content is.
+@dataclass(kw_only=True)
+class AgentSettings:
+    """What can be set of every agent.
 
-    Raises:
-        UserError: It is not that of an episode of this project; `origin` names its file.
+    Args:
+        action: direct, or correction: what is added to the action of the rule RBC B.
+        learning_rate: Of Adam, at episode 1.
+        anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
+        anneal_to: Share of the learning rate that is left after them.
+        gamma: Discount per step.
+        hidden: Width of each hidden layer, of actor and critic alike.
+        activation: tanh, relu or silu.
+        reward_scale: Factor on rewards before they reach a critic.
+        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
     """
-    kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
-    try:
-        parse_count(content, "episode", least=1, most=MAX_EPISODES)
-        for key, kind in {**kinds, "optimizer_states": list}.items():
-            if not isinstance(content.get(key), kind):
-                raise ValueError(f"{key} is no {kind.__name__}")
-        run = content["run"]
-        if not isinstance(run.get("config"), dict):
-            raise ValueError("its run has no config")
-    except ValueError as error:
-        raise UserError(
-            f"{origin}: not an episode of co2lightning ({error}); give one such as episode_0004.pt"
-        ) from None
-    return check_agent(run.get("agent"), f"{origin}: agent")
 
-
-def check_sizes(
-    content: dict[str, Any], origin: str | Path, sizes: dict[str, int], place: str
-) -> None:
-    """Raise a UserError if an episode was trained on other `sizes` than `place` has."""
-    for key, size in sizes.items():
-        trained = content["hyper_parameters"].get(key, 0)
-        if type(trained) is int and trained != size:
-            raise UserError(
-                f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "
-                "environment, start a new one for another"
-            )
-
-
-MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
-
-
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds a number which is not finite."""
-    return next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+    action: Literal["direct", "correction"] = "direct"
+    learning_rate: float = setting(3e-4, POSITIVE)
+    anneal_episodes: int = setting(0, COUNT_OR_NONE)
+    anneal_to: float = setting(0.1, SHARE)
+    gamma: float = setting(0.99, SHARE)
+    hidden: tuple[int, ...] = setting((64, 64), WIDTHS)
+    activation: str = setting("tanh", Choice(ACTIVATIONS))
+    reward_scale: float = setting(1.0, POSITIVE)
+    compile: bool | Literal["auto"] = "auto"
 
 
 class Agent(pl.LightningModule):
@@ -86,13 +69,35 @@ class Agent(pl.LightningModule):
     One epoch of the Trainer is one episode. Every draw comes from a generator seeded by (seed,
     episode, rank), every schedule depends on the absolute episode: a resumed agent does what the
     uninterrupted one would have done.
+
+    Args:
+        observation_dim: O; set by the environment.
+        action_dim: A; set by the environment.
+        seed: Seed of the run; every draw follows from (seed, episode, rank).
+        hindsight_dim: K, what only critics observe; set by the environment.
+        settings: Those of `settings_class`.
     """
 
+    settings_class: type[AgentSettings]
+    settings: AgentSettings
     fixed_settings = ("hidden", "activation", "log_std_init")
     """What a resume cannot change: it is in the weights."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        seed: int = 0,
+        hindsight_dim: int = 0,
+        **settings: Any,
+    ) -> None:
         super().__init__()
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        self.seed = seed
+        self.hindsight_dim = hindsight_dim
+        self.settings = self.settings_class(**settings)
+        self.save_hyperparameters(self.hyperparameters())  # for the loggers
         self.automatic_optimization = False
         self.env: Environment | None = None
         self.world_size = 1
@@ -100,8 +105,18 @@ class Agent(pl.LightningModule):
         self.updates = 0
         self.metrics: dict[str, float] = {}
         self.say: Callable[[str], None] = print
+        self.build()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the constructor's arguments, which a checkpoint holds."""
+        sizes = ("observation_dim", "action_dim", "seed", "hindsight_dim")
+        return {key: getattr(self, key) for key in sizes} | vars(self.settings)
 
     # -- what an agent defines -----------------------------------------------------------------
+
+    def build(self) -> None:
+        """Make the networks that the settings ask for."""
+        raise NotImplementedError
 
     def segment_steps(self, horizon: int) -> int:
         """Return how many steps of the episode are collected between two updates."""
@@ -134,7 +149,7 @@ class Agent(pl.LightningModule):
 
     def policy_obs(self, obs: Tensor) -> Tensor:
         """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
-        return obs[..., : self.hparams["observation_dim"]]
+        return obs[..., : self.observation_dim]
 
     def environment_action(self, obs: Tensor, output: Tensor) -> Tensor:
         """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A].
@@ -142,7 +157,7 @@ class Agent(pl.LightningModule):
         "direct" takes the output as it is. "correction" adds it to what the rule RBC B would do,
         which the observation holds: residual policy learning, Johannink et al. 2019.
         """
-        if self.hparams["action"] == "correction":
+        if self.settings.action == "correction":
             assert RULE_FEATURES[1] == RULE_FEATURES[0] + 1
             output = output + obs[..., RULE_FEATURES[0] : RULE_FEATURES[1] + 1]
         return output.clamp(-1.0, 1.0)
@@ -154,7 +169,7 @@ class Agent(pl.LightningModule):
     @property
     def acts_in_a_graph(self) -> bool:
         """Whether `explore` may be compiled for this episode."""
-        return self.hparams["compile"] is True
+        return self.settings.compile is True
 
     # -- episodes and seeds --------------------------------------------------------------------
 
@@ -165,30 +180,33 @@ class Agent(pl.LightningModule):
 
     def episode_seed(self, stream: str) -> int:
         """Return the seed of a stream of draws in this episode on this rank."""
-        return episode_seed(self.hparams["seed"], self.episode, self.global_rank, stream)
+        return episode_seed(self.seed, self.episode, self.global_rank, stream)
 
     def episode_generator(self, stream: str) -> torch.Generator:
         """Return the generator of a stream of draws in this episode on this rank."""
-        return episode_generator(
-            self.hparams["seed"], self.episode, self.global_rank, stream, self.device
-        )
+        return episode_generator(self.seed, self.episode, self.global_rank, stream, self.device)
 
     def weights_generator(self) -> torch.Generator:
         """Return the generator the first weights are drawn from, the same on every rank."""
-        return episode_generator(self.hparams["seed"], 0, 0, "weights", torch.device("cpu"))
+        return episode_generator(self.seed, 0, 0, "weights", torch.device("cpu"))
 
     def draw_noise(self, horizon: int, num_envs: int) -> Tensor:
         """Return the exploration noise [horizon, B, A] of this episode."""
-        shape = (horizon, num_envs, self.hparams["action_dim"])
+        shape = (horizon, num_envs, self.action_dim)
         return torch.randn(shape, generator=self.episode_generator("noise"), device=self.device)
 
     def annealed(self, value: float) -> float:
         """Return `value` shrunk linearly with the absolute episode, per the recipe's schedule."""
-        span = self.hparams["anneal_episodes"]
+        span = self.settings.anneal_episodes
         done = min(1.0, (self.episode - 1) / span) if span else 0.0
-        return value * (1.0 - done * (1.0 - self.hparams["anneal_to"]))
+        return value * (1.0 - done * (1.0 - self.settings.anneal_to))
 
     # -- Lightning -----------------------------------------------------------------------------
+
+    @property
+    def replay_capacity(self) -> int | None:
+        """How many transitions a replay buffer holds; None of an agent without one."""
+        return None
 
     def restore_replay(self, pieces: list[dict[str, Any]]) -> None:
         """Take up what earlier episodes added to a replay buffer; agents without one ignore it."""
@@ -199,7 +217,7 @@ class Agent(pl.LightningModule):
         Raises:
             UserError: The action is a correction of a rule that this environment does not have.
         """
-        if self.hparams["action"] == "correction" and not env.rule_features:
+        if self.settings.action == "correction" and not env.rule_features:
             raise UserError("--model.action correction: only a site has the rule it corrects")
         self.env = env
 
@@ -224,8 +242,8 @@ class Agent(pl.LightningModule):
         self.descent = Descent(
             self,
             self.trainer.optimizers[0],
-            max_norm=self.hparams.get("max_grad_norm"),
-            compiled=self.hparams["compile"] is True,
+            max_norm=getattr(self.settings, "max_grad_norm", None),
+            compiled=self.settings.compile is True,
             average=self._average() if self.world_size > 1 else None,
             say=self.say if self.trainer.is_global_zero else lambda line: None,
         )
@@ -243,7 +261,7 @@ class Agent(pl.LightningModule):
         self._outcomes: list[tuple[Tensor, ...]] = []
         self._learned: list[dict[str, Tensor]] = []
         self.update_generator = self.episode_generator("updates")
-        self.descent.begin(self.annealed(self.hparams["learning_rate"]))
+        self.descent.begin(self.annealed(self.settings.learning_rate))
 
     def training_step(self, episode: Iterator[Rollout], batch_idx: int) -> None:
         """Learn from one episode, segment by segment."""
@@ -282,7 +300,7 @@ class Agent(pl.LightningModule):
             "rollout/ep_rew_mean": total_reward / max(episodes, self.env.num_envs),
             **site,
             **{f"train/{name}": value for name, value in zip(figures, known[3:], strict=True)},
-            "train/learning_rate": self.annealed(self.hparams["learning_rate"]),
+            "train/learning_rate": self.annealed(self.settings.learning_rate),
             "time/episode_seconds": seconds,
             "time/env_steps_per_second": env_steps * self.world_size / seconds,
         }
@@ -302,7 +320,7 @@ class Agent(pl.LightningModule):
         wrong = [f"{tag} is {value}" for tag, value in metrics.items() if not math.isfinite(value)]
         del wrong[1:]  # the others follow from it
         row = self.descent.skipped_in_a_row() if metrics.get("train/skipped_updates") else 0
-        if row >= MOST_SKIPPED or (wrong and row):
+        if row >= _MOST_SKIPPED or (wrong and row):
             wrong.append(f"updates in a row without a finite gradient: {row}")
         if name := not_finite(self.state_dict()):
             wrong.append(f"the weights {name} are not finite")
@@ -315,7 +333,8 @@ class Agent(pl.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters."""
+        """Add the counters, and what the agent is made of as it is by now."""
+        checkpoint |= {"hyper_parameters": self.hyperparameters(), "hparams_name": "kwargs"}
         checkpoint["counters"] = {"env_steps": self.env_steps, "updates": self.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,62 +366,12 @@ class Agent(pl.LightningModule):
         """
         content = TrainingCheckpoint.read(checkpoint_path)
         agent = agent_of(content, checkpoint_path)
-        if agent != cls.__name__:
+        if agent_class(agent) is not cls:
             raise UserError(f"{checkpoint_path}: trained by {agent}, not by {cls.__name__}")
-        settings = {**cls.stored_settings(content, checkpoint_path), **overrides}
-        return cls.restore(content, checkpoint_path, settings).to(map_location or "cpu").eval()
-
-    @classmethod
-    def stored_settings(cls, content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
-        """Return the hyperparameters that an episode's content holds, checked.
-
-        Raises:
-            UserError: They are not such; `origin` names the file.
-        """
-        stored = content["hyper_parameters"]
-        settings = {f"model.{key}": value for key, value in stored.items() if key not in SIZES}
-        settings["seed_everything"] = settings.pop("model.seed", 0)
-        checked = check_stored(settings, cls.__name__, str(origin))
-        try:
-            sizes = {key: parse_count(stored, key, 0) for key in SIZES}
-        except ValueError as error:
-            raise UserError(f"{origin}: {error}") from None
-        seed = checked.pop("seed_everything")
-        return sizes | {"seed": seed} | {k.removeprefix("model."): v for k, v in checked.items()}
-
-    @classmethod
-    def restore(cls, content: dict[str, Any], origin: str | Path, settings: dict[str, Any]) -> Self:
-        """Make an agent with the weights and counters that an episode's content holds.
-
-        Args:
-            content: That of an episode, see `agent_of`.
-            origin: Its file, for messages.
-            settings: The hyperparameters.
-
-        Raises:
-            UserError: The weights are not those of such an agent, then none were made, or not
-                finite.
-        """
-        state = content["state_dict"]
-        try:
-            with torch.device("meta"):  # weights without numbers, however many would be asked for
-                wanted = cls(**settings).state_dict()
-            for name in {**wanted, **state}:
-                if kind_of(state.get(name)) != kind_of(wanted.get(name)):
-                    raise ValueError(f"{name} is not as its settings say")
-            learner = cls(**settings)
-            learner.load_state_dict(state)
-            learner.on_load_checkpoint(content)
-        except Exception as error:  # whatever a foreign file provokes
-            reason = " ".join(str(error).split())[:120]
-            message = f"{origin}: not of this version's {cls.__name__} ({reason})"
-            raise UserError(message) from None
-        if name := not_finite(state):
-            raise UserError(
-                f"{origin}: its weights {name} are no finite numbers, training diverged; an "
-                "earlier episode may be good"
-            )
-        return learner
+        settings = {**stored_settings(content, checkpoint_path), **overrides}
+        learner = restore_agent(content, checkpoint_path, settings)
+        assert isinstance(learner, cls)
+        return learner.to(map_location or "cpu").eval()
 
     # -- use -----------------------------------------------------------------------------------
 
@@ -430,11 +399,6 @@ class Agent(pl.LightningModule):
         if deterministic:
             action = self.act(batch)
         else:
-            noise = torch.randn(len(batch), self.hparams["action_dim"], device=self.device)
+            noise = torch.randn(len(batch), self.action_dim, device=self.device)
             action = self.environment_action(batch, self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None
-
-
-def kind_of(value: object) -> tuple[torch.Size, torch.dtype] | None:
-    """Return a tensor's shape and its type of numbers, None of anything else."""
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else None

@@ -1,18 +1,33 @@
-"""An agent from a checkpoint, checked before any of it is believed."""
+"""An agent from a checkpoint: the one place that checks a stranger's content and believes it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from co2lightning.agents import agent_class
+import torch
+from torch import Tensor
+
+from co2lightning.agents import agent_class, check_agent
+from co2lightning.agents.ranges import COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
 from co2lightning.control.observation import build_observer, observe
 from co2lightning.control.rules import Rule
+from co2lightning.errors import UserError
+from co2lightning.runs.ledger import MAX_EPISODES, parse_count
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.model import Site
 
 if TYPE_CHECKING:
-    from co2lightning.agents.agent import Agent
+    from co2lightning.agents import Agent
+
+SIZES = {
+    "observation_dim": "observations",
+    "hindsight_dim": "features of hindsight",
+    "action_dim": "actions",
+}
+"""What an environment sets of an agent, and what that counts."""
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
@@ -21,15 +36,125 @@ def policy_of(agent: Agent, site: Site) -> Rule:
     return lambda model, state: agent.act(observe(observer, model, state))
 
 
-def load_agent(checkpoint: dict[str, Any], origin: Path) -> Agent:
-    """Make the agent that a checkpoint of a run on a site holds, ready to act.
+def agent_of(content: dict[str, Any], origin: str | Path) -> str:
+    """Return the name of the agent whose episode a checkpoint's content is.
 
     Raises:
-        UserError: It is no such checkpoint; `origin` names its file.
+        UserError: It is not that of an episode of this project; `origin` names its file.
     """
-    from co2lightning.agents.agent import agent_of, check_sizes
+    kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
+    try:
+        parse_count(content, "episode", least=1, most=MAX_EPISODES)
+        for key, kind in {**kinds, "optimizer_states": list}.items():
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"{key} is no {kind.__name__}")
+        run = content["run"]
+        if not isinstance(run.get("config"), dict):
+            raise ValueError("its run has no config")
+    except ValueError as error:
+        raise UserError(
+            f"{origin}: not an episode of co2lightning ({error}); give one such as episode_0004.pt"
+        ) from None
+    return check_agent(run.get("agent"), f"{origin}: agent")
 
-    made = agent_class(agent_of(checkpoint, origin))
+
+def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
+    """Return what the agent of an episode's content was made of, checked.
+
+    Raises:
+        UserError: It is nothing that an agent can be made of; `origin` names the file.
+    """
+    kinds: dict[str, Kind] = dict.fromkeys(SIZES, (int, COUNT_OR_NONE))
+    settings_class = agent_class(agent_of(content, origin)).settings_class
+    kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
+    return check_types(content["hyper_parameters"], kinds, str(origin))
+
+
+def restore_agent(
+    content: dict[str, Any],
+    origin: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    environment: tuple[str, Mapping[str, int]] | None = None,
+) -> Agent:
+    """Make an agent with the weights and counters that an episode's content holds.
+
+    Args:
+        content: That of an episode.
+        origin: Its file, for messages.
+        settings: What the agent is made of, checked already; by default what is stored.
+        environment: What the agent is to act in, in a word, and its sizes.
+
+    Raises:
+        UserError: It is no such content, or was trained on other sizes; the weights are not those
+            of such an agent, then none were made, or not finite.
+    """
+    made = agent_class(agent_of(content, origin))
+    place, sizes = environment or ("", {})
+    for key, size in sizes.items():
+        trained = content["hyper_parameters"].get(key, 0)
+        if type(trained) is int and trained != size:
+            raise UserError(
+                f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "
+                "environment, start a new one for another"
+            )
+    if settings is None:
+        settings = stored_settings(content, origin)
+    state = content["state_dict"]
+    try:
+        with torch.device("meta"):  # weights without numbers, however many would be asked for
+            wanted = made(**settings).state_dict()
+        for name in {**wanted, **state}:
+            if _kind(state.get(name)) != _kind(wanted.get(name)):
+                raise ValueError(f"{name} is not as its settings say")
+        learner = made(**settings)
+        learner.load_state_dict(state)
+        learner.on_load_checkpoint(content)
+    except Exception as error:  # whatever a foreign file provokes
+        reason = " ".join(str(error).split())[:120]
+        message = f"{origin}: not of this version's {made.__name__} ({reason})"
+        raise UserError(message) from None
+    if name := not_finite(state):
+        raise UserError(
+            f"{origin}: its weights {name} are no finite numbers, training diverged; an "
+            "earlier episode may be good"
+        )
+    return learner
+
+
+def load_agent(content: dict[str, Any], origin: str | Path) -> Agent:
+    """Make the agent that an episode of a run on a site holds, ready to act.
+
+    Raises:
+        UserError: As `restore_agent`.
+    """
     sizes = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
-    check_sizes(checkpoint, origin, sizes, "a site")
-    return made.restore(checkpoint, origin, made.stored_settings(checkpoint, origin)).eval()
+    return restore_agent(content, origin, environment=("a site", sizes)).eval()
+
+
+def adam_state(content: dict[str, Any], weights: Iterable[Tensor]) -> dict[int, Any]:
+    """Return the state of Adam that an episode's content holds for the weights, checked.
+
+    Raises:
+        ValueError: It is not Adam's or not finite. Of other content, whatever that provokes.
+    """
+    (stored,) = content["optimizer_states"]
+    of = dict(enumerate(weights))
+    for number, held in stored["state"].items():
+        moment = _kind(of[number])
+        kinds = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+        known = {key: _kind(value) for key, value in held.items()}
+        if known != kinds or not 0 <= held["step"] < math.inf:
+            raise ValueError(f"the optimizer's state of weights {number} is not Adam's")
+        if name := not_finite(held):
+            raise ValueError(f"the optimizer's {name} of weights {number} is not finite")
+    return stored["state"]
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds a number which is not finite."""
+    return next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+
+
+def _kind(value: object) -> tuple[torch.Size, torch.dtype] | None:
+    """Return a tensor's shape and its type of numbers, None of anything else."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else None

@@ -5,13 +5,15 @@ Shapes: N transitions of a rollout, M of a minibatch.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
+from co2lightning.agents.actor_critic import ActorCritic, ActorCriticSettings, weighted_mean
 from co2lightning.agents.networks import gaussian_entropy
+from co2lightning.agents.ranges import COUNT, POSITIVE, setting
 from co2lightning.learn.rollout import Rollout
 from co2lightning.sim.interface import Environment
 
@@ -27,65 +29,33 @@ class Samples(NamedTuple):
     weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
 
 
-class PPO(ActorCritic):
-    """PPO with the clipped objective and generalised advantage estimation.
+@dataclass(kw_only=True)
+class PPOSettings(ActorCriticSettings):
+    """What can be set of PPO.
 
     Args:
-        observation_dim: O; set by the environment.
-        action_dim: A; set by the environment.
-        seed: Seed of the run; every draw follows from (seed, episode, rank).
-        hindsight_dim: K, what only critics observe; set by the environment.
-        action: direct, or correction: what is added to the action of the rule RBC B.
-        n_steps: Steps of the episode between two updates; 0 is the whole episode.
         n_epochs: Passes over a rollout.
         batch_size: Transitions of a minibatch.
-        learning_rate: Of Adam, at episode 1.
         anneal_episodes: Episodes over which learning rate and clip range shrink; 0 keeps them.
         anneal_to: Share of them that is left then.
-        gamma: Discount per step.
-        gae_lambda: 0 trusts the value function, 1 the rollout.
-        normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
         clip_range: How far the probability ratio may move from 1, at episode 1.
-        ent_coef: Weight of the entropy bonus.
-        vf_coef: Weight of the value loss.
-        max_grad_norm: The gradient's norm is clipped to this.
-        hidden: Width of each hidden layer, of actor and critic alike.
-        activation: tanh, relu or silu.
-        log_std_init: Logarithm of the first standard deviation of an action.
-        reward_scale: Factor on rewards before they reach the critic.
-        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
     """
 
-    def __init__(
-        self,
-        observation_dim: int,
-        action_dim: int,
-        seed: int = 0,
-        hindsight_dim: int = 0,
-        action: Literal["direct", "correction"] = "direct",
-        n_steps: int = 0,
-        n_epochs: int = 10,
-        batch_size: int = 256,
-        learning_rate: float = 3e-4,
-        anneal_episodes: int = 0,
-        anneal_to: float = 0.1,
-        gamma: float = 0.99,
-        gae_lambda: float = 0.95,
-        normalize_advantage: bool = True,
-        clip_range: float = 0.2,
-        ent_coef: float = 0.0,
-        vf_coef: float = 0.5,
-        max_grad_norm: float = 0.5,
-        hidden: tuple[int, ...] = (64, 64),
-        activation: str = "tanh",
-        log_std_init: float = 0.0,
-        reward_scale: float = 1.0,
-        compile: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.build()
-        self.register_buffer("clip_range", torch.tensor(clip_range), persistent=False)
+    n_epochs: int = setting(10, COUNT)
+    batch_size: int = setting(256, COUNT)
+    clip_range: float = setting(0.2, POSITIVE)
+
+
+class PPO(ActorCritic):
+    """PPO with the clipped objective and generalised advantage estimation."""
+
+    settings_class = PPOSettings
+    settings: PPOSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def build(self) -> None:
+        super().build()
+        clip_range = torch.tensor(self.settings.clip_range)
+        self.register_buffer("clip_range", clip_range, persistent=False)
 
     clip_range: Tensor
 
@@ -99,9 +69,7 @@ class PPO(ActorCritic):
         value = self.critic(samples.obs).squeeze(-1)
         value_loss = weighted_mean((value - samples.value_target).square(), samples.weight)
         entropy = gaussian_entropy(self.log_std)
-        loss = (
-            policy_loss + self.hparams["vf_coef"] * value_loss - self.hparams["ent_coef"] * entropy
-        )
+        loss = policy_loss + self.settings.vf_coef * value_loss - self.settings.ent_coef * entropy
         with torch.no_grad():
             figures = {
                 "loss": loss,
@@ -122,9 +90,9 @@ class PPO(ActorCritic):
             log_prob = self.log_prob(obs, action)
         judged = advantage.flatten(), target.flatten(), rollout.valid.flatten()
         samples = Samples(obs, action, log_prob, *judged)
-        for _ in range(self.hparams["n_epochs"]):
+        for _ in range(self.settings.n_epochs):
             order = torch.randperm(len(obs), generator=self.update_generator, device=self.device)
-            shuffled = (column[order].split(self.hparams["batch_size"]) for column in samples)
+            shuffled = (column[order].split(self.settings.batch_size) for column in samples)
             for minibatch in zip(*shuffled, strict=True):
                 self.descend(Samples(*minibatch))
         return {"explained_variance": explained_variance}
@@ -132,12 +100,12 @@ class PPO(ActorCritic):
     def on_train_epoch_start(self) -> None:
         """Set the episode's clip range too."""
         super().on_train_epoch_start()
-        self.clip_range.fill_(self.annealed(self.hparams["clip_range"]))
+        self.clip_range.fill_(self.annealed(self.settings.clip_range))
 
     def updates_per_episode(self, env: Environment) -> int:
         steps = self.segment_steps(env.horizon)
         minibatches = 0
         for start in range(0, env.horizon, steps):
             size = min(steps, env.horizon - start) * env.num_envs
-            minibatches += -(-size // self.hparams["batch_size"])
-        return minibatches * self.hparams["n_epochs"]
+            minibatches += -(-size // self.settings.batch_size)
+        return minibatches * self.settings.n_epochs

@@ -6,13 +6,15 @@ Shapes: M transitions of a minibatch, O features, A actions.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from co2lightning.agents.agent import Agent
-from co2lightning.agents.networks import MLP, TwinCritic, squashed_gaussian
+from co2lightning.agents.agent import Agent, AgentSettings
+from co2lightning.agents.networks import ACTIVATIONS, MLP, TwinCritic, squashed_gaussian
+from co2lightning.agents.ranges import COUNT, POSITIVE, WEIGHT, WIDTHS, Choice, Range, setting
 from co2lightning.agents.replay import Replay, ReplayBatch
 from co2lightning.learn import ranks
 from co2lightning.learn.rollout import Rollout
@@ -27,94 +29,79 @@ class Update(NamedTuple):
     next_noise: Tensor  # [M, A]
 
 
-class SAC(Agent):
-    """SAC with twin critics, a squashed Gaussian policy and a replay buffer.
+@dataclass(kw_only=True)
+class SACSettings(AgentSettings):
+    """What can be set of SAC.
 
     Args:
-        observation_dim: O; set by the environment.
-        action_dim: A; set by the environment.
-        seed: Seed of the run; every draw follows from (seed, episode, rank).
-        hindsight_dim: K, what only critics observe; set by the environment.
-        action: direct, or correction: what is added to the action of the rule RBC B.
         train_freq: Steps of the episode between two rounds of updates.
         gradient_steps: Updates in a round.
         learning_starts: Transitions acted at random before the first update.
         buffer_size: Transitions the replay buffer holds.
         batch_size: Transitions of a minibatch.
         learning_rate: Of Adam for actor, critics and temperature, at episode 1.
-        anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
-        anneal_to: Share of the learning rate that is left after them.
-        gamma: Discount per step.
         tau: Share by which the target critics follow the critics at each update.
         ent_coef_init: First temperature.
         target_entropy: Entropy the temperature aims for, in nats; null is minus the number of
             actions.
-        hidden: Width of each hidden layer, of actor and critics alike.
-        activation: tanh, relu or silu.
-        reward_scale: Factor on rewards before they reach the critics.
-        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
     """
 
-    def __init__(
-        self,
-        observation_dim: int,
-        action_dim: int,
-        seed: int = 0,
-        hindsight_dim: int = 0,
-        action: Literal["direct", "correction"] = "direct",
-        train_freq: int = 4,
-        gradient_steps: int = 16,
-        learning_starts: int = 1536,
-        buffer_size: int = 300_000,
-        batch_size: int = 256,
-        learning_rate: float = 3e-4,
-        anneal_episodes: int = 0,
-        anneal_to: float = 0.1,
-        gamma: float = 0.99,
-        tau: float = 0.005,
-        ent_coef_init: float = 1.0,
-        target_entropy: float | None = None,
-        hidden: tuple[int, ...] = (256, 256),
-        activation: str = "relu",
-        reward_scale: float = 1.0,
-        compile: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
+    train_freq: int = setting(4, COUNT)
+    gradient_steps: int = setting(16, COUNT)
+    learning_starts: int = setting(1536, WEIGHT)
+    buffer_size: int = setting(300_000, Range(1, 100_000_000))
+    batch_size: int = setting(256, COUNT)
+    tau: float = setting(0.005, Range(0, 1, above=True))
+    ent_coef_init: float = setting(1.0, POSITIVE)
+    target_entropy: float | None = None
+    hidden: tuple[int, ...] = setting((256, 256), WIDTHS)
+    activation: str = setting("relu", Choice(ACTIVATIONS))
+
+
+class SAC(Agent):
+    """SAC with twin critics, a squashed Gaussian policy and a replay buffer."""
+
+    settings_class = SACSettings
+    settings: SACSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def build(self) -> None:
+        chosen = self.settings
         generator = self.weights_generator()
         self.actor = MLP(
-            observation_dim,
-            hidden,
-            2 * action_dim,
-            activation=activation,
+            self.observation_dim,
+            chosen.hidden,
+            2 * self.action_dim,
+            activation=chosen.activation,
             output_gain=0.01,
             generator=generator,
         )
-        shape = (observation_dim + hindsight_dim + action_dim, hidden, activation)
+        n_in = self.observation_dim + self.hindsight_dim + self.action_dim
+        shape = (n_in, chosen.hidden, chosen.activation)
         self.critic = TwinCritic(*shape, generator=generator)
         self.target = TwinCritic(*shape, generator=generator)
         self.target.load_state_dict(self.critic.state_dict())
         self.target.requires_grad_(False)
-        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(ent_coef_init)))
-        self.target_entropy = -float(action_dim) if target_entropy is None else target_entropy
+        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(chosen.ent_coef_init)))
+        aim = chosen.target_entropy
+        self.target_entropy = -float(self.action_dim) if aim is None else aim
         self.replay: Replay | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one Adam over actor, critics and temperature."""
         learned = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.Adam(learned, lr=self.hparams["learning_rate"], fused=True)
+        return torch.optim.Adam(learned, lr=self.settings.learning_rate, fused=True)
 
     def segment_steps(self, horizon: int) -> int:
-        return min(self.hparams["train_freq"], horizon)
+        return min(self.settings.train_freq, horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        if self.env_steps < self.hparams["learning_starts"]:
+        if self.env_steps < self.settings.learning_starts:
             return torch.erf(noise / math.sqrt(2.0))  # uniform in (-1, 1)
         return squashed_gaussian(self.actor(self.policy_obs(obs)), noise)[0]
 
     @property
     def acts_in_a_graph(self) -> bool:
-        return super().acts_in_a_graph and self.env_steps >= self.hparams["learning_starts"]
+        return super().acts_in_a_graph and self.env_steps >= self.settings.learning_starts
 
     def policy_mean(self, obs: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)).chunk(2, dim=-1)[0].tanh()
@@ -125,14 +112,14 @@ class SAC(Agent):
         The sum descends each on its own: the critics' weights are constants to the actor's loss,
         the policy is one to the temperature's.
         """
-        batch, gamma = update.batch, self.hparams["gamma"]
+        batch, gamma = update.batch, self.settings.gamma
         ent_coef = self.log_ent_coef.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = squashed_gaussian(
                 self.actor(self.policy_obs(batch.next_obs)), update.next_noise
             )
             next_value = self.target(batch.next_obs, next_action).amin(0) - ent_coef * next_log_prob
-            reward = batch.reward * self.hparams["reward_scale"]
+            reward = batch.reward * self.settings.reward_scale
             target = reward + gamma * (1.0 - batch.terminated) * next_value
         value = self.critic(batch.obs, batch.action)
         critic_loss = (value - target).square().mean(1).sum()
@@ -156,10 +143,10 @@ class SAC(Agent):
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Keep the segment, then run its share of updates."""
         if self.replay is None:
-            self.replay = Replay(self.hparams["buffer_size"], rollout)
+            self.replay = Replay(self.settings.buffer_size, rollout)
         assert self.env is not None
         self.replay.add(rollout, masked=self.env.may_reset)
-        if self.env_steps < self.hparams["learning_starts"]:
+        if self.env_steps < self.settings.learning_starts:
             return {}
         for update in self._updates():
             self.descend(update)
@@ -167,18 +154,18 @@ class SAC(Agent):
 
     def follow(self) -> None:
         """Let the target critics follow the critics."""
-        self.target.follow(self.critic, self.hparams["tau"])
+        self.target.follow(self.critic, self.settings.tau)
 
     def updates_per_episode(self, env: Environment) -> int:
-        return -(-env.horizon // self.segment_steps(env.horizon)) * self.hparams["gradient_steps"]
+        return -(-env.horizon // self.segment_steps(env.horizon)) * self.settings.gradient_steps
 
     def _updates(self) -> list[Update]:
         """Draw the minibatches and the noise of a round at once."""
         assert self.replay is not None
-        count, size = self.hparams["gradient_steps"], self.hparams["batch_size"]
+        count, size = self.settings.gradient_steps, self.settings.batch_size
         generator = self.update_generator
         batches = self.replay.sample(count, size, generator)
-        shape = (count, 2, size, self.hparams["action_dim"])
+        shape = (count, 2, size, self.action_dim)
         noise = torch.randn(shape, generator=generator, device=self.device)
         return [Update(b, n[0], n[1]) for b, n in zip(batches, noise.unbind(0), strict=True)]
 
@@ -190,6 +177,10 @@ class SAC(Agent):
         piece = self.replay.piece()
         checkpoint["replay"] = piece if self.world_size == 1 else {"ranks": ranks.gather(piece)}
 
+    @property
+    def replay_capacity(self) -> int:
+        return self.settings.buffer_size
+
     def restore_replay(self, pieces: list[dict[str, Any]]) -> None:
         """Rebuild the buffer from the pieces of its episodes, oldest first."""
-        self.replay = Replay.rebuild(self.hparams["buffer_size"], pieces, self.device)
+        self.replay = Replay.rebuild(self.settings.buffer_size, pieces, self.device)

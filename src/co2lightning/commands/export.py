@@ -79,7 +79,7 @@ def metadata(agent: Agent, site: Site) -> dict[str, Any]:
     """Return what a caller of the graph needs to know; lists are in the order of the columns."""
     return {
         "agent": type(agent).__name__,
-        "action_kind": agent.hparams["action"],
+        "action_kind": agent.settings.action,
         "co2lightning_version": __version__,
         "site": site.name,
         "site_sha256": site.sha256,
@@ -113,10 +113,10 @@ def metadata(agent: Agent, site: Site) -> dict[str, Any]:
 def build_onnx(agent: Agent, site: Site) -> onnx.ModelProto:
     """Return the graph of an agent's deterministic policy, `Agent.act`, and its power in kW."""
     graph = _Graph()
-    mean = _mlp(graph, agent.get_submodule("actor"), agent.hparams["activation"])
+    mean = _mlp(graph, agent.get_submodule("actor"), agent.settings.activation)
     if isinstance(agent, SAC):  # the head's other half is the spread
         mean = graph.add("Tanh", graph.columns(mean, 0, len(_ACTIONS)))
-    if agent.hparams["action"] == "correction":
+    if agent.settings.action == "correction":
         rule = graph.columns("observation", RULE_FEATURES[0], RULE_FEATURES[-1] + 1)
         mean = graph.add("Add", mean, rule)
     graph.add("Clip", mean, graph.number(-1.0), graph.number(1.0), name="action")

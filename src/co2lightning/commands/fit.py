@@ -1,5 +1,6 @@
 """`co2lightning fit`: train an agent, from a new start or a checkpoint."""
 
+from co2lightning.agents import check_agent
 from co2lightning.settings import config
 from co2lightning.terminal import tell
 from co2lightning.train.fit import run_fit, which_agent
@@ -11,7 +12,7 @@ def main(argv: list[str]) -> int:
     given, rest = config.split_arguments(argv)
     agent, recipe = given.get("agent"), given.get("config")
     if "-h" in rest or "--help" in rest:
-        named = config.check_agent(agent or "PPO", "--model")
+        named = check_agent(agent or "PPO", "--model")
         config.print_help(named, recipe or (f"{agent.lower()}.yaml" if agent else None))
         return 0
     agent = which_agent(agent, recipe, given.get("ckpt_path"))

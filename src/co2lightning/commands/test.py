@@ -84,7 +84,7 @@ def as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any
 
 def _action(agent: Agent) -> str:
     """Say how an agent's output is read: as the action, or as a correction of RBC B's."""
-    return str(agent.hparams.get("action", "direct"))
+    return agent.settings.action
 
 
 def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:

@@ -198,7 +198,7 @@ def _evaluated(
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
-        action=str(one.agent.hparams.get("action", "direct")),
+        action=one.agent.settings.action,
         episode=one.checkpoint["episode"],
         file=one.path,
         sha256=files[one.path.name],

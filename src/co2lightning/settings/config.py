@@ -12,22 +12,28 @@ import argparse
 import difflib
 import functools
 import json
-import math
 import os
 import re
-import sys
-import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from co2lightning.agents import AGENTS, agent_class
-from co2lightning.agents.networks import ACTIVATIONS
+from co2lightning.agents import AGENTS, agent_class, check_agent
+from co2lightning.agents.ranges import (
+    COUNT,
+    SEED,
+    Choice,
+    Range,
+    check_range,
+    check_types,
+    kinds_of,
+    words,
+)
 from co2lightning.errors import UserError, show
 from co2lightning.places import local
 from co2lightning.runs.ledger import MAX_EPISODES
@@ -82,8 +88,6 @@ _INSTEAD = {
 }
 
 
-# What the environment and --seed_everything say.
-_OWN_MODEL_SETTINGS = ("observation_dim", "action_dim", "seed", "hindsight_dim")
 # What Lightning says about its own flags, shorter.
 _TRAINER_HELP = {
     "accelerator": "auto, cpu or gpu",
@@ -99,68 +103,21 @@ _TRAINER_HELP = {
 }
 
 
-class _Range(NamedTuple):
-    """Numbers from `low` (or above it) to `high`."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        assert isinstance(value, int | float)
-        return self.low <= value <= self.high and not (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        if self.high in (math.inf, MAX_EPISODES):
-            return low
-        return f"{low} and at most {self.high:,g}"
-
-
-_COUNT = _Range(1, 10_000_000)
-_COUNT_OR_NONE = _Range(0, 10_000_000)
-_POSITIVE = _Range(0, above=True)
-_WEIGHT = _Range(0)
-_SHARE = _Range(0, 1)
-# What makes sense beyond the type; every other number need only be finite.
+# What makes sense beyond the type, of the settings that are no agent's; every other number need
+# only be finite.
 _RANGES = {
-    "episodes": _Range(1, MAX_EPISODES),
-    "total_episodes": _Range(1, MAX_EPISODES),
-    "seed_everything": _Range(0, 2**63 - 1),
-    "threads": _Range(1, 1024),
-    "figures_every": _Range(0, MAX_EPISODES),
-    "checkpoints.keep_last": _COUNT,
-    "env.num_envs": _Range(1, 1_000_000),
-    "model.n_steps": _COUNT_OR_NONE,
-    "model.n_epochs": _COUNT,
-    "model.batch_size": _COUNT,
-    "model.learning_rate": _POSITIVE,
-    "model.anneal_episodes": _COUNT_OR_NONE,
-    "model.anneal_to": _SHARE,
-    "model.gamma": _SHARE,
-    "model.gae_lambda": _SHARE,
-    "model.clip_range": _POSITIVE,
-    "model.ent_coef": _WEIGHT,
-    "model.vf_coef": _WEIGHT,
-    "model.max_grad_norm": _POSITIVE,
-    "model.log_std_init": _Range(-20, 2),
-    "model.reward_scale": _POSITIVE,
-    "model.tau": _Range(0, 1, above=True),
-    "model.buffer_size": _Range(1, 100_000_000),
-    "model.ent_coef_init": _POSITIVE,
-    "model.learning_starts": _WEIGHT,
-    "model.gradient_steps": _COUNT,
-    "model.train_freq": _COUNT,
-    "trainer.num_nodes": _Range(1, 10_000),
-}
-_HIDDEN = _Range(1, 16_384)
-_PLACES = ("checkpoints.dir", "logs.dir")
-_CHOICES = {
-    "model.action": ("direct", "correction"),
-    "model.activation": tuple(ACTIVATIONS),
+    "episodes": Range(1, MAX_EPISODES),
+    "total_episodes": Range(1, MAX_EPISODES),
+    "seed_everything": SEED,
+    "threads": Range(1, 1024),
+    "figures_every": Range(0, MAX_EPISODES),
+    "checkpoints.keep_last": COUNT,
+    "env.num_envs": Range(1, 1_000_000),
+    "trainer.num_nodes": Range(1, 10_000),
     # Under autocast the policy that learns is not quite the one that acted.
-    "trainer.precision": ("32-true", "32", 32, None),
+    "trainer.precision": Choice(("32-true", "32", 32, None)),
 }
+_PLACES = ("checkpoints.dir", "logs.dir")
 
 
 class _Help(DefaultHelpFormatter):
@@ -232,12 +189,7 @@ def build_parser(agent: str) -> ArgumentParser:
         help="draw a held-out day for TensorBoard after every so many episodes; 0 never",
     )
     parser.add_function_arguments(make_environment, "env")
-    parser.add_class_arguments(
-        agent_class(agent),
-        "model",
-        instantiate=False,
-        skip=set(_OWN_MODEL_SETTINGS),
-    )
+    parser.add_class_arguments(agent_class(agent).settings_class, "model", instantiate=False)
     own: set[str | int] = set(_INSTEAD)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     titles = {"env": "environment", "model": agent, "trainer": "Lightning's Trainer"}
@@ -307,7 +259,7 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
         longest = arguments.index(max(arguments, key=len))
         words = show(" ".join(arguments[max(0, longest - 1) : longest + 1]))
         raise UserError(f"{words}: must be a finite number") from None
-    return _checked(given, parser, "--")
+    return _checked(given, agent, parser, "--")
 
 
 def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
@@ -326,7 +278,13 @@ def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
         }
         key = max(sizes, key=lambda key: sizes[key])
         raise UserError(f"{prefix}{key} {show(settings[key])}: must be a finite number") from None
-    return _checked(given, parser, prefix)
+    return _checked(given, agent, parser, prefix)
+
+
+def _ranges(agent: str) -> dict[str, Container[Any] | None]:
+    """Return the values of each setting that make sense beyond its type."""
+    own = kinds_of(agent_class(agent).settings_class)
+    return _RANGES | {f"model.{key}": allowed for key, (_, allowed) in own.items()}
 
 
 def run_settings(settings: Settings) -> Settings:
@@ -337,16 +295,11 @@ def run_settings(settings: Settings) -> Settings:
 def check_stored(settings: Settings, agent: str, origin: str) -> Settings:
     """Return settings that a stranger may have written, those of the run alone, checked.
 
-    The parser imports the classes that a value names while it checks it. So it gets no setting
-    that takes a class, and numbers, texts and short lists of numbers only.
+    Without the parser, which imports the classes that a value names while it checks it.
     """
-    chosen = run_settings(settings)
-    for key, value in chosen.items():
-        parts = value if isinstance(value, list | tuple) else [value]
-        numbers = value is parts and len(parts) <= 100 and all(type(p) is int for p in parts)
-        if not numbers and not isinstance(value, str | int | float | None):
-            raise UserError(f"{origin}: {key}: must be a number, a text or a list of numbers")
-    return check_settings(chosen, agent, origin)
+    types_ = _typehints(build_parser(agent))
+    kinds = {key: (wanted, _ranges(agent).get(key)) for key, wanted in types_.items()}
+    return check_types(run_settings(settings), kinds, origin)
 
 
 def unknown_settings(settings: Iterable[str], agent: str) -> list[str]:
@@ -424,13 +377,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def check_agent(name: object, where: str) -> str:
-    """Return the agent's name if there is such an agent."""
-    if name not in AGENTS:
-        raise UserError(f"{where} {show(name)}: no such agent; choose one of {', '.join(AGENTS)}")
-    return str(name)
-
-
 def given_trainer_flags(settings: Settings, agent: str) -> str:
     """Return the Trainer flags that are not the default, as one types them."""
     flags = [
@@ -467,29 +413,13 @@ def _closest(key: str, parser: ArgumentParser, prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _checked(settings: Settings, parser: ArgumentParser, prefix: str) -> Settings:
+def _checked(settings: Settings, agent: str, parser: ArgumentParser, prefix: str) -> Settings:
     """Refuse values of the right type that make no sense; return them with `~` expanded."""
-    types_ = _typehints(parser)
-    for key in settings:
-        value: Any = settings[key]
-        shown = show(list(value) if isinstance(value, tuple) else value)
-        if (key == "model.hidden" and value is not None) and (
-            not 1 <= len(value) <= 16 or any(width not in _HIDDEN for width in value)
-        ):
-            raise UserError(
-                f"{prefix}{key} {shown}: must be 1 to 16 widths, such as [64, 64], each {_HIDDEN}"
-            )
+    types_, ranges = _typehints(parser), _ranges(agent)
+    for key, value in settings.items():
         if value is None and type(None) not in typing.get_args(types_[key]):
-            raise UserError(f"{prefix}{key} null: must be {_words(types_[key])}")
-        allowed: object = _CHOICES.get(key)
-        if allowed is not None and value not in _CHOICES[key]:
-            names = [str(name) for name in dict.fromkeys(map(str, _CHOICES[key])) if name != "None"]
-            raise UserError(f"{prefix}{key} {shown}: must be one of {', '.join(names)}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not abs(value) <= sys.float_info.max:  # a whole number may be larger, too
-                raise UserError(f"{prefix}{key} {shown}: must be a finite number")
-            if key in _RANGES and value not in _RANGES[key]:
-                raise UserError(f"{prefix}{key} {shown}: must be {_RANGES[key]}")
+            raise UserError(f"{prefix}{key} null: must be {words(types_[key])}")
+        check_range(f"{prefix}{key}", value, ranges.get(key))
     places = {key: local(prefix + key, settings[key]) for key in _PLACES if key in settings}
     return {**settings, **places}
 
@@ -510,9 +440,9 @@ def _one_line(parser: ArgumentParser, message: str, prefix: str) -> str:
     if wanted is not None and (problems := _problems(message)):
         return f"{prefix}{name}: {problems[:200]}"
     if wanted is not None and value:
-        return f"{prefix}{name} {value[1][:80]}: must be {_words(wanted)}"
+        return f"{prefix}{name} {value[1][:80]}: must be {words(wanted)}"
     if wanted is not None and "expected one argument" in text:
-        return f"{prefix}{name} needs a value: {_words(wanted)}"
+        return f"{prefix}{name} needs a value: {words(wanted)}"
     return f"{prefix}{name}: {text[:200]}" if name else text[:200]
 
 
@@ -521,29 +451,6 @@ def _problems(message: str) -> str:
     found = re.findall(r"^( *)- (.*(?:\n\1 +\S.*)*)", message, re.M)
     others = ("Expected a ", "Not a valid subclass of ")
     return "; ".join(" ".join(text.split()) for _, text in found if not text.startswith(others))
-
-
-def _words(wanted: Any) -> str:
-    """Say in words what a type takes."""
-    plain = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-    }
-    if wanted in plain:
-        return plain[wanted]
-    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(dict.fromkeys(map(_words, inner)))
-    if origin is typing.Literal:
-        return " or ".join(str(choice) for choice in inner)
-    if origin in (tuple, list) and inner[0] is int:
-        return "a list of whole numbers, such as [64, 64]"
-    if origin is list:
-        return f"a list of {_words(inner[0])}"
-    return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"
 
 
 def as_flag(key: str, value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import platform
 import shlex
@@ -33,8 +32,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from co2lightning.agents import agent_class
-from co2lightning.agents.agent import SIZES, Agent, agent_of, check_sizes, kind_of, not_finite
+from co2lightning.agents import agent_class, check_agent
+from co2lightning.agents.agent import Agent
+from co2lightning.agents.load import SIZES, adam_state, agent_of, restore_agent
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.learn.descent import worth_compiling
@@ -46,7 +46,6 @@ from co2lightning.settings.config import (
     Settings,
     as_flag,
     as_recipe,
-    check_agent,
     check_settings,
     check_stored,
     complete,
@@ -381,19 +380,18 @@ def _plan(
         kept_site = merged["env.id"] is None and "env.site" not in flags
         with named_in(start.path if start and kept_site else None):
             environment = make_environment(**_group(merged, "env."))
-    make_agent: Any = agent_class(agent)
     sizes = {key: getattr(environment, key) for key in SIZES}
     options = {**sizes, "seed": merged["seed_everything"], **_group(merged, "model.")}
     learner: Agent
     if start:
-        check_sizes(start.content, start.path, sizes, "the environment")
-        learner = make_agent.restore(start.content, start.path, options)
+        place = ("the environment", sizes)
+        learner = restore_agent(start.content, start.path, options, place)
     else:
-        learner = make_agent(**options)
+        learner = agent_class(agent)(**options)
     if merged["model.compile"] == "auto":  # by the recipe, not by what a session was asked for
         episodes = complete(recipe, agent)["episodes"]
         worth = worth_compiling(episodes * learner.updates_per_episode(environment))
-        merged["model.compile"] = learner.hparams["compile"] = worth
+        merged["model.compile"] = learner.settings.compile = worth
     learner.train_on(environment)
     replay: list[ReplayPiece] = []
     if start:
@@ -532,26 +530,17 @@ def _restorable(learner: Agent, start: _Start) -> dict[str, Any]:
     optimizer = learner.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
     own = optimizer.state_dict()
-    weights = dict(enumerate(optimizer.param_groups[0]["params"]))
     try:
         if not isinstance(start.content.get("callbacks", {}), dict):
             raise TypeError("callbacks holds no states")
-        (stored,) = start.content["optimizer_states"]
-        for number, held in stored["state"].items():
-            moment = kind_of(weights[number])
-            kinds = {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
-            known = {key: kind_of(value) for key, value in held.items()}
-            if known != kinds or not 0 <= held["step"] < math.inf:
-                raise ValueError(f"the optimizer's state of weights {number} is not Adam's")
-            if name := not_finite(held):
-                raise ValueError(f"the optimizer's {name} of weights {number} is not finite")
+        state = adam_state(start.content, optimizer.param_groups[0]["params"])
     except Exception as error:  # whatever a foreign file provokes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{start.path}: does not fit {type(learner).__name__} ({reason})") from None
     return {
         "pytorch-lightning_version": version("lightning"),  # so that it migrates nothing
         "loops": _loops_after(start.episode),
-        "optimizer_states": [{**own, "state": stored["state"]}],
+        "optimizer_states": [{**own, "state": state}],
         "lr_schedulers": [],
     }
 
@@ -577,12 +566,11 @@ def _load_replay(
     learner: Agent, start: _Start, allow_partial: bool, rank: Rank
 ) -> list[ReplayPiece]:
     """Return the newest replay pieces that fill the agent's buffer, oldest first."""
-    capacity = learner.hparams.get("buffer_size")
+    capacity = learner.replay_capacity
     if capacity is None:
         return []
     source = TrainingCheckpoint(start.path.parent)
-    seen = learner.hparams["observation_dim"] + learner.hparams["hindsight_dim"]
-    sizes = (seen, learner.hparams["action_dim"])
+    sizes = (learner.observation_dim + learner.hindsight_dim, learner.action_dim)
     found: list[ReplayPiece] = []
     for episode, content in source.load_replay(range(start.episode, 0, -1), allow_partial):
         pieces = pieces_of_ranks(content)
@@ -793,7 +781,7 @@ def _train(
         logger=logger,
         plugins=[
             EpisodeCheckpointIO(
-                run, rows, learner.hparams.get("buffer_size"), plan.start and plan.start.content
+                run, rows, learner.replay_capacity, plan.start and plan.start.content
             )
         ],
         callbacks=[

@@ -1,0 +1,147 @@
+"""What a setting may be: its range beside its default, its type in words, and the check of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Container, Mapping
+from typing import Any, Literal, NamedTuple
+
+from co2lightning.errors import UserError, show
+from co2lightning.runs.ledger import MAX_EPISODES
+
+
+class Range(NamedTuple):
+    """Numbers from `low` (or above it) to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, int | float)
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.high in (math.inf, MAX_EPISODES):
+            return low
+        return f"{low} and at most {self.high:,g}"
+
+
+class Choice(tuple[Any, ...]):
+    """The values there are."""
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(dict.fromkeys(str(each) for each in self if each is not None))}"
+
+
+class _Widths:
+    """Widths of hidden layers that fit into a memory."""
+
+    each = Range(1, 16_384)
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, list | tuple)
+        return 1 <= len(value) <= 16 and all(width in self.each for width in value)
+
+    def __str__(self) -> str:
+        return f"1 to 16 widths, such as [64, 64], each {self.each}"
+
+
+COUNT = Range(1, 10_000_000)
+COUNT_OR_NONE = Range(0, 10_000_000)
+POSITIVE = Range(0, above=True)
+WEIGHT = Range(0)
+SHARE = Range(0, 1)
+SEED = Range(0, 2**63 - 1)
+WIDTHS = _Widths()
+
+Kind = tuple[Any, Container[Any] | None]
+"""A setting's type and the values of that type that make sense; None: all of them."""
+
+
+def setting(default: Any, allowed: Container[Any]) -> Any:
+    """Return the field of a dataclass, with the values that make sense beyond its type."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
+
+
+def kinds_of(settings_class: type) -> dict[str, Kind]:
+    """Return the type and the range of each setting of a dataclass."""
+    wanted = typing.get_type_hints(settings_class)
+    fields_ = dataclasses.fields(settings_class)
+    return {each.name: (wanted[each.name], each.metadata.get("allowed")) for each in fields_}
+
+
+def check_range(name: str, value: Any, allowed: Container[Any] | None) -> None:
+    """Refuse a value of the right type that makes no sense; `name` begins the message."""
+    if value is None:
+        return
+    shown = f"{name} {show(list(value) if isinstance(value, tuple) else value)}: must be"
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise UserError(f"{shown} a finite number")  # a whole number may be larger, too
+    if allowed is not None and value not in allowed:
+        raise UserError(f"{shown} {allowed}")
+
+
+def check_types(stored: Mapping[Any, Any], kinds: Mapping[str, Kind], origin: str) -> Any:
+    """Return settings that a stranger may have written, checked; none imports anything.
+
+    Args:
+        stored: Settings by their keys.
+        kinds: What there is.
+        origin: Begins the message.
+
+    Raises:
+        UserError: There is no such setting, or it cannot have that value.
+    """
+    checked: dict[str, Any] = {}
+    for key, value in stored.items():
+        if key not in kinds:
+            raise UserError(f"{origin}: {show(key)} is not a setting")
+        wanted, allowed = kinds[key]
+        if not _is(value, wanted):
+            # Nothing deeper is shown: a list may hold itself.
+            shown = f" {show(value)}" if isinstance(value, str | int | float) else ""
+            raise UserError(f"{origin}: {key}{shown}: must be {words(wanted)}")
+        check_range(f"{origin}: {key}", value, allowed)
+        checked[key] = tuple(value) if isinstance(value, list) else value
+    return checked
+
+
+def _is(value: object, wanted: Any) -> bool:
+    """Say whether a value is of a type that the settings of a run have."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(type(part) is int for part in value)
+    return type(value) in ((int, float) if wanted is float else (wanted,))
+
+
+def words(wanted: Any) -> str:
+    """Say in words what a type takes."""
+    plain = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    if wanted in plain:
+        return plain[wanted]
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(map(words, inner)))
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in inner)
+    if origin in (tuple, list) and inner[0] is int:
+        return "a list of whole numbers, such as [64, 64]"
+    if origin is list:
+        return f"a list of {words(inner[0])}"
+    return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"
