@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     dirs = [f"--checkpoints.dir={place}/checkpoints", f"--logs.dir={place}/lightning_logs"]
     words = ["--env.num_envs", "4", *TINY["PPO"], "--episodes", "2", *dirs]
-    run_fit(parse_flags(words, "PPO"), config="ppo.yaml", echo=lambda line: None)
+    run_fit(parse_flags(words, "PPO"), agent="PPO", echo=lambda line: None)
     return place
 
 

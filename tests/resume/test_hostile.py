@@ -18,8 +18,8 @@ from co2lightning.errors import UserError
 from co2lightning.runs import seal as sealing
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings import config
-from co2lightning.train import event_files
 from co2lightning.train.board import replace_scalars
+from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
 
 Command = Callable[..., Outcome]
@@ -385,11 +385,14 @@ def test_odd_things_among_the_curves_neither_stop_nor_lead_anywhere(
 
 
 def test_curves_in_a_file_of_any_name_are_completed(place: Path) -> None:
-    figures = {episode: {event_files.SHOWN: 1.0} for episode in (1, 2, 3)}
-    event_files.complete(place, [], {1: figures[1]})
-    file = next(place.iterdir()).rename(place / "events.out.tfevents.1700000000.host.copy")
-    event_files.complete(place, [file], figures)
-    files = sorted(place.iterdir())
-    assert len(files) == 2
-    event_files.complete(place, files, figures)
-    assert sorted(place.iterdir()) == files
+    logs = place / "logs" / "PPO"
+
+    def complete(*episodes: int) -> list[Path]:
+        history = [{"episode": episode, "reward": 1.0} for episode in episodes]
+        Curves("logs", "PPO", len(history), history=history)
+        return sorted(logs.iterdir())
+
+    (file,) = complete(1)
+    file.rename(logs / "events.out.tfevents.1700000000.host.copy")
+    assert len(complete(1, 2, 3)) == 2
+    assert len(complete(1, 2, 3)) == 2

@@ -180,6 +180,7 @@ def test_ranks_that_see_different_directories_are_refused(place: Path) -> None:
 def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes between what a rank tells the others and their answer."""
     signals = Signals()
+    signals.install(speaks=False)
     trainer: Any = SimpleNamespace(
         world_size=2, global_rank=1, strategy=SimpleNamespace(root_device=torch.device("cpu"))
     )
@@ -188,13 +189,14 @@ def test_a_signal_while_ranks_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch)
 
     def message(value: int, device: torch.device) -> int:
         if not signals.received:
-            signals._handle(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
         return value
 
     monkeypatch.setattr("co2lightning.learn.ranks.highest", message)
     signals.on_train_epoch_start(trainer, agent)
     with pytest.raises(Interrupted, match="SIGTERM"):
         signals.on_train_epoch_start(trainer, agent)
+    signals.restore()
 
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_NODELIST": "nowhere", "SLURM_NODEID": "0"}

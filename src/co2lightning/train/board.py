@@ -27,7 +27,7 @@ from co2lightning.runs.files import make_directory, write_atomic
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import Schedule, schedule
 from co2lightning.site.model import STEP_H, Site, T
-from co2lightning.train.event_files import encode
+from co2lightning.train.curves import encode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""What happens around an episode: the save, the history, the progress, the signals.
+"""A run through Lightning's eyes: what it saves is an episode's file, what it restores is one.
 
 The order at an episode's end is the agent's metrics (written and flushed to TensorBoard), then
 the checkpoint: a file on disk never knows of an episode its curves do not show.
@@ -7,43 +7,140 @@ the checkpoint: a file on disk never knows of an episode its curves do not show.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from co2lightning.agents.agent import Agent
+from co2lightning.agents.load import adam_state
 from co2lightning.agents.replay import fewest_rows
 from co2lightning.errors import TrainingError, UserError
+from co2lightning.learn import ranks
 from co2lightning.metrics import short_metrics
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.runs.seal import seal_checkpoint
+from co2lightning.train.signals import Interrupted
+from co2lightning.train.trainer import who_stopped
 
 
-class EpisodeCheckpointIO(CheckpointIO):
-    """Lets Lightning save and load through a run directory: atomic, hashed, plain data only."""
+class EpisodeCheckpoint(ModelCheckpoint):
+    """Opens the session in a run directory, saves every episode in it, closes the session.
+
+    Lightning lets it come after the agent's metrics and all other callbacks.
+
+    Args:
+        run: The run directory.
+        info: What metadata.json and every checkpoint say about the run.
+        saved: Called on the writing process when an episode is on disk.
+        replay: Pieces that earlier episodes added to the agent's replay buffer; emptied once they
+            are in it.
+    """
 
     def __init__(
         self,
         run: TrainingCheckpoint,
-        rows: Sequence[int] = (),
-        capacity: int | None = None,
-        start: dict[str, Any] | None = None,
+        info: dict[str, Any],
+        saved: Sequence[Callable[[Agent], None]],
+        replay: list[dict[str, Any]],
     ) -> None:
-        """Remember the run.
+        # Not `save_on_exception`, which would save half an episode under a whole one's name.
+        super().__init__(run.directory, save_top_k=-1, enable_version_counter=False)
+        self.run = run
+        self.info = info
+        self.saved = saved
+        self.replay = replay
+        self.begun = False
 
-        Args:
-            run: The run directory.
-            rows: Lengths of the pieces of earlier episodes that still fill the replay buffer.
-            capacity: Transitions the buffer holds.
-            start: What Lightning is to restore, read and checked already.
-        """
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Do nothing; the base warns of a directory that is not empty, as at each resume."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Agent)
+        if trainer.world_size > 1 and not ranks.agree(pl_module.episode, pl_module.device):
+            raise UserError(
+                f"{self.run.directory}: the processes see different episodes in it; all of them "
+                "need the same directory, on several machines on a shared disk"
+            )
+        if trainer.is_global_zero:
+            self.run.begin_session(
+                start_episode=pl_module.episode,
+                device=pl_module.device.type,
+                info=self.info,
+            )
+        self.begun = True
+        if self.replay:
+            pl_module.restore_replay(self.replay)
+        self.replay.clear()
+
+    def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        """Return the name that the run directory gives; the base's `:04d` fails on a float."""
+        return str(self.run.path(int(metrics["episode"])))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the episode; the base skips those in which no optimizer stepped, as SAC's first."""
+        assert isinstance(pl_module, Agent)
+        path = self.format_checkpoint_name({"episode": pl_module.episode})
+        trainer.save_checkpoint(path)
+        self.best_model_path = self.last_model_path = path  # without a monitor the base's, too
+        if trainer.is_global_zero:
+            for call in self.saved:
+                call(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert isinstance(pl_module, Agent)
+        checkpoint["episode"] = pl_module.episode
+        checkpoint["metrics"] = short_metrics(pl_module.metrics)
+        if trainer.should_stop:
+            checkpoint["stopped_by"] = who_stopped(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: a checkpoint says where it belongs, not on which disk it lay."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing; what a file says here no version of ours has written."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.run.end_session("completed")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.is_global_zero:
+            # A signal's, or what a caller's own handler raised.
+            interrupted = isinstance(exception, Interrupted) or not isinstance(exception, Exception)
+            self.run.end_session("interrupted" if interrupted else "failed")
+
+
+class EpisodeCheckpointIO(CheckpointIO):
+    """Lets Lightning save and load through a run directory: atomic, hashed, plain data only.
+
+    Args:
+        run: The run directory.
+        start: What Lightning is to restore, read and checked already; see `restorable`.
+        rows: Lengths of the pieces of earlier episodes that still fill the replay buffer.
+        capacity: Transitions the buffer holds.
+    """
+
+    def __init__(
+        self,
+        run: TrainingCheckpoint,
+        start: dict[str, Any] | None,
+        rows: list[int],
+        capacity: int | None,
+    ) -> None:
         self.run = run
         self.start = start
+        self.rows = rows
         self.capacity = capacity
-        self.rows = list(rows)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -94,88 +191,50 @@ def _foreign_part(content: dict[str, Any]) -> str:
     return "an episode"
 
 
-def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the callbacks that are none of these here."""
-    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
-    ours = __name__.rpartition(".")[0]
-    return [each for each in callbacks if type(each).__module__.rpartition(".")[0] != ours]
+def restorable(content: dict[str, Any], origin: Path, learner: Agent) -> dict[str, Any]:
+    """Return an episode's content as Lightning restores it, checked.
 
-
-def who_stopped(trainer: pl.Trainer) -> tuple[str, str]:
-    """Return which callback has ended training, and why where that is known: EarlyStopping's."""
-    brought = users_callbacks(trainer)
-    for callback in brought:
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            reason = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
-            return type(callback).__name__, reason.strip(" .")
-    return type(brought[0]).__name__ if len(brought) == 1 else "a callback", ""
-
-
-class EpisodeCheckpoint(ModelCheckpoint):
-    """Saves every episode as `episode_0001.pt`, `episode_0002.pt`, ... of a run directory.
+    Of the optimizer it is what was gathered; the optimizer's settings and Lightning's loops follow
+    from the agent and the episode, whatever the file says.
 
     Args:
-        run: The run directory.
-        saved: Called on the writing process when an episode is on disk.
-        replay: Pieces that earlier episodes added to the agent's replay buffer.
+        content: The episode's.
+        origin: Its file, for messages.
+        learner: The agent with its weights.
+
+    Raises:
+        UserError: It does not fit the agent.
     """
+    optimizer = learner.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    try:
+        if not isinstance(content.get("callbacks", {}), dict):
+            raise TypeError("callbacks holds no states")
+        state = adam_state(content, optimizer.param_groups[0]["params"])
+    except Exception as error:  # whatever a foreign file provokes
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{origin}: does not fit {type(learner).__name__} ({reason})") from None
+    return {
+        **content,
+        "pytorch-lightning_version": version("lightning"),  # so that it migrates nothing
+        "loops": _loops_after(content["episode"]),
+        "optimizer_states": [{**optimizer.state_dict(), "state": state}],
+        "lr_schedulers": [],
+    }
 
-    FILE_EXTENSION = ".pt"
 
-    def __init__(
-        self,
-        run: TrainingCheckpoint,
-        saved: Callable[[Agent], None],
-        replay: list[dict[str, Any]],
-    ) -> None:
-        super().__init__(
-            dirpath=run.directory,
-            filename="episode_{episode:04d}",
-            save_top_k=-1,
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-        )
-        self.run = run
-        self.saved = saved
-        self.replay = replay
+def _loops_after(episode: int) -> dict[str, Any]:
+    """Return the state of Lightning's loops when it saves an episode: an epoch of one batch."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the directory alone; `TrainingCheckpoint` makes it when the first file comes."""
+    def count(number: int) -> dict[str, int]:
+        return dict.fromkeys(("ready", "started", "processed", "completed"), number)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Agent)
-        if self.replay:
-            pl_module.restore_replay(self.replay)
-        self.replay = []
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Save nothing in the middle of an episode."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not left to the base class: it skips a save when no optimizer stepped, and every episode
-        # counts here, also one in which SAC only fills its replay.
-        assert isinstance(pl_module, Agent)
-        trainer.save_checkpoint(self.run.path(pl_module.episode))
-        if trainer.is_global_zero:
-            self.saved(pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save nothing that is not a whole episode."""
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        assert isinstance(pl_module, Agent)
-        checkpoint["episode"] = pl_module.episode
-        checkpoint["metrics"] = short_metrics(pl_module.metrics)
-        if trainer.should_stop:
-            checkpoint["stopped_by"] = who_stopped(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a checkpoint says where it belongs, not on which disk it lay."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
+    epochs = {**count(episode), "completed": episode - 1}
+    batches = {"total": count(episode), "current": count(1), "is_last_batch": True}
+    return {
+        "fit_loop": {
+            "epoch_progress": {"total": epochs, "current": epochs},
+            "epoch_loop.batch_progress": batches,
+            "epoch_loop.state_dict": {"_batches_that_stepped": episode},
+        }
+    }

@@ -1,4 +1,12 @@
-"""SIGINT, SIGTERM and SIGHUP: the running episode is dropped, the last whole one stands."""
+"""What SIGINT, SIGTERM and SIGHUP do to a training: the last whole episode stands.
+
+before the run is held    the system's own action: nothing needs to be closed
+the first                 a line, then at the next segment of the episode, or where a save ends,
+                          `Interrupted` on all ranks: the running episode is dropped, the
+                          session closed as "interrupted", exit code 128 + signal
+the second                the process ends at once, as by a kill; no file is ever half written
+ignored by who started us ignored still, as under nohup or by & in a script
+"""
 
 from __future__ import annotations
 
@@ -25,7 +33,7 @@ class Interrupted(Exception):
 
 
 class Signals(pl.Callback):
-    """Ends training at the next segment after SIGINT, SIGTERM or SIGHUP; at once on a second one.
+    """Ends training after the first signal; one that was not installed leaves them to the caller.
 
     Nothing is raised inside a save: the handler only sets a flag. Ranks tell each other, so that
     a signal to one of them ends all at the same segment.
@@ -65,6 +73,10 @@ class Signals(pl.Callback):
             received = ranks.highest(received, trainer.strategy.root_device)
         if received:
             raise Interrupted(received, trainer.global_rank)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep Lightning's own handlers out: they would end with exit code 0."""
+        trainer._signal_connector.register_signal_handlers = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._agree(trainer)
