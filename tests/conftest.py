@@ -37,6 +37,12 @@ def tree(place: Path) -> dict[str, str]:
     return found
 
 
+def pruned(run: Any) -> list[int]:
+    """Return the episodes whose files `keep_last` or somebody deleted."""
+    rows = run.load_history()["checkpoints"]
+    return [number for number, row in enumerate(rows, 1) if row.get("pruned")]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests of resuming, whose warm process and runs one worker then makes alone."""
     items.sort(key=lambda item: item.path.parent.name != "resume")

@@ -1,6 +1,7 @@
 """A run whose files an attacker has rewritten, seals and all: one line, and nothing of it runs."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from co2lightning.settings import config
 from co2lightning.train.board import replace_scalars
 from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
+from forged import seal_content
 
 Command = Callable[..., Outcome]
 MARKER = "os.makedirs('RAN')"
@@ -31,15 +33,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, (f"import os; {MARKER}",)
-
-
-def seal(content: Any, record: dict[str, Any]) -> bytes:
-    """Do as `sealing.seal_checkpoint`, but with whatever content."""
-    trusting = pytest.MonkeyPatch()
-    with trusting.context() as patch:
-        patch.setattr(sealing, "_foreign_content", lambda buffer: None)
-        patch.setattr(sealing, "plain", lambda content, most_bytes: content)
-        return sealing.seal_checkpoint(content, record)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +68,14 @@ def resume(command: Command, *words: str) -> Outcome:
 
 def rewrite(run: TrainingCheckpoint, path: Path, changes: dict[str, Any]) -> None:
     """Change the content of a file and make all hashes fit."""
-    content, record, _ = sealing.load_sealed(path)
-    data = seal({**content, **changes}, record)
+    data, record = sealing.read_sealed(path)
+    content = sealing.load_content(path, data)
+    data = seal_content({**content, **changes}, record)
     path.write_bytes(data)
     history = sealing.read_json(run.directory / "history.json")
     row = history["checkpoints"][record["episode"] - 1]
     entry = row["replay"] if record["kind"] == "replay" else row
-    entry |= {"sha256": sealing.hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     (run.directory / "history.json").write_bytes(sealing.seal_json(json.dumps(history)))
 
 

@@ -17,7 +17,7 @@ from test_exact import curves, state
 
 from co2lightning.cli import main
 from co2lightning.runs.run import TrainingCheckpoint
-from conftest import TINY, Outcome
+from conftest import TINY, Outcome, pruned
 
 if sys.platform == "win32":
     pytest.skip("SIGKILL and fork", allow_module_level=True)
@@ -179,7 +179,7 @@ def check(before: Path, place: Path, scene: str) -> None:
     run.recover()
     assert (run.verify() if run.directory.is_dir() else []) == run.leftovers() == []
     total = sum(s["episodes_count"] for s in run.load_history()["trainings"])
-    assert total == len(run.episodes()) + len(run.pruned()) == run.get_next_episode() - 1
+    assert total == len(run.episodes()) + len(pruned(run)) == run.get_next_episode() - 1
     assert not [p for p in place.rglob(".*") if not p.name.endswith(".lock")]
     assert contents(before, "*tfevents*") <= contents(place, "*tfevents*")
     if scene != "prune":

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_hostile import seal
 
 import co2lightning
 from co2lightning.errors import UserError
 from co2lightning.runs import seal as sealing
 from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome
+from forged import seal_content
 
 Path_ = tuple[Any, ...]
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
@@ -82,7 +82,9 @@ ODD = [
 @pytest.fixture(scope="module")
 def good() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of an episode and its record."""
-    return sealing.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")[:2]
+    path = GOLDEN / "PPO" / "episode_0002.pt"
+    data, record = sealing.read_sealed(path)
+    return sealing.load_content(path, data), record
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def forge(
             record = put(record, path, part)
         else:
             content = put(content, path, part)
-        (run / "episode_0002.pt").write_bytes(seal(content, record))
+        (run / "episode_0002.pt").write_bytes(seal_content(content, record))
         return run / "episode_0002.pt"
 
     return make
@@ -231,16 +233,18 @@ def test_loops_that_disagree_with_the_episode(
     assert TrainingCheckpoint(file.parent).verify() == []
 
 
-def test_an_object_that_hides_methods_in_a_dictionary(place: Path) -> None:
+def test_an_object_that_hides_methods_in_a_dictionary(
+    good: tuple[dict[str, Any], dict[str, Any]], place: Path
+) -> None:
     """A file can give a dictionary attributes, which torch and its own methods' callers heed."""
-    content, record, _ = sealing.load_sealed(GOLDEN / "PPO" / "episode_0002.pt")
+    content, record = good
     hidden = {"items": 3, "_metadata": {"actor": {"assign_to_params_buffers": True}}}
 
     class Hiding:
         def __reduce__(self) -> tuple[Any, ...]:
             return OrderedDict, (), hidden, None, iter(content["state_dict"].items())
 
-    Path("odd.pt").write_bytes(seal({**content, "state_dict": Hiding()}, record))
+    Path("odd.pt").write_bytes(seal_content({**content, "state_dict": Hiding()}, record))
     assert torch.load("odd.pt", weights_only=True)["state_dict"].items == 3
     loaded = TrainingCheckpoint.read("odd.pt")["state_dict"]
     assert type(loaded) is dict

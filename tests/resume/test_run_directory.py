@@ -26,6 +26,7 @@ import resource
 from co2lightning.errors import UserError
 from co2lightning.runs.lock import Locked
 from co2lightning.runs.run import TrainingCheckpoint
+from conftest import pruned
 
 
 def open_run(place: Path, **options: Any) -> TrainingCheckpoint:
@@ -112,7 +113,7 @@ def finish(place: Path, *arguments: Any) -> tuple[int | None, list[tuple[str, in
 def assert_whole(run: TrainingCheckpoint) -> None:
     history = run.load_history()
     total = sum(session["episodes_count"] for session in history["trainings"])
-    assert total == history["total_episodes"] == len(run.episodes()) + len(run.pruned())
+    assert total == history["total_episodes"] == len(run.episodes()) + len(pruned(run))
     assert total == run.get_next_episode() - 1
     assert run.verify() == run.leftovers() == []
     assert not list(run.directory.rglob("*.tmp"))

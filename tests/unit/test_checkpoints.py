@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from co2lightning.errors import UserError
-from co2lightning.runs import run as run_module
 from co2lightning.runs import seal as sealing
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.runs.seal import Damaged
+from conftest import pruned
+from forged import seal_zip
 
 WEIGHTS = {"state_dict": {"weight": torch.arange(6000.0)}, "epoch": 3, "loops": {"a": (1, None)}}
 
@@ -66,9 +67,11 @@ def train(
             )
         if status is not None:
             run.end_session(status)
-        else:
-            run._stop.set()
-    run._session_lock.close()
+    if status is None:
+        left = shutil.copytree(run.directory, place / "left")
+        run.end_session("failed")
+        shutil.rmtree(run.directory)
+        left.rename(run.directory)
     return open_run(place, **options)
 
 
@@ -76,7 +79,7 @@ def assert_sums(run: TrainingCheckpoint) -> None:
     """The product's invariant: sessions' episodes = total = valid files + pruned ones."""
     history = run.load_history()
     total = sum(session["episodes_count"] for session in history["trainings"])
-    assert total == history["total_episodes"] == len(run.episodes()) + len(run.pruned())
+    assert total == history["total_episodes"] == len(run.episodes()) + len(pruned(run))
     assert run.load_metadata()["total_episodes_trained"] == total
 
 
@@ -149,9 +152,7 @@ def seal(data: bytes) -> bytes:
     record = {"kind": "episode", "agent": "PPO", "episode": 1, "metrics": {}, "pruned_to": 0}
     record |= {"session": {"session_timestamp": "", "start_episode": 1, "device": "cpu"}}
     record["session"]["duration_seconds"] = 0
-    comment = sealing.COMMENT + json.dumps(record | {"replay_pruned_to": 0}).encode() + sealing.SEAL
-    data = data[:-2] + (len(comment) + 64).to_bytes(2, "little") + comment
-    return data + hashlib.sha256(data).hexdigest().encode()
+    return seal_zip(data, record | {"replay_pruned_to": 0})
 
 
 def rezip(
@@ -188,7 +189,7 @@ def hostile(marker: Path) -> dict[str, bytes]:
         "deep code": seal(rezip(b"(" * 200_000 + b".")),
         "no entries": seal(b"PK\x05\x06" + bytes(18)),
         "lying directory": seal(rezip()[:-12] + b"\xff" * 8 + bytes(4)),
-        "record is a list": rezip()[:-2] + b"\x05\0" + sealing.COMMENT + b"[]" + sealing.SEAL,
+        "record is a list": rezip()[:-2] + b"\x05\0co2lightning [] sha256=",
     }
 
 
@@ -587,7 +588,7 @@ def test_what_keep_last_deletes_is_not_taken_for_deleted_by_hand(tmp_path: Path)
     run = train(tmp_path, 6)
     run.path(2).unlink()
     run = train(tmp_path, 4, keep_last=2, shares={10: 0.1})
-    assert (run.episodes(), run.pruned()) == ([9, 10], list(range(1, 9)))
+    assert (run.episodes(), pruned(run)) == ([9, 10], list(range(1, 9)))
     assert run.verify() == ["episode_0002.pt is missing"]
     assert_sums(run)
 
@@ -665,13 +666,13 @@ def test_replay_is_read_as_it_is_asked_for_and_the_history_once(
 ) -> None:
     run = train(tmp_path, 6, replay=True)
     read: list[str] = []
-    for function in (sealing.read_json, sealing.load_sealed):
+    opened = os.open
 
-        def spy(path: Path, function: Any = function) -> Any:
-            read.append(path.name)
-            return function(path)
+    def spy(path: Any, *arguments: Any, **options: Any) -> int:
+        read.append(Path(path).name)
+        return opened(path, *arguments, **options)
 
-        monkeypatch.setattr(run_module, function.__name__, spy)
+    monkeypatch.setattr(os, "open", spy)
     pieces = run.load_replay(range(6, 0, -1))
     for _ in range(3):
         next(pieces)
@@ -682,7 +683,7 @@ def test_keep_last_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     shares = {n: 0.5 + n / 100 for n in range(1, 9)} | {3: 0.1}
     run = train(tmp_path, 8, keep_last=2, replay=True, capacity=4, shares=shares)
     assert run.episodes() == [3, 7, 8]
-    assert run.pruned() == [1, 2, 4, 5, 6]
+    assert pruned(run) == [1, 2, 4, 5, 6]
     assert sorted(p.name for p in (run.directory / "replay").iterdir())[0] == "episode_0005.pt"
     history = run.load_history()
     assert len(history["trainings"][0]["metrics"]) == 8
@@ -692,7 +693,7 @@ def test_keep_last_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     (run.directory / "history.json").unlink()
     assert_sums(run)
     assert run.recover() == ["history.json is missing; rebuilt from the checkpoints"]
-    assert run.pruned() == [1, 2, 4, 5, 6]
+    assert pruned(run) == [1, 2, 4, 5, 6]
     assert run.verify() == []
     run = train(tmp_path, 2, keep_last=2, shares={10: 0.05})
     assert run.episodes() == [9, 10]
@@ -707,7 +708,7 @@ def test_a_kill_after_pruning_is_not_taken_for_missing_files(tmp_path: Path) -> 
     run = train(tmp_path, 3, keep_last=2, status=None)  # history.json still lists 1 to 4
     assert run.episodes() == [6, 7]
     assert run.recover() == []
-    assert run.pruned() == [1, 2, 3, 4, 5]
+    assert pruned(run) == [1, 2, 3, 4, 5]
     assert len(run.load_history()["trainings"][0]["metrics"]) == 4
     assert run.verify() == []
     assert_sums(run)
@@ -794,11 +795,11 @@ def test_adopt_a_single_copied_file_counts_what_it_stands_for(tmp_path: Path) ->
     shutil.copy(run.path(4), copy)
     run.archive()
     run.adopt(copy)
-    assert (run.episodes(), run.pruned(), run.get_next_episode()) == ([4], [1, 2, 3], 5)
+    assert (run.episodes(), pruned(run), run.get_next_episode()) == ([4], [1, 2, 3], 5)
     assert run.verify() == []
     run = train(tmp_path, 2)
     (run.directory / "history.json").unlink()
-    assert run.pruned() == [1, 2, 3]
+    assert pruned(run) == [1, 2, 3]
     assert_sums(run)
     flip(copy, 800)
     run.archive()

@@ -1,4 +1,3 @@
-# pyright: strict
 """Files and directories of ours: written whole or not at all, opened only if they are files."""
 
 import contextlib
@@ -14,10 +13,10 @@ from pathlib import Path
 
 from co2lightning.errors import UserError
 
-TEMPORARY = re.compile(r"\..+\.tmp")
+_TEMPORARY = re.compile(r"\..+\.tmp")
 # A link opens as an error, a FIFO at once; Windows has neither.
-OPEN_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
-NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_OPEN_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def now() -> str:
@@ -33,7 +32,7 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:  # some network file systems know it for files only
-        if error.errno not in NO_SYNC:
+        if error.errno not in _NO_SYNC:
             raise
     finally:
         os.close(descriptor)
@@ -64,7 +63,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     """
     if problem := instead_of_file(path):
         raise ValueError(problem)
-    descriptor = os.open(path, flags | OPEN_FLAGS)
+    descriptor = os.open(path, flags | _OPEN_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # exchanged in between
         os.close(descriptor)
         raise ValueError("not a file")
@@ -186,4 +185,4 @@ def stray(directory: Path) -> list[str]:
     """Return the names of temporary files in `directory`."""
     if not directory.is_dir():
         return []
-    return sorted(name for name in os.listdir(directory) if TEMPORARY.fullmatch(name))
+    return sorted(name for name in os.listdir(directory) if _TEMPORARY.fullmatch(name))

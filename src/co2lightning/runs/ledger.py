@@ -1,26 +1,30 @@
-# pyright: strict
-"""What history.json says: the sessions and the episodes of a run, checked when read.
+"""What history.json says: the sessions and the episodes of a run, and how it follows from files.
 
     {"schema_version": 1, "agent": "PPO", "total_episodes": 10,
      "trainings": [{"session_timestamp": ..., "start_episode": 1, ..., "metrics": [...]}],
      "checkpoints": [{"file": "episode_0001.pt", "sha256": ..., "bytes": ...}]}
 
-A ledger knows no disk; `checkpoints.TrainingCheckpoint` reads, mends and writes it.
+No disk here: reading.py brings what the files say, writer.py writes them. Whatever comes from a
+file is checked: history.json itself, and the record in the comment of each checkpoint (seal.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
+
+from co2lightning.runs.seal import Damaged
 
 EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
 MAX_EPISODES = 999_999  # the digits of a file name
 STATUSES = ("running", "completed", "interrupted", "failed", "killed")
-BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
+_BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
 
 Row = dict[str, Any]
 Metrics = dict[str, float | None]
@@ -53,7 +57,7 @@ class Episode:
     session: Session
     metrics: Metrics | None
     file: Row
-    text: tuple[str, str] | None = None  # both rows encoded: a long run encodes each once
+    text: tuple[str, str] = "", ""  # both rows encoded: a long run encodes each once
 
     @property
     def pruned(self) -> bool:
@@ -64,6 +68,10 @@ class Episode:
     def deleted(self) -> bool:
         """Whether its file was deleted by hand; such an episode is marked as pruned, too."""
         return bool(self.file.get("deleted"))
+
+    def mark_pruned(self, *, by_hand: bool = False) -> None:
+        self.file |= {"pruned": True, "deleted": True} if by_hand else {"pruned": True}
+        self.text = "", ""
 
 
 @dataclass
@@ -98,7 +106,7 @@ class Ledger:
 
     def add(self, record: Row, file: Row) -> None:
         """Add what the record of a good episode file says; `file` is its row of `checkpoints`."""
-        found = parse_session(record["session"], "running")
+        found = _parse_session(record["session"], "running")
         session = found
         for known in reversed(self.sessions):
             if known.start < found.start:
@@ -124,9 +132,7 @@ class Ledger:
                 self.episodes[number] = Episode(self.session_of(number), None, row)
             elif number not in gone:
                 continue
-            entry = self.episodes[number]
-            entry.file |= {"pruned": True} | ({"deleted": True} if number > pruned_to else {})
-            entry.text = None
+            self.episodes[number].mark_pruned(by_hand=number > pruned_to)
         self.episodes = dict(sorted(self.episodes.items()))
 
     def trim(self, last: int) -> None:
@@ -184,25 +190,74 @@ class Ledger:
     def text(self) -> str:
         """Return the same as JSON, one row a line, encoding only rows not encoded before."""
         for episode in self.episodes.values():
-            if episode.text is None:
+            if not episode.text[1]:
                 metrics = json.dumps(episode.metrics, allow_nan=False) if episode.metrics else ""
                 episode.text = metrics, json.dumps(episode.file, allow_nan=False)
-        encoded = {id(e): e.text for e in self.episodes.values() if e.text}
         trainings = ",\n  ".join(
             json.dumps(row)[:-1]
             + ', "metrics": [\n   '
-            + ",\n   ".join(filter(None, (encoded[id(e)][0] for e in members)))
+            + ",\n   ".join(filter(None, (e.text[0] for e in members)))
             + "]}"
             for row, members in self.trainings()
         )
-        files = ",\n  ".join(text[1] for text in encoded.values())
+        files = ",\n  ".join(e.text[1] for e in self.episodes.values())
         head = json.dumps(self._head())[:-1]
         return f'{head},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
 
 
+def rebuild(
+    ledger: Ledger,
+    files: Collection[int],
+    records: Mapping[int, Row],
+    rows: Mapping[int, Row],
+    metadata: Row,
+    running: bool,
+) -> Ledger:
+    """Return what history should say, given what it says and what the files do.
+
+    The status of a session that only files tell of is taken from the next one's files, that of the
+    last session from metadata.json or else from the lock: "running" while held, "killed" otherwise.
+
+    Args:
+        ledger: What history.json says, nothing where it is lost; goes into the result.
+        files: The episodes with a file, good or not.
+        records: Those of the good files that history does not know; that of the newest file, too,
+            where others are missing.
+        rows: What `checkpoints` shall say of the files that history does not know.
+        metadata: What metadata.json says, nothing where it is lost.
+        running: Whether a process holds the run.
+    """
+    known = {id(session) for session in ledger.sessions}
+    for number, row in rows.items():
+        ledger.add(records[number], row)
+    kept = set(ledger.kept())
+    newest = max(kept.intersection(files), default=0)
+    ledger.trim(newest)
+    if newest in records:
+        record = records[newest]
+        # Where `keep_last` is at work, a later file that is lost may have pruned this one.
+        pruned_to = newest - 1 if record.get("keep_last") else record.get("pruned_to", 0)
+        ledger.mark_missing(newest, pruned_to, kept.difference(files))
+        replay_to = max(ledger.replay_pruned_to, record.get("replay_pruned_to", 0))
+        ledger.replay_pruned_to = min(replay_to, newest)
+    ledger.sessions.sort(key=lambda session: session.start)
+    before = {id(s): p for p, s in itertools.pairwise(ledger.sessions) if id(p) not in known}
+    for number in rows:
+        previous = before.get(id(ledger.episodes[number].session))
+        status = records[number]["session"].get("previous_status")
+        if previous and previous.status == "running":
+            previous.status = status if status in STATUSES[1:] else "killed"
+    if ledger.sessions and id(session := ledger.sessions[-1]) not in known:
+        if metadata.get("session_timestamp") == session.timestamp:
+            session.status = metadata.get("status", "killed")
+        if session.status == "running" and not running:
+            session.status = "killed"
+    return ledger
+
+
 def score(metrics: Metrics | None) -> tuple[int, float]:
     """Rank an episode, lower is better; the reward decides only where the share is unknown."""
-    share, reward = ((metrics or {}).get(key) for key in (BEST_METRIC, "reward"))
+    share, reward = ((metrics or {}).get(key) for key in (_BEST_METRIC, "reward"))
     if share is not None:
         return 0, share
     return (1, -reward) if reward is not None else (2, 0.0)
@@ -216,27 +271,27 @@ def parse_history(data: Row) -> Ledger:
     """
     if data.get("schema_version") != 1:
         raise ValueError("unknown schema_version")
-    ledger = Ledger(parse_text(data, "agent"))
+    ledger = Ledger(_parse_text(data, "agent"))
     ledger.replay_pruned_to = parse_count(data, "replay_pruned_to", 0, most=MAX_EPISODES)
     metrics: dict[int, tuple[Session, Metrics]] = {}
     counts: list[tuple[Session, int, int]] = []
     for row in _rows(data, "trainings"):
-        session = parse_session(row, parse_text(row, "status"))
+        session = _parse_session(row, _parse_text(row, "status"))
         ledger.sessions.append(session)
         counts.append(
             (session, parse_count(row, "end_episode"), parse_count(row, "episodes_count"))
         )
         for entry in _rows(row, "metrics"):
-            metrics[parse_count(entry, "episode")] = session, parse_metrics(entry)
+            metrics[parse_count(entry, "episode")] = session, _parse_metrics(entry)
     for row in _rows(data, "checkpoints"):
-        match = EPISODE_PATTERN.fullmatch(parse_text(row, "file"))
+        match = EPISODE_PATTERN.fullmatch(_parse_text(row, "file"))
         if not match or int(match[1]) <= ledger.last:
             raise ValueError(f"unexpected file name {row['file']!r:.60}")
         number = int(match[1])
         if not (row.get("pruned") is True and row.get("sha256") is None):
-            parse_hash(row)
+            _parse_hash(row)
         if row.get("replay") is not None:
-            parse_hash(row["replay"])
+            _parse_hash(row["replay"])
         session, values = metrics.pop(number, (ledger.session_of(number), None))
         ledger.episodes[number] = Episode(session, values, row)
     trainings = [(r["end_episode"], r["episodes_count"]) for r, _ in ledger.trainings()]
@@ -247,7 +302,48 @@ def parse_history(data: Row) -> Ledger:
     return ledger
 
 
-def parse_session(row: Row, status: str) -> Session:
+def parse_metadata(data: Row) -> Row:
+    """Check the content of metadata.json, as far as it is used here.
+
+    Raises:
+        ValueError: A field is not what it should be.
+    """
+    _parse_text(data, "agent")
+    parse_count(data, "last_episode", most=MAX_EPISODES)
+    if data.get("status") not in (*STATUSES, None):
+        raise ValueError("unknown status")
+    return data
+
+
+def parse_record(path: Path, record: Row, kind: str) -> int:
+    """Check the record of a file and return its episode.
+
+    Raises:
+        Damaged: It is malformed or of another kind.
+    """
+    try:
+        if record.get("kind") != kind:
+            raise ValueError(f"no {kind} file")
+        number = parse_count(record, "episode", least=1, most=MAX_EPISODES)
+        _parse_text(record, "agent")
+        if kind == "episode":
+            if not isinstance(record.get("session"), dict):
+                raise ValueError("no session")
+            _parse_session(record["session"], "running")
+            parse_count(record["session"], "start_episode", most=number)
+            if not isinstance(record.get("metrics"), dict):
+                raise ValueError("no metrics")
+            parse_count(_parse_metrics(record["metrics"]), "episode", least=number, most=number)
+            for key in ("pruned_to", "replay_pruned_to"):
+                parse_count(record, key, most=number - 1)
+            if record.get("replay") is not None:
+                _parse_hash(record["replay"])
+    except ValueError as error:
+        raise Damaged(path, f"its record is wrong: {error}") from None
+    return number
+
+
+def _parse_session(row: Row, status: str) -> Session:
     duration = row.get("duration_seconds")
     if isinstance(duration, bool) or not isinstance(duration, int | float):
         raise ValueError("duration_seconds is not a number")
@@ -256,12 +352,12 @@ def parse_session(row: Row, status: str) -> Session:
     if status not in STATUSES:
         raise ValueError("unknown status")
     start = parse_count(row, "start_episode", least=1, most=MAX_EPISODES + 1)
-    session = Session(parse_text(row, "session_timestamp"), start, "")
-    session.device, session.duration, session.status = parse_text(row, "device"), duration, status
+    session = Session(_parse_text(row, "session_timestamp"), start, "")
+    session.device, session.duration, session.status = _parse_text(row, "device"), duration, status
     return session
 
 
-def parse_metrics(row: Row) -> Metrics:
+def _parse_metrics(row: Row) -> Metrics:
     for name, value in row.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and abs(value) < 1e300):
@@ -269,16 +365,16 @@ def parse_metrics(row: Row) -> Metrics:
     return row
 
 
-def parse_hash(row: object) -> None:
+def _parse_hash(row: object) -> None:
     if not isinstance(row, dict):
         raise ValueError("not a file entry")
     entry = cast(Row, row)
     parse_count(entry, "bytes")
-    if not re.fullmatch(r"[0-9a-f]{64}", parse_text(entry, "sha256"), re.ASCII):
+    if not re.fullmatch(r"[0-9a-f]{64}", _parse_text(entry, "sha256"), re.ASCII):
         raise ValueError("sha256 is not 64 hex digits")
 
 
-def parse_text(row: Row, key: str) -> str:
+def _parse_text(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or len(value) > 1000:
         raise ValueError(f"{key} is not a text")

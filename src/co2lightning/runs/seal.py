@@ -24,22 +24,22 @@ from co2lightning.errors import UserError
 from co2lightning.runs import tensor_zip
 from co2lightning.runs.files import open_file, read_file
 
-COMMENT = b"co2lightning "
-SEAL = b" sha256="
-SEAL_SIZE = len(SEAL) + 64
-MAX_RECORD = 60_000  # a zip comment holds 65,535 bytes
-MAX_JSON = 1 << 30
-MAX_PARTS = 200_000  # of a checkpoint: numbers, texts, tensors and what holds them
-MAX_TUPLE = 10_000  # parts of a tuple, with those of tuples in it
-MAX_DEPTH = 64
-MAX_INTEGER = 1 << 128  # a float can hold it; states of random generators are as large
+_COMMENT = b"co2lightning "
+_SEAL = b" sha256="
+_SEAL_SIZE = len(_SEAL) + 64
+_MAX_RECORD = 60_000  # a zip comment holds 65,535 bytes
+_MAX_JSON = 1 << 30
+_MAX_PARTS = 200_000  # of a checkpoint: numbers, texts, tensors and what holds them
+_MAX_TUPLE = 10_000  # parts of a tuple, with those of tuples in it
+_MAX_DEPTH = 64
+_MAX_INTEGER = 1 << 128  # a float can hold it; states of random generators are as large
 # What a checkpoint of plain data and tensors may name; weights_only's own list is far longer.
-HARMLESS = re.compile(
+_HARMLESS = re.compile(
     r"collections OrderedDict|(__builtin__|builtins) set|"
     r"torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|\w+Storage)|"
     r"torch (b?float|complex|u?int)\d+\w*|torch bool|torch\.storage UntypedStorage"
 )
-JSON_SEAL = re.compile(rb',\n "sha256_above": "([0-9a-f]{64})"\}\n\Z')
+_JSON_SEAL = re.compile(rb',\n "sha256_above": "([0-9a-f]{64})"\}\n\Z')
 
 
 class Damaged(UserError):
@@ -68,9 +68,9 @@ def seal_checkpoint(content: dict[str, Any], record: dict[str, Any]) -> bytes:
     problem = _foreign_content(buffer.getvalue())
     if problem:
         raise ValueError(f"a checkpoint holds only tensors and plain data: {problem}")
-    plain(content, buffer.getbuffer().nbytes)
-    comment = COMMENT + json.dumps(record, allow_nan=False).encode("ascii") + SEAL
-    if len(comment) > MAX_RECORD:
+    _plain(content, buffer.getbuffer().nbytes)
+    comment = _COMMENT + json.dumps(record, allow_nan=False).encode("ascii") + _SEAL
+    if len(comment) > _MAX_RECORD:
         raise ValueError(f"the record of a checkpoint is too large: {len(comment)} bytes")
     data = bytearray(buffer.getbuffer())
     data[-2:] = (len(comment) + 64).to_bytes(2, "little")  # the comment's length ends the zip
@@ -92,13 +92,13 @@ def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
     try:
         with open(open_file(path), "rb") as file:
             head, size = file.read(4), file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - SEAL_SIZE))
-            tail = file.read(len(SEAL))
+            file.seek(max(0, size - _SEAL_SIZE))
+            tail = file.read(len(_SEAL))
             if not size:
                 raise ValueError("empty")
             if head != b"PK\x03\x04":
                 raise ValueError("not a checkpoint file")
-            if tail != SEAL:
+            if tail != _SEAL:
                 raise ValueError("no checksum at its end: torn, or not written by co2lightning")
             file.seek(0)
             data = file.read()  # only now: a few bytes on disk can be a file larger than memory
@@ -108,9 +108,9 @@ def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise OSError(errno.ENOMEM, "larger than the memory", str(path)) from None
     if hashlib.sha256(data[:-64]).hexdigest().encode("ascii") != data[-64:]:
         raise Damaged(path, "checksum differs")
-    start = data.rfind(COMMENT, max(0, len(data) - MAX_RECORD - 64))
+    start = data.rfind(_COMMENT, max(0, len(data) - _MAX_RECORD - 64))
     try:
-        record = parse_json(data[start + len(COMMENT) : -SEAL_SIZE])
+        record = parse_json(data[start + len(_COMMENT) : -_SEAL_SIZE])
     except ValueError as error:
         raise Damaged(path, f"record unreadable: {error}") from None
     return data, record
@@ -123,19 +123,14 @@ def check_content(path: Path, data: bytes) -> None:
         raise Damaged(path, problem)
 
 
-def load_sealed(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Read and check a checkpoint file, then load it on the CPU; no code of the file runs.
-
-    Returns:
-        What was saved, the record from the comment, the bytes of the file.
+def load_content(path: Path, data: bytes) -> dict[str, Any]:
+    """Load the bytes of a checkpoint file on the CPU; no code in them runs.
 
     Raises:
-        Damaged: The seal is broken, or the content is not plain tensors and data.
-        FileNotFoundError: There is no such file.
+        Damaged: They are not plain tensors and data.
     """
     import torch
 
-    data, record = read_sealed(path)
     check_content(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -143,15 +138,15 @@ def load_sealed(path: Path) -> tuple[dict[str, Any], dict[str, Any], bytes]:
         line = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise Damaged(path, f"cannot be loaded: {line}") from None
     try:
-        content = plain(content, len(data))
+        content = _plain(content, len(data))
     except ValueError as error:
         raise Damaged(path, str(error)) from None
     if not isinstance(content, dict):
         raise Damaged(path, "holds no dictionary")
-    return cast(dict[str, Any], content), record, data
+    return cast(dict[str, Any], content)
 
 
-def plain(content: object, most_bytes: int) -> Any:
+def _plain(content: object, most_bytes: int) -> Any:
     """Return a copy of a checkpoint's content: tensors and data, and nothing that hides in them.
 
     What is shared is copied each time. So the copy is a tree; content that has cycles, or that
@@ -166,12 +161,12 @@ def plain(content: object, most_bytes: int) -> Any:
     """
     import torch
 
-    left = MAX_PARTS
+    left = _MAX_PARTS
 
     def copy(value: Any, depth: int) -> Any:
         nonlocal left
         left -= 1 + (len(value) // 100 if isinstance(value, str) else 0)
-        if left < 0 or depth > MAX_DEPTH:
+        if left < 0 or depth > _MAX_DEPTH:
             raise ValueError("holds too many parts" if left < 0 else "nested too deeply")
         if isinstance(value, torch.Tensor):
             if value.nbytes > most_bytes:
@@ -185,7 +180,7 @@ def plain(content: object, most_bytes: int) -> Any:
             return {copy(key, depth): copy(held, depth + 1) for key, held in pairs}
         if type(value) in (list, tuple, set):
             return type(value)(copy(held, depth + 1) for held in value)
-        if type(value) is int and abs(value) >= MAX_INTEGER:
+        if type(value) is int and abs(value) >= _MAX_INTEGER:
             raise ValueError("holds a number too large")
         if not isinstance(
             value, bool | int | float | str | None | torch.Size | torch.dtype | torch.device
@@ -203,7 +198,7 @@ def _foreign_content(data: bytes) -> str | None:
         for operation, argument, _ in pickletools.genops(data[begin:end]):
             if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                 name = str(argument)
-                if operation.name != "GLOBAL" or not HARMLESS.fullmatch(name):
+                if operation.name != "GLOBAL" or not _HARMLESS.fullmatch(name):
                     return f"names {name[:80]!r}, which is neither tensor nor plain data"
         if _has_large_tuple(data[begin:end]):
             return "holds a tuple of too many parts"
@@ -235,7 +230,7 @@ def _has_large_tuple(code: bytes) -> bool:
                     parts += stack.pop()
             if "TUPLE" not in name:
                 parts = int(name != "MARK")
-            elif parts > MAX_TUPLE:
+            elif parts > _MAX_TUPLE:
                 return True
             stack += [parts] * len(operation.stack_after)
     return False
@@ -247,7 +242,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     Raises:
         ValueError: Anything else, also nesting too deep and numbers too long.
     """
-    if len(text) > MAX_JSON:
+    if len(text) > _MAX_JSON:
         raise ValueError(f"{len(text)} bytes")
     try:
         value: object = json.loads(
@@ -258,7 +253,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):  # what can be read could still be too deep to be written again
+    for _ in range(_MAX_DEPTH):  # what can be read could still be too deep to be written again
         parts: list[Any] = []
         for group in level:
             parts += group if type(group) is list else group.values()
@@ -279,7 +274,7 @@ def _finite(text: str) -> float:
 
 def _integer(text: str) -> int:
     value = int(text)
-    if abs(value) >= MAX_INTEGER:
+    if abs(value) >= _MAX_INTEGER:
         raise ValueError(f"{text[:20]}... is too large")
     return value
 
@@ -303,12 +298,12 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
     """
     try:
-        data = read_file(path, MAX_JSON)
+        data = read_file(path, _MAX_JSON)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    seal = JSON_SEAL.search(data, max(0, len(data) - 120))
+    seal = _JSON_SEAL.search(data, max(0, len(data) - 120))
     if seal is None:
         raise ValueError("no checksum at its end" if data else "empty")
     if hashlib.sha256(data[: seal.start()]).hexdigest().encode("ascii") != seal[1]:

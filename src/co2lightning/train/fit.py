@@ -23,7 +23,8 @@ import torch
 
 from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.learn.ranks import Rank, is_loss
-from co2lightning.runs.run import ROOM_IN_NAMES, TrainingCheckpoint
+from co2lightning.runs.branches import ROOM_IN_NAMES
+from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.config import (
     Settings,
     as_recipe,
