@@ -3,9 +3,18 @@
 import hashlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from co2lightning.runs.seal import load_content, read_sealed
+
+
+def unseal(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a good file and its record."""
+    data, record = read_sealed(path)
+    return load_content(path, data), record
 
 
 def seal_zip(data: bytes, record: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from co2lightning.errors import UserError
 from co2lightning.runs import seal
 from co2lightning.settings.config import parse_flags, unknown_settings
 from conftest import TINY, Outcome, tree
+from forged import unseal
 
 Command = Callable[..., Outcome]
 
@@ -244,7 +245,7 @@ def test_another_agents_recipe(refused: Callable[..., None]) -> None:
 
 def reseal(source: Path, target: Path, **changes: Any) -> None:
     """Write a copy of an episode whose content differs, with a good seal."""
-    content, record, _ = seal.load_sealed(source)
+    content, record = unseal(source)
     for key, value in changes.items():
         content[key] = value
     target.write_bytes(seal.seal_checkpoint(content, record))

@@ -18,6 +18,7 @@ from co2lightning.errors import UserError
 from co2lightning.runs import seal
 from co2lightning.runs.run import TrainingCheckpoint
 from conftest import TINY, Outcome
+from forged import unseal
 
 Command = Callable[..., Outcome]
 
@@ -113,7 +114,7 @@ def test_training_ends_before_it_saves_what_is_not_finite(
 def test_a_checkpoint_that_is_not_finite_is_refused(command: Command) -> None:
     assert train(command, *SAC, "--episodes", "2").code == 0
     path = Path("checkpoints/SAC/episode_0002.pt")
-    content, record, _ = seal.load_sealed(path)
+    content, record = unseal(path)
 
     def spoil(tensor: torch.Tensor) -> None:
         with torch.no_grad():

@@ -22,7 +22,7 @@ from co2lightning.settings import config
 from co2lightning.train.board import replace_scalars
 from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
-from forged import seal_content
+from forged import seal_content, unseal
 
 Command = Callable[..., Outcome]
 MARKER = "os.makedirs('RAN')"
@@ -68,8 +68,7 @@ def resume(command: Command, *words: str) -> Outcome:
 
 def rewrite(run: TrainingCheckpoint, path: Path, changes: dict[str, Any]) -> None:
     """Change the content of a file and make all hashes fit."""
-    data, record = sealing.read_sealed(path)
-    content = sealing.load_content(path, data)
+    content, record = unseal(path)
     data = seal_content({**content, **changes}, record)
     path.write_bytes(data)
     history = sealing.read_json(run.directory / "history.json")

@@ -17,7 +17,7 @@ from co2lightning.errors import UserError
 from co2lightning.runs import seal as sealing
 from co2lightning.runs.run import TrainingCheckpoint
 from conftest import Outcome
-from forged import seal_content
+from forged import seal_content, unseal
 
 Path_ = tuple[Any, ...]
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
@@ -82,9 +82,7 @@ ODD = [
 @pytest.fixture(scope="module")
 def good() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of an episode and its record."""
-    path = GOLDEN / "PPO" / "episode_0002.pt"
-    data, record = sealing.read_sealed(path)
-    return sealing.load_content(path, data), record
+    return unseal(GOLDEN / "PPO" / "episode_0002.pt")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.config import complete, read_recipe
 from co2lightning.sim.days import SiteDays
 from conftest import TINY, Outcome
+from forged import unseal
 from small_site import shipped
 
 Fit = Callable[..., Outcome]
@@ -308,7 +309,7 @@ def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit("PPO", "--episodes", "1")
-    content, record, _ = seal.load_sealed(Path("checkpoints/PPO/episode_0001.pt"))
+    content, record = unseal(Path("checkpoints/PPO/episode_0001.pt"))
     path = Path("old.pt")
     del content["hyper_parameters"]["compile"], content["run"]["config"]["model.compile"]
     path.write_bytes(seal.seal_checkpoint(content, record))
