@@ -34,7 +34,7 @@ _MID_STEP_H = (np.arange(T) + 0.5) * STEP_H
 
 
 @dataclass(frozen=True)
-class Preset:
+class _Preset:
     """What makes one shipped site differ from the other."""
 
     name: str
@@ -48,8 +48,8 @@ class Preset:
 
 
 PRESETS = (
-    Preset("iquitos", "dirty diesel peakers in the evening", 660, 580, 31, 24, 45, merit=True),
-    Preset("iquitos-flat", "constant carbon intensity", 700, 700, 37, 29, 52, merit=False),
+    _Preset("iquitos", "dirty diesel peakers in the evening", 660, 580, 31, 24, 45, merit=True),
+    _Preset("iquitos-flat", "constant carbon intensity", 700, 700, 37, 29, 52, merit=False),
 )
 
 
@@ -143,14 +143,14 @@ def solar(kc: Floats) -> Floats:
     return np.stack(series).reshape(4, n_days, T)
 
 
-def building_load_kw(preset: Preset, noise: Floats) -> Floats:
+def building_load_kw(preset: _Preset, noise: Floats) -> Floats:
     """Compute the building load [D, T] in kW from the preset's levels and noise of mean 1."""
     night, day, evening = preset.night_kw, preset.day_kw, preset.evening_kw
     level_kw = [night, night, day, day, evening, evening, night]
     return np.interp(_MID_STEP_H, [0, 5, 6.5, 17, 18.5, 22, 24], level_kw) * noise
 
 
-def carbon_kg_per_kwh(preset: Preset) -> Floats:
+def carbon_kg_per_kwh(preset: _Preset) -> Floats:
     """Compute the carbon intensity of one day [T], of mean 0.4521 kg/kWh."""
     if not preset.merit:
         return np.full(T, _CARBON_MEAN_KG_PER_KWH)
@@ -208,7 +208,7 @@ def timestamp(day: int, step: int) -> str:
     return f"{_FIRST_DAY + timedelta(days=day)}T{step // 4:02d}:{step % 4 * 15:02d}{_UTC_OFFSET}"
 
 
-def _site_yaml(preset: Preset) -> str:
+def _site_yaml(preset: _Preset) -> str:
     return f"""\
 # Charging site at Iquitos, Peru: {preset.title}.
 # Written by `python -m co2lightning.sites.build`: one draw of the year 2025 with the seed below.
