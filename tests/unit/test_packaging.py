@@ -212,11 +212,16 @@ def test_readme_python_names_exist(block: str) -> None:
             assert node.value.id != "co2lightning" or hasattr(co2lightning, node.attr), node.attr
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.es.md", "docs/algorithms.md"])
-def test_files_that_a_page_links_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
+        sources = [source.as_posix() for source in SOURCES]
+        assert (ROOT / path).exists() or any(s.endswith(f"/{path}") for s in sources), path
     for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
-        assert "://" in target or ((ROOT / page).parent / target).exists(), target
+        assert "://" in target or (page.parent / target).exists(), target
 
 
 def test_the_two_pages_lead_to_each_other_and_show_the_same_first_steps() -> None:
@@ -250,7 +255,7 @@ def test_the_functions_that_the_equations_name_exist() -> None:
     found = re.findall(r"`([A-Za-z]\w*)\.([A-Za-z]\w*)`", text)
     assert len(found) > 20
     for owner, name in found:
-        if owner in ("env", "rules"):  # a setting, a file
+        if owner == "env":  # a setting
             continue
         assert owner in modules or f"class {owner}" in source, owner
         assert re.search(rf"(def|class) {name}\b|^    {name}: ", source, re.M), (owner, name)
