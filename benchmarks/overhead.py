@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from co2lightning.agents.ppo import PPO
-from co2lightning.settings.config import check_settings, complete, read_recipe
+from co2lightning.settings.parser import check_settings, complete
+from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.days import make_environment
 from co2lightning.train.fit import run_fit
 

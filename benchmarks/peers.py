@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents import agent_class
-from co2lightning.settings.config import Settings, complete
+from co2lightning.settings.parser import complete
+from co2lightning.settings.recipe import Settings
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import Environment, Step
 from co2lightning.site.load import load_site

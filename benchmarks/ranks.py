@@ -25,7 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from co2lightning.learn import ranks
-from co2lightning.settings.config import check_settings, complete, read_recipe
+from co2lightning.settings.parser import check_settings, complete
+from co2lightning.settings.recipe import read_recipe
 from overhead import BareLoop
 
 WARM_UP = 2  # rounds

@@ -40,7 +40,8 @@ from co2lightning.agents import AGENTS
 from co2lightning.control.observation import build_observer, observe
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import SiteModel, State
-from co2lightning.settings.config import Settings, check_settings, complete, read_recipe
+from co2lightning.settings.parser import check_settings, complete
+from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site, T

@@ -18,7 +18,7 @@ from co2lightning.agents import AGENTS
 from co2lightning.agents.ppo import PPO
 from co2lightning.errors import UserError
 from co2lightning.runs import seal
-from co2lightning.settings.config import parse_flags, unknown_settings
+from co2lightning.settings.parser import parse_flags, unknown_settings
 from conftest import TINY, Outcome, tree
 from forged import unseal
 

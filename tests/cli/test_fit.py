@@ -19,14 +19,8 @@ from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.errors import UserError
 from co2lightning.learn.rollout import Rollout, RolloutDataset
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import (
-    Settings,
-    check_settings,
-    complete,
-    find_recipe,
-    parse_flags,
-    read_recipe,
-)
+from co2lightning.settings.parser import check_settings, complete, parse_flags
+from co2lightning.settings.recipe import Settings, find_recipe, read_recipe
 from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
 from small_site import write_site
@@ -476,7 +470,7 @@ def figures(name: str) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train three sessions of two episodes, once."""
-    from co2lightning.settings.config import parse_flags
+    from co2lightning.settings.parser import parse_flags
     from co2lightning.train.fit import run_fit
 
     place = tmp_path_factory.mktemp("sessions")

@@ -22,7 +22,7 @@ from co2lightning.control import rules
 from co2lightning.report.collect import compare_to_rule
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import parse_flags
+from co2lightning.settings.parser import parse_flags
 from co2lightning.sim.evaluate import evaluate, mean_interval, summarise
 from co2lightning.site.load import load_site
 from co2lightning.site.model import T

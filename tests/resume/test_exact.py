@@ -20,7 +20,7 @@ from co2lightning.agents import AGENTS
 from co2lightning.cli import main
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import find_recipe
+from co2lightning.settings.recipe import find_recipe
 from co2lightning.train.curves import Curves
 from conftest import Outcome, pruned
 
@@ -110,7 +110,7 @@ def check_history(directory: str, last: int) -> None:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return an uninterrupted run of N episodes, trained once per agent."""
-    from co2lightning.settings.config import parse_flags
+    from co2lightning.settings.parser import parse_flags
     from co2lightning.train.fit import run_fit
     from conftest import TINY
 

@@ -18,7 +18,7 @@ import co2lightning
 from co2lightning.errors import UserError
 from co2lightning.runs import seal as sealing
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings import config
+from co2lightning.settings import parser
 from co2lightning.train.board import replace_scalars
 from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
@@ -38,7 +38,7 @@ class Payload:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train three episodes of SAC, once."""
-    from co2lightning.settings.config import parse_flags
+    from co2lightning.settings.parser import parse_flags
     from co2lightning.train.fit import run_fit
 
     place = tmp_path_factory.mktemp("trained")
@@ -167,15 +167,15 @@ IMPORTS: list[Any] = [
 
 @pytest.mark.parametrize("agent", ["A2C", "SAC", "PPO"])
 def test_no_setting_of_a_file_imports(run: TrainingCheckpoint, agent: str) -> None:
-    keys = [*config.complete({}, agent), "model", "env", "trainer", "config", "model.evil.X"]
+    keys = [*parser.complete({}, agent), "model", "env", "trainer", "config", "model.evil.X"]
     assert {"trainer.callbacks", "trainer.strategy", "model.gamma", "env.id"} <= set(keys)
     for key, value in itertools.product(keys, IMPORTS):
         with contextlib.suppress(UserError):
-            taken = config.check_stored({key: value}, agent, "file.pt")
+            taken = parser.check_stored({key: value}, agent, "file.pt")
             assert taken.keys() == set() or taken == {key: value} == {key: str(value)}
         assert not Path("RAN").exists(), (key, value)
     with pytest.raises(UserError):  # what a user says is imported
-        config.check_settings({"trainer.callbacks": IMPORTS[-2]}, agent, "fit")
+        parser.check_settings({"trainer.callbacks": IMPORTS[-2]}, agent, "fit")
     assert Path("RAN").exists()
     del sys.modules["evil"]
 
@@ -184,7 +184,7 @@ def test_only_settings_of_the_run_are_taken_from_a_file(
     run: TrainingCheckpoint, command: Command
 ) -> None:
     kept = torch.load(run.path(3), weights_only=True)["run"]
-    keys = [key for key in config.complete({}, "SAC") if key not in kept["config"]]
+    keys = [key for key in parser.complete({}, "SAC") if key not in kept["config"]]
     evil = {key: [{"class_path": "evil.X"}] for key in keys}
     rewrite(run, run.path(3), {"run": {**kept, "config": {**kept["config"], **evil}}})
     assert "trainer.callbacks" in evil

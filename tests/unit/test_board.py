@@ -14,7 +14,7 @@ from test_evaluate import write_site
 from co2lightning.cli import main
 from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.errors import UserError
-from co2lightning.settings.config import complete, parse_flags
+from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site

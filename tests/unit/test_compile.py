@@ -27,7 +27,8 @@ from co2lightning.learn.descent import Descent, worth_compiling
 from co2lightning.learn.rollout import Rollout, RolloutDataset
 from co2lightning.runs import seal
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import complete, read_recipe
+from co2lightning.settings.parser import complete
+from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.days import SiteDays
 from conftest import TINY, Outcome
 from forged import unseal

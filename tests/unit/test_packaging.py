@@ -18,8 +18,10 @@ from packaging.version import Version
 
 import co2lightning
 from co2lightning import cli
+from co2lightning.agents import AGENTS
 from co2lightning.commands import fit_all
-from co2lightning.settings import config
+from co2lightning.settings import parser
+from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.evaluate import TITLES
 
 ROOT = Path(__file__).parents[2]
@@ -138,13 +140,13 @@ def test_the_versions_we_rely_on() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_valid(recipe: Path) -> None:
-    agent, settings = config.read_recipe(str(recipe))
+    agent, settings = read_recipe(str(recipe))
     assert recipe.stem.split("-")[0] == agent.lower()
-    config.check_settings(settings, agent, recipe.name)
+    parser.check_settings(settings, agent, recipe.name)
 
 
 def test_every_agent_has_a_recipe() -> None:
-    assert {agent.lower() for agent in config.AGENTS} <= {path.stem for path in RECIPES}
+    assert {agent.lower() for agent in AGENTS} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("arguments", readme_arguments("co2lightning"), ids=" ".join)
@@ -159,16 +161,16 @@ def test_readme_command_exists(
         return
     assert arguments[0] in cli._COMMANDS
     if arguments[0] == "fit" and "--help" not in arguments:
-        given, rest = config.split_arguments(arguments[1:])
+        given, rest = parser.split_arguments(arguments[1:])
         agent = given.get("agent", "PPO")
         if "config" in given:
-            agent, settings = config.read_recipe(given["config"])
-            config.check_settings(settings, agent, given["config"])
-        config.parse_flags(rest, agent)
+            agent, settings = read_recipe(given["config"])
+            parser.check_settings(settings, agent, given["config"])
+        parser.parse_flags(rest, agent)
     elif arguments[0] == "fit-all":
         options, rest = fit_all._parse(arguments[1:])
         for agent in options.agents:
-            config.parse_flags(rest, agent)
+            parser.parse_flags(rest, agent)
     elif arguments[0] != "fit":  # where nothing was trained yet they get no further than this
         monkeypatch.chdir(tmp_path)
         code = cli.main(arguments)

@@ -21,7 +21,7 @@ from torch import Tensor
 from co2lightning.agents import agent_class
 from co2lightning.agents.load import agent_of, not_finite, restore_agent, stored_settings
 from co2lightning.agents.networks import ACTIVATIONS
-from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTHS, Choice, setting
+from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTH, setting
 from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
@@ -57,8 +57,8 @@ class AgentSettings:
     anneal_episodes: int = setting(0, COUNT_OR_NONE)
     anneal_to: float = setting(0.1, SHARE)
     gamma: float = setting(0.99, SHARE)
-    hidden: tuple[int, ...] = setting((64, 64), WIDTHS)
-    activation: str = setting("tanh", Choice(ACTIVATIONS))
+    hidden: tuple[int, ...] = setting((64, 64), WIDTH)
+    activation: str = setting("tanh", ACTIVATIONS)
     reward_scale: float = setting(1.0, POSITIVE)
     compile: bool | Literal["auto"] = "auto"
 

@@ -7,7 +7,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from co2lightning.errors import UserError, show
@@ -32,39 +32,19 @@ class Range(NamedTuple):
         return f"{low} and at most {self.high:,g}"
 
 
-class Choice(tuple[Any, ...]):
-    """The values there are."""
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(dict.fromkeys(str(each) for each in self if each is not None))}"
-
-
-class _Widths:
-    """Widths of hidden layers that fit into a memory."""
-
-    each = Range(1, 16_384)
-
-    def __contains__(self, value: object) -> bool:
-        assert isinstance(value, list | tuple)
-        return 1 <= len(value) <= 16 and all(width in self.each for width in value)
-
-    def __str__(self) -> str:
-        return f"1 to 16 widths, such as [64, 64], each {self.each}"
-
-
 COUNT = Range(1, 10_000_000)
 COUNT_OR_NONE = Range(0, 10_000_000)
 POSITIVE = Range(0, above=True)
 WEIGHT = Range(0)
 SHARE = Range(0, 1)
 SEED = Range(0, 2**63 - 1)
-WIDTHS = _Widths()
+WIDTH = Range(1, 16_384)  # of a hidden layer
 
-Kind = tuple[Any, Container[Any] | None]
+Kind = tuple[Any, Collection[Any] | None]
 """A setting's type and the values of that type that make sense; None: all of them."""
 
 
-def setting(default: Any, allowed: Container[Any]) -> Any:
+def setting(default: Any, allowed: Collection[Any]) -> Any:
     """Return the field of a dataclass, with the values that make sense beyond its type."""
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
@@ -76,15 +56,24 @@ def kinds_of(settings_class: type) -> dict[str, Kind]:
     return {each.name: (wanted[each.name], each.metadata.get("allowed")) for each in fields_}
 
 
-def check_range(name: str, value: Any, allowed: Container[Any] | None) -> None:
+def check_range(name: str, value: Any, allowed: Collection[Any] | None) -> None:
     """Refuse a value of the right type that makes no sense; `name` begins the message."""
-    if value is None:
-        return
-    shown = f"{name} {show(list(value) if isinstance(value, tuple) else value)}: must be"
     if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
-        raise UserError(f"{shown} a finite number")  # a whole number may be larger, too
-    if allowed is not None and value not in allowed:
-        raise UserError(f"{shown} {allowed}")
+        wanted = "a finite number"  # a whole number may be larger, too
+    elif value is None or allowed is None:
+        return
+    elif isinstance(value, tuple):
+        if 1 <= len(value) <= 16 and all(width in allowed for width in value):
+            return
+        wanted = f"1 to 16 widths, such as [64, 64], each {allowed}"
+    elif value in allowed:
+        return
+    elif isinstance(allowed, Range):
+        wanted = allowed
+    else:
+        wanted = f"one of {', '.join(dict.fromkeys(str(one) for one in allowed if one))}"
+    shown = show(list(value) if isinstance(value, tuple) else value)
+    raise UserError(f"{name} {shown}: must be {wanted}")
 
 
 def check_types(stored: Mapping[Any, Any], kinds: Mapping[str, Kind], origin: str) -> Any:
@@ -106,9 +95,9 @@ def check_types(stored: Mapping[Any, Any], kinds: Mapping[str, Kind], origin: st
         if not _is(value, wanted):
             # Nothing deeper is shown: a list may hold itself.
             shown = f" {show(value)}" if isinstance(value, str | int | float) else ""
-            raise UserError(f"{origin}: {key}{shown}: must be {words(wanted)}")
-        check_range(f"{origin}: {key}", value, allowed)
+            raise UserError(f"{origin}: {key}{shown}: must be {in_words(wanted)}")
         checked[key] = tuple(value) if isinstance(value, list) else value
+        check_range(f"{origin}: {key}", checked[key], allowed)
     return checked
 
 
@@ -124,7 +113,7 @@ def _is(value: object, wanted: Any) -> bool:
     return type(value) in ((int, float) if wanted is float else (wanted,))
 
 
-def words(wanted: Any) -> str:
+def in_words(wanted: Any) -> str:
     """Say in words what a type takes."""
     plain = {
         int: "a whole number",
@@ -137,11 +126,11 @@ def words(wanted: Any) -> str:
         return plain[wanted]
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(dict.fromkeys(map(words, inner)))
+        return " or ".join(dict.fromkeys(map(in_words, inner)))
     if origin is Literal:
         return " or ".join(str(choice) for choice in inner)
     if origin in (tuple, list) and inner[0] is int:
         return "a list of whole numbers, such as [64, 64]"
     if origin is list:
-        return f"a list of {words(inner[0])}"
+        return f"a list of {in_words(inner[0])}"
     return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"

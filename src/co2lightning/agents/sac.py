@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent, AgentSettings
 from co2lightning.agents.networks import ACTIVATIONS, MLP, TwinCritic, squashed_gaussian
-from co2lightning.agents.ranges import COUNT, POSITIVE, WEIGHT, WIDTHS, Choice, Range, setting
+from co2lightning.agents.ranges import COUNT, POSITIVE, WEIGHT, WIDTH, Range, setting
 from co2lightning.agents.replay import Replay, ReplayBatch
 from co2lightning.learn import ranks
 from co2lightning.learn.rollout import Rollout
@@ -54,8 +54,8 @@ class SACSettings(AgentSettings):
     tau: float = setting(0.005, Range(0, 1, above=True))
     ent_coef_init: float = setting(1.0, POSITIVE)
     target_entropy: float | None = None
-    hidden: tuple[int, ...] = setting((256, 256), WIDTHS)
-    activation: str = setting("relu", Choice(ACTIVATIONS))
+    hidden: tuple[int, ...] = setting((256, 256), WIDTH)
+    activation: str = setting("relu", ACTIVATIONS)
 
 
 class SAC(Agent):

@@ -25,13 +25,8 @@ from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import (
-    Settings,
-    as_recipe,
-    check_settings,
-    flatten,
-    run_settings,
-)
+from co2lightning.settings.parser import check_settings, complete, run_settings
+from co2lightning.settings.recipe import Settings, as_recipe, flatten
 from co2lightning.sim.days import SiteDays
 from co2lightning.site import trained_days
 from co2lightning.terminal import tell
@@ -140,7 +135,7 @@ def run_fit(
     planned = plan(asked, find_start(run, asked))
     built = build(planned, rank)
     if session["print_config"]:
-        for line in as_recipe(built.settings, agent).splitlines():
+        for line in as_recipe(built.settings, agent, complete({}, agent)).splitlines():
             echo(line)
         return FitResult(agent, name, planned.done + 1, planned.done, None, {})
     if signals:

@@ -24,16 +24,15 @@ from co2lightning.learn.ranks import Rank
 from co2lightning.places import local
 from co2lightning.runs.ledger import MAX_EPISODES
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.config import (
-    Settings,
-    as_flag,
+from co2lightning.settings.parser import (
     check_settings,
     check_stored,
     complete,
-    read_recipe,
     run_settings,
     unknown_settings,
 )
+from co2lightning.settings.recipe import Settings, read_recipe
+from co2lightning.settings.words import as_flag
 from co2lightning.sim.days import SiteDays, make_environment
 from co2lightning.sim.interface import Environment
 from co2lightning.site import trained_days

@@ -21,11 +21,8 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy
 
 from co2lightning.errors import UserError
-from co2lightning.settings.config import (
-    Settings,
-    given_trainer_flags,
-    instantiate_trainer_settings,
-)
+from co2lightning.settings.parser import given_trainer_flags, instantiate_trainer_settings
+from co2lightning.settings.recipe import Settings
 
 # What Lightning raises where its arguments do not go together.
 _REFUSALS = (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError, KeyError)
