@@ -26,7 +26,7 @@ from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import check_settings, complete, run_settings
-from co2lightning.settings.recipe import Settings, as_recipe, flatten
+from co2lightning.settings.recipe import Settings, as_recipe, flatten, read_recipe
 from co2lightning.sim.days import SiteDays
 from co2lightning.site import trained_days
 from co2lightning.terminal import tell
@@ -114,7 +114,8 @@ def run_fit(
         Interrupted: A signal ended it; the last whole episode is on disk.
         TrainingError: It cannot go on, or a callback raised; the last good episode is on disk.
     """
-    asked = Asked.of(flags, agent, config)
+    config = config or f"{agent.lower()}.yaml"
+    asked = Asked(agent, config, check_settings(read_recipe(config)[1], agent, config), flags)
     session = asked.session
     name = agent if session["name"] is None else session["name"]
     _check_name(name)
@@ -153,12 +154,7 @@ def run_fit(
 
 
 def _check_name(name: str) -> None:
-    if (
-        not name
-        or name in (".", "..", "archive", REFERENCES)
-        or name.startswith(".")
-        or set(name) & set("/\\:")
-    ):
+    if name in ("", "archive", REFERENCES) or name.startswith(".") or set(name) & set("/\\:"):
         raise UserError(f"--name {name}: a plain directory name, such as night-tariff")
 
 
@@ -182,13 +178,11 @@ def _check_place(flag: str, directory: str, name: str) -> None:
 
 def _check_text(flag: str, path: Path) -> None:
     """Refuse a name that TensorBoard cannot write, which takes UTF-8 only."""
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
+    if str(path).encode("utf-8", "replace").decode("utf-8") != str(path):
         raise UserError(
             f"{flag} {path}: is no UTF-8 text, as TensorBoard needs; give another name, or a UTF-8 "
             "locale, such as LC_ALL=C.UTF-8"
-        ) from None
+        )
 
 
 @contextlib.contextmanager
@@ -232,15 +226,11 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
 
 
 def _how_to_continue(file: Path, settings: Settings) -> str:
-    flags = [f"--ckpt_path {shlex.quote(str(file))}"]
-    for key, default in (
-        ("name", None),
-        ("checkpoints.dir", "checkpoints"),
-        ("logs.dir", "lightning_logs"),
-    ):
-        if settings[key] != default:
-            flags.append(f"--{key} {shlex.quote(settings[key])}")
-    return f"co2lightning fit {' '.join(flags)} continues it"
+    given = {"ckpt_path": str(file)}
+    defaults = {"name": None, "checkpoints.dir": "checkpoints", "logs.dir": "lightning_logs"}
+    given |= {key: settings[key] for key, value in defaults.items() if settings[key] != value}
+    flags = " ".join(f"--{key} {shlex.quote(value)}" for key, value in given.items())
+    return f"co2lightning fit {flags} continues it"
 
 
 def _train(
@@ -308,57 +298,40 @@ def _train(
             signal.signal(signal.SIGINT, on_interrupt)  # which Lightning ignores from then on
             raise error.__context__ from None
         if isinstance(error, Exception):
-            _say_what_failed(error, brought, path, run if episodes.begun else None)
+            _say_what_failed(error, trainer, episodes, path)
         raise
     signals.check()
+    last, curves = trainer.current_epoch, f"curves: tensorboard --logdir {settings['logs.dir']}"
     if trainer.should_stop:
-        echo(
-            f"Ended at episode {trainer.current_epoch} of {target} by {_who(who_stopped(trainer))}"
-        )
-    target = trainer.current_epoch
-    echo(
-        f"{_count(target)} in {run.directory}; curves: tensorboard --logdir {settings['logs.dir']}"
-    )
-    return FitResult(agent, run.name, done + 1, target, run.path(target), dict(learner.metrics))
+        echo(f"Ended at episode {last} of {target} by {_who(who_stopped(trainer))}")
+    echo(f"{_count(last)} in {run.directory}; {curves}")
+    return FitResult(agent, run.name, done + 1, last, run.path(last), dict(learner.metrics))
 
 
 def _say_what_failed(
-    error: Exception,
-    brought: list[pl.Callback],
-    path: str | None,
-    begun: TrainingCheckpoint | None,
+    error: Exception, trainer: pl.Trainer, episodes: EpisodeCheckpoint, path: str | None
 ) -> None:
-    """Raise what tells the user whose an error is, where it does not say so itself.
-
-    Args:
-        error: That of `Trainer.fit`, being handled.
-        brought: The user's callbacks.
-        path: What training went on from.
-        begun: The run, once a session has begun in it.
-    """
-    if callback := _raised_by(error, brought):
+    """Raise what tells the user whose an error of `Trainer.fit` is, unless it says so itself."""
+    if callback := _raised_by(error, users_callbacks(trainer)):
         what = f"--trainer.callbacks: {type(callback).__name__}"
-        if not begun:
+        if not episodes.begun:
             raise UserError(f"{what} cannot work here: {error}") from error
-        stands = f"{_count(begun.get_next_episode() - 1)} saved, --ckpt_path last continues"
+        stands = f"{_count(episodes.run.get_next_episode() - 1)} saved, --ckpt_path last continues"
         raise TrainingError(f"{what} raised {type(error).__name__}: {error}; {stands}") from error
     if isinstance(error, UserError | TrainingError | OSError | Interrupted):
         return
     if is_loss(error):
         raise ConnectionError("another process of this run ended") from None
-    if path and not begun:
+    if path and not episodes.begun:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot be restored ({reason})") from error
 
 
 def _raised_by(error: Exception, callbacks: list[pl.Callback]) -> pl.Callback | None:
     """Return the callback that an error came from, if it is one of these."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        for value in frame.f_locals.values():
-            for callback in callbacks:
-                if value is callback:
-                    return callback
-    return None
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    values = [value for frame in frames for value in frame.f_locals.values()]
+    return next((each for value in values for each in callbacks if each is value), None)
 
 
 def _who(stopped_by: tuple[str, str]) -> str:
@@ -385,10 +358,7 @@ def _info(agent: str, built: Built) -> dict[str, Any]:
     if isinstance(built.environment, SiteDays):
         site = built.environment.site
         info["site"] = {
-            "name": site.name,
-            "sha256": site.sha256,
-            "pv_kwp": site.pv_kwp,
-            "grid_kw": site.grid_kw,
+            **{key: getattr(site, key) for key in ("name", "sha256", "pv_kwp", "grid_kw")},
             "charger_efficiency": site.charger_efficiency,
             "battery": dict(vars(site.battery)),
             "sockets": [dict(vars(sockets)) for sockets in site.sockets],

@@ -24,13 +24,7 @@ from co2lightning.learn.ranks import Rank
 from co2lightning.places import local
 from co2lightning.runs.ledger import MAX_EPISODES
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.parser import (
-    check_settings,
-    check_stored,
-    complete,
-    run_settings,
-    unknown_settings,
-)
+from co2lightning.settings.parser import check_stored, complete, run_settings, unknown_settings
 from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.settings.words import as_flag
 from co2lightning.sim.days import SiteDays, make_environment
@@ -49,14 +43,6 @@ class Asked:
     config: str  # the recipe's name
     recipe: Settings
     flags: Settings  # win over what the run was started with, and that over the recipe
-
-    @classmethod
-    def of(cls, flags: Settings, agent: str, config: str | None) -> Asked:
-        """Read the recipe, by default the agent's own."""
-        config = config or f"{agent.lower()}.yaml"
-        named, recipe = read_recipe(config)
-        assert named == agent
-        return cls(agent, config, check_settings(recipe, agent, config), flags)
 
     @property
     def session(self) -> Settings:
@@ -277,8 +263,7 @@ def build(plan: Plan, rank: Rank) -> Built:
         settings["model.compile"] = learner.settings.compile = worth
     learner.train_on(environment)
     restored: dict[str, Any] | None = None
-    replay: list[dict[str, Any]] = []
-    rows: list[int] = []
+    replay, rows = list[dict[str, Any]](), list[int]()
     if start:
         if start.world_size != rank.world_size:
             raise UserError(
@@ -323,8 +308,7 @@ def _load_replay(
     learner: Agent, start: Start, allow_partial: bool, rank: Rank
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the newest replay pieces of a rank that fill the agent's buffer, and their rows."""
-    replay: list[dict[str, Any]] = []
-    rows: list[int] = []
+    replay, rows = list[dict[str, Any]](), list[int]()
     capacity = learner.replay_capacity
     if capacity is None:
         return replay, rows

@@ -26,7 +26,7 @@ class ProgressLine(pl.Callback):
         echo: Where the plain lines go.
     """
 
-    def __init__(self, total: int, echo: Callable[[str], None] = print) -> None:
+    def __init__(self, total: int, echo: Callable[[str], None]) -> None:
         self.total = total
         self.echo = echo
         self.live: Progress | None = None
@@ -53,11 +53,11 @@ class ProgressLine(pl.Callback):
 
     def show(self, agent: Agent) -> None:
         """Show the episode an agent has just finished."""
-        line = episode_line(agent.episode, self.total, short_metrics(agent.metrics))
+        figures = _figures(short_metrics(agent.metrics))
         if self.live:
-            self.live.update(self._task, completed=agent.episode, figures=line.split(": ", 1)[1])
+            self.live.update(self._task, completed=agent.episode, figures=figures)
         else:
-            self.echo(line)
+            self.echo(f"Episode {agent.episode:>4}/{self.total}: {figures}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -78,8 +78,8 @@ class ProgressLine(pl.Callback):
             self.live = None
 
 
-def episode_line(episode: int, total: int, metrics: dict[str, float]) -> str:
-    """Return one line about an episode; energy not served is never left out when there is any."""
+def _figures(metrics: dict[str, float]) -> str:
+    """Return an episode's figures; energy not served is never left out when there is any."""
     parts: list[str] = []
     if "co2_kg" in metrics:
         change = 100.0 * (metrics["co2_vs_uncontrolled"] - 1.0)
@@ -88,4 +88,4 @@ def episode_line(episode: int, total: int, metrics: dict[str, float]) -> str:
             parts.append(f"unmet={metrics['unmet_kwh']:6.1f} kWh")
     parts.append(f"reward={metrics['reward']:7.1f}")
     parts.append(f"{metrics['time_seconds']:.1f} s")
-    return f"Episode {episode:>4}/{total}: " + " | ".join(parts)
+    return " | ".join(parts)

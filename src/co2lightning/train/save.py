@@ -7,6 +7,7 @@ the checkpoint: a file on disk never knows of an episode its curves do not show.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,7 @@ class EpisodeCheckpoint(ModelCheckpoint):
                 info=self.info,
             )
         self.begun = True
-        if self.replay:
-            pl_module.restore_replay(self.replay)
+        pl_module.restore_replay(self.replay)
         self.replay.clear()
 
     def format_checkpoint_name(self, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> str:
@@ -120,27 +120,14 @@ class EpisodeCheckpoint(ModelCheckpoint):
             self.run.end_session("interrupted" if interrupted else "failed")
 
 
+@dataclass(eq=False)
 class EpisodeCheckpointIO(CheckpointIO):
-    """Lets Lightning save and load through a run directory: atomic, hashed, plain data only.
+    """Lets Lightning save and load through a run directory: atomic, hashed, plain data only."""
 
-    Args:
-        run: The run directory.
-        start: What Lightning is to restore, read and checked already; see `restorable`.
-        rows: Lengths of the pieces of earlier episodes that still fill the replay buffer.
-        capacity: Transitions the buffer holds.
-    """
-
-    def __init__(
-        self,
-        run: TrainingCheckpoint,
-        start: dict[str, Any] | None,
-        rows: list[int],
-        capacity: int | None,
-    ) -> None:
-        self.run = run
-        self.start = start
-        self.rows = rows
-        self.capacity = capacity
+    run: TrainingCheckpoint
+    start: dict[str, Any] | None  # what Lightning is to restore, see `restorable`
+    rows: list[int]  # of the pieces of earlier episodes that still fill the replay buffer
+    capacity: int | None  # transitions that the buffer holds
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -197,13 +184,8 @@ def restorable(content: dict[str, Any], origin: Path, learner: Agent) -> dict[st
     Of the optimizer it is what was gathered; the optimizer's settings and Lightning's loops follow
     from the agent and the episode, whatever the file says.
 
-    Args:
-        content: The episode's.
-        origin: Its file, for messages.
-        learner: The agent with its weights.
-
     Raises:
-        UserError: It does not fit the agent.
+        UserError: It does not fit the agent; `origin` names its file.
     """
     optimizer = learner.configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)

@@ -1,11 +1,14 @@
 """What SIGINT, SIGTERM and SIGHUP do to a training: the last whole episode stands.
 
-before the run is held    the system's own action: nothing needs to be closed
-the first                 a line, then at the next segment of the episode, or where a save ends,
-                          `Interrupted` on all ranks: the running episode is dropped, the
-                          session closed as "interrupted", exit code 128 + signal
-the second                the process ends at once, as by a kill; no file is ever half written
-ignored by who started us ignored still, as under nohup or by & in a script
+    before anything is written  the system's own action: nothing needs to be closed
+    the first                   a line; at the next segment of the episode `Interrupted` on all
+                                ranks: the running episode is dropped, the session closed as
+                                "interrupted", the exit code 128 + the signal
+    the second                  the process ends at once, as by a kill: no file is half written
+    one that we were to ignore  is ignored still, as under nohup or by & in a script
+
+Nothing is raised inside a save: the handler only sets a flag. Ranks tell each other, so that a
+signal to one of them ends all at the same segment.
 """
 
 from __future__ import annotations
@@ -33,11 +36,7 @@ class Interrupted(Exception):
 
 
 class Signals(pl.Callback):
-    """Ends training after the first signal; one that was not installed leaves them to the caller.
-
-    Nothing is raised inside a save: the handler only sets a flag. Ranks tell each other, so that
-    a signal to one of them ends all at the same segment.
-    """
+    """Ends training after the first signal; one not installed leaves them to the caller."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -27,10 +27,9 @@ from co2lightning.settings.recipe import Settings
 # What Lightning raises where its arguments do not go together.
 _REFUSALS = (MisconfigurationException, ImportError, TypeError, ValueError, RuntimeError, KeyError)
 # What is Lightning's by default; ours, where there is any, comes when a session begins.
-_BARE: dict[str, Any] = {
-    **dict.fromkeys(("logger", "enable_checkpointing"), False),
-    **dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False),
-}
+_BARE: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+)
 
 
 def make_trainer(settings: Settings, agent: str) -> pl.Trainer:
@@ -86,9 +85,6 @@ def _cluster(given: dict[str, Any]) -> list[ClusterEnvironment]:
     Devices and nodes alone say how many processes there are. A launcher counts where it has
     started just as many: its variables reach tasks that share a job, and stay behind in shells.
 
-    Args:
-        given: The Trainer's arguments; one process needs no strategy for several.
-
     Raises:
         ValueError: A launcher has started another number.
     """
@@ -99,7 +95,7 @@ def _cluster(given: dict[str, Any]) -> list[ClusterEnvironment]:
     )
     devices, nodes = probe.num_devices, probe.num_nodes
     if devices * nodes == 1:
-        if given["strategy"] == "ddp":
+        if given["strategy"] == "ddp":  # which is for several
             given["strategy"] = "auto"
         return [LightningEnvironment()]
     if TorchElasticEnvironment.detect():
@@ -149,20 +145,15 @@ def quiet() -> Iterator[None]:
     Nor does the thread that writes TensorBoard's files print a traceback on a full disk: its
     error is raised where the next figures are written, too.
     """
-    hook = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Lightning 2.6 with torch 2.13, harmless.
-            warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
-            # Said in a line of ours.
-            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
-            yield
-    finally:
-        threading.excepthook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with warnings.catch_warnings(), contextlib.ExitStack() as after:
+        # Lightning 2.6 with torch 2.13, harmless.
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+        # Said in a line of ours.
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        hook = threading.excepthook
+        after.callback(setattr, threading, "excepthook", hook)
+        threading.excepthook = lambda a: None if isinstance(a.exc_value, OSError) else hook(a)
+        yield
