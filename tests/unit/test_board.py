@@ -18,7 +18,7 @@ from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site
-from co2lightning.train.board import LAYOUT, draw_day, write_references
+from co2lightning.train.board import LAYOUT, day_image, write_references
 from co2lightning.train.fit import run_fit
 
 TINY = {"env.num_envs": 4, "model.n_epochs": 2, "model.batch_size": 192, "model.hidden": (8,)}
@@ -81,7 +81,7 @@ def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
     env, day = SiteDays(site, 1), int(site.held_out_days[0])
     rule = schedule(env.model, rbc_b, site, [day])
     none = schedule(env.model, uncontrolled, site, [day])
-    images = [draw_day(site, day, "a policy", own, rule) for own in (rule, none, rule)]
+    images = [day_image(site, day, "a policy", own, rule) for own in (rule, none, rule)]
     assert images[0].shape == (720, 810, 3)
     assert images[0].dtype == np.uint8
     assert (images[0] == images[2]).all()

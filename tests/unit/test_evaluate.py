@@ -13,8 +13,6 @@ from scipy import stats
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.agents.ppo import PPO
-from co2lightning.commands import run as run_module
-from co2lightning.commands import test as test_command
 from co2lightning.commands.test import main
 from co2lightning.control.rules import rbc_b
 from co2lightning.control.state import build_model
@@ -208,12 +206,28 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
     assert "correction" not in out
 
 
-def test_the_table_says_that_actions_are_corrections(capsys: pytest.CaptureFixture[str]) -> None:
-    agent = PPO(SiteDays.observation_dim, SiteDays.action_dim)
-    agent.settings.action = "correction"
-    test_command._print_table(by_hand(), agent, 1)
-    assert "PPO as a correction of RBC B, episode 1" in capsys.readouterr().out
-    assert test_command.as_data(by_hand(), agent, 1)["action"] == "correction"
+def another_run(directory: Path, change: dict[str, Any]) -> list[str]:
+    """Save PPO's newest episode, changed, as the first of another run; return how it is named."""
+    checkpoint = TrainingCheckpoint.read("checkpoints/PPO/episode_0002.pt")
+    for key, value in change.items():
+        checkpoint[key] |= value
+    run = TrainingCheckpoint(directory / "night")
+    run.begin_session(start_episode=1, device="cpu", info=checkpoint["run"])
+    run.save_checkpoint(checkpoint, episode=1, metrics={})
+    run.end_session("completed")
+    return ["night", "--checkpoints.dir", str(directory)]
+
+
+def test_the_table_says_that_actions_are_corrections(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = another_run(tmp_path, {"hyper_parameters": {"action": "correction"}})
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "PPO as a correction of RBC B, episode 1" in out
+    assert "PPO, correction of RBC B" in out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["action"] == "correction"
 
 
 def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,13 +330,10 @@ def test_a_strange_checkpoint_is_refused(change: dict[str, Any], said: str) -> N
         load_agent({**TrainingCheckpoint.read(path), **change}, path)
 
 
-def test_a_run_without_a_site_has_no_co2(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = Path("checkpoints/PPO/episode_0002.pt")
-    checkpoint = TrainingCheckpoint.read(path)
-    del checkpoint["run"]["site"]
-    monkeypatch.setattr(run_module, "_read", lambda run, file, command: (checkpoint, path))
+def test_a_run_without_a_site_has_no_co2(tmp_path: Path) -> None:
+    words = another_run(tmp_path, {"run": {"site": None}})
     with pytest.raises(UserError, match="was not trained on a site"):
-        main(["PPO"])
+        main(words)
 
 
 def test_a_schedule_says_what_its_figures_say(place: Path) -> None:

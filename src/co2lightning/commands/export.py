@@ -20,7 +20,7 @@ from co2lightning import __version__
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP
 from co2lightning.agents.sac import SAC
-from co2lightning.commands.run import Place, RunParser, open_run
+from co2lightning.commands.run import open_run, run_parser
 from co2lightning.control.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
 from co2lightning.errors import UserError
 from co2lightning.runs.files import check_output, write_atomic
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: The package onnx is missing, there is no such run, the file cannot be written.
     """
-    parser = RunParser(
+    parser = run_parser(
         "export",
         "Write a run's policy as an ONNX file that runs without torch. Input: the 29 features of "
         "a step, [N, 29]. Outputs: action, [N, 2] in -1 to 1, and power_kw, [N, 2]: what to give "
@@ -51,9 +51,7 @@ def main(argv: Sequence[str]) -> int:
         "ranges are in the file's metadata.",
         "co2lightning export PPO --output policy.onnx",
     )
-    parser.add_argument(
-        "--output", action=Place, metavar="FILE", required=True, help="where the policy goes"
-    )
+    parser.add_place("--output", required=True, help="where the policy goes")
     arguments = parser.parse_args(list(argv))
     try:
         import onnx

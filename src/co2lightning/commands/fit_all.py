@@ -13,18 +13,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from rich.table import Table
 
 from co2lightning.agents import AGENTS
 from co2lightning.commands.run import Parser
 from co2lightning.errors import UserError
-from co2lightning.report.tables import convergence, runs_table, summarize
+from co2lightning.report.tables import in_terminal, newest_sessions_table, runs_table, summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.terminal import say, show_tables, take_signals, tell
-
-Row = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         return 128 + fleet.signum
     runs = [TrainingCheckpoint(Path(options.directory) / agent) for agent in options.agents]
     rows = [summarize(run) for run in runs if run.episodes()]
-    show_tables(runs_table(rows), _convergence_table(rows), width=120)
+    tables = runs_table(rows), newest_sessions_table(rows)
+    show_tables(*map(in_terminal, tables), width=120)
     failed = {agent: code for agent, code in codes.items() if code}
     if failed:
         named = ", ".join(f"{agent} (exit code {code})" for agent, code in failed.items())
@@ -49,10 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
-        prog="co2lightning fit-all",
-        description="Train all agents, each in a process of its own; flags of fit are passed on.",
-        epilog="example: co2lightning fit-all --episodes 5 --ckpt_path last",
-        allow_abbrev=False,
+        "fit-all",
+        "Train all agents, each in a process of its own; flags of fit are passed on.",
+        "co2lightning fit-all --episodes 5 --ckpt_path last",
     )
     parser.add_argument(
         "--agents",
@@ -140,30 +135,3 @@ class _Fleet:
             # A terminal's Ctrl-C reaches the children by itself; a second signal would kill them.
             if signum != signal.SIGINT or not os.isatty(0):
                 process.send_signal(signum)
-
-
-def _convergence_table(runs: list[Row]) -> Table:
-    """Return the mean CO2 of each run's newest session against the session before it."""
-    table = Table(
-        title="\nmean CO2 of a session's episodes, kg",
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column("run")
-    for heading in ("previous session", "this session", "change kg", "change %", "unmet kWh"):
-        table.add_column(heading, justify="right")
-    for run in runs:
-        means = [means for _, means in convergence(run)]
-        if not means:
-            continue
-        now = means[-1]
-        table.add_row(
-            run["name"],
-            "-" if len(means) == 1 else f"{means[-2].co2_kg:.1f}",
-            f"{now.co2_kg:.1f}",
-            "-" if now.change_kg is None else f"{now.change_kg:+.1f}",
-            "-" if now.change is None else f"{100 * now.change:+.0f}",
-            f"{now.unmet_kwh:.1f}",
-        )
-    return table

@@ -5,13 +5,12 @@ Needs neither torch nor Lightning: what the tables show stands in history.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 
 from co2lightning.commands.run import Parser, find_runs
 from co2lightning.errors import UserError
-from co2lightning.report.tables import runs_table, sessions_table, summarize
+from co2lightning.report.tables import in_terminal, runs_table, sessions_table, summarize
 from co2lightning.terminal import say, show_tables
 
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"No runs in {options.directory}; co2lightning fit --config ppo.yaml starts one")
     else:
         tables = [runs_table(runs), *([sessions_table(runs[0])] if options.name else [])]
-        show_tables(*tables, width=120)
+        show_tables(*map(in_terminal, tables), width=120)
     return 0
 
 
@@ -65,13 +64,8 @@ def verify_main(argv: Sequence[str]) -> int:
     return 1 if found else 0
 
 
-def _parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=f"co2lightning {command}",
-        description=description,
-        epilog=f"example: {example}",
-        allow_abbrev=False,
-    )
+def _parser(command: str, description: str, example: str) -> Parser:
+    parser = Parser(command, description, example)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a run [default: all]")
     parser.add_directory()
     return parser

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import Place, RunParser, open_run, unseen
+from co2lightning.commands.run import open_run, run_parser, unseen
 from co2lightning.control.observation import FEATURES, build_observer, observe
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.errors import UserError
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: There is no such run or day, or a file cannot be written.
     """
-    parser = RunParser(
+    parser = run_parser(
         "predict",
         "Write a day as a run's policy controls it: a header and 96 rows, one for each 15 min. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
@@ -47,16 +47,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
-    parser.add_argument(
-        "--output",
-        action=Place,
-        metavar="FILE",
-        help="where the CSV goes [default: standard output]",
-    )
-    parser.add_argument(
+    parser.add_place("--output", help="where the CSV goes [default: standard output]")
+    parser.add_place(
         "--observations",
-        action=Place,
-        metavar="FILE",
         help="what the policy saw in these 96 steps, as CSV too: the input of an exported policy",
     )
     arguments = parser.parse_args(list(argv))

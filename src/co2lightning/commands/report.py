@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from co2lightning.commands.run import Parser, Place, find_runs
+from co2lightning.commands.run import Parser, check_bound, find_runs
 from co2lightning.errors import UserError
 from co2lightning.runs.files import check_directory, check_output, now, write_atomic
 from co2lightning.terminal import say
 
 if TYPE_CHECKING:
-    from co2lightning.report.collect import SiteResult
+    pass
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     # Only now: torch takes seconds, a mistyped flag should not.
     from co2lightning.report.collect import collect
     from co2lightning.report.page import render
+    from co2lightning.sim.evaluate import violations
 
     results = collect(runs, options.site, say, partial(say, err=True))
     command = shlex.join(["co2lightning", "report", *argv])
@@ -69,38 +70,32 @@ def main(argv: Sequence[str]) -> int:
         f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
         f"{time.monotonic() - began:.0f} s; open it in a browser"
     )
-    return _check_bound(results)
+    return check_bound(
+        [
+            f"{run.name}, {line}"
+            for result in results
+            for run in result.runs
+            for line in violations(run.evaluation)
+        ]
+    )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="co2lightning report",
-        description="Write one HTML file that shows runs: learning curves, the comparison on "
-        "held-out days, sessions, every held-out day to look at. It needs no network.",
-        epilog="example: co2lightning report PPO SAC --output report.html --figures figures",
-        allow_abbrev=False,
+        "report",
+        "Write one HTML file that shows runs: learning curves, the comparison on held-out days, "
+        "sessions, every held-out day to look at. It needs no network.",
+        "co2lightning report PPO SAC --output report.html --figures figures",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
-    parser.add_argument(
-        "--output",
-        action=Place,
-        default="report.html",
-        metavar="FILE",
-        help="the report [default: report.html]",
-    )
-    parser.add_argument(
+    parser.add_place("--output", default="report.html", help="the report [default: report.html]")
+    parser.add_place(
         "--figures",
-        action=Place,
         metavar="DIR",
         help="also write the figures there, as PNG and as PDF for papers",
     )
     parser.add_directory()
-    parser.add_argument(
-        "--env.site",
-        dest="site",
-        metavar="SITE",
-        help="evaluate on this site [default: the one each run was trained on]",
-    )
+    parser.add_site("evaluate on this site [default: the one each run was trained on]")
     return parser.parse_args(list(argv))
 
 
@@ -111,19 +106,3 @@ def _writable_directory(path: Path) -> None:
         raise UserError(f"--figures {path}: is not a directory")
     else:
         check_directory(f"--figures {path}", path.resolve().parent)
-
-
-def _check_bound(results: list[SiteResult]) -> int:
-    """Return 1, and say why, if a policy is better than the optimum."""
-    from co2lightning.sim.evaluate import violations
-
-    broken = [
-        f"{run.name}, {line}"
-        for result in results
-        for run in result.runs
-        for line in violations(run.evaluation)
-    ]
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
-    return 1 if broken else 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from co2lightning.errors import UserError
+from co2lightning.places import local
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.site import trained_days
 from co2lightning.site.load import load_site, named_in
@@ -16,42 +17,9 @@ from co2lightning.terminal import say
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-from co2lightning.places import local
-
-
-class Place(argparse.Action):
-    """Takes a file or directory of this machine's disks."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, local(str(option_string), values))
-
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.split()[-1]}: {message}; --help shows what there is")
-
-    def add_directory(self) -> None:
-        """Add the flag that says where the runs are, as `directory`."""
-        self.add_argument(
-            "--checkpoints.dir",
-            dest="directory",
-            action=Place,
-            default="checkpoints",
-            metavar="DIR",
-            help="where the runs are [default: checkpoints]",
-        )
-
-
-class RunParser(Parser):
-    """Parses a command that uses one episode of a run; a mistake becomes a `UserError`.
+    """Parses a command; a mistake becomes a `UserError`.
 
     Args:
         command: Its name.
@@ -67,24 +35,50 @@ class RunParser(Parser):
             allow_abbrev=False,
         )
         self.command = command
-        self.example = example
-        self.add_argument("name", metavar="NAME", help="the run, such as PPO")
-        self.add_argument(
-            "--ckpt_path",
-            action=Place,
-            metavar="FILE",
-            help="an episode file [default: the run's newest]",
-        )
-        self.add_directory()
-        self.add_argument(
-            "--env.site",
-            dest="site",
-            metavar="SITE",
-            help="a shipped site or a site folder [default: the run's]",
-        )
+        self.hint = "--help shows what there is"
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.command}: {message}; such as: {self.example}")
+        raise UserError(f"{self.command}: {message}; {self.hint}")
+
+    def add_place(self, flag: str, **options: Any) -> None:
+        """Add a flag that takes a file or directory of this machine's disks."""
+        self.add_argument(flag, **{"action": _Place, "metavar": "FILE", **options})
+
+    def add_directory(self) -> None:
+        """Add the flag that says where the runs are, as `directory`."""
+        self.add_place(
+            "--checkpoints.dir",
+            dest="directory",
+            default="checkpoints",
+            metavar="DIR",
+            help="where the runs are [default: checkpoints]",
+        )
+
+    def add_site(self, help: str) -> None:
+        """Add the flag that takes another site than a run's own, as `site`."""
+        self.add_argument("--env.site", dest="site", metavar="SITE", help=help)
+
+
+class _Place(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, local(str(option_string), values))
+
+
+def run_parser(command: str, description: str, example: str) -> Parser:
+    """Return the parser of a command that uses one episode of a run, for `open_run`."""
+    parser = Parser(command, description, example)
+    parser.hint = f"such as: {example}"
+    parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
+    parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
+    parser.add_directory()
+    parser.add_site("a shipped site or a site folder [default: the run's]")
+    return parser
 
 
 class Trained(NamedTuple):
@@ -102,7 +96,7 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
     """Load the episode and the site that a command was asked for.
 
     Args:
-        arguments: What a `RunParser` parsed.
+        arguments: What a `run_parser` parsed.
         command: Its name, for the messages.
 
     Raises:
@@ -169,3 +163,12 @@ def find_runs(name: str | None, place: str | Path) -> list[TrainingCheckpoint]:
         known = ", ".join(run.name for run in runs) or "none"
         raise UserError(f"{name}: no such run in {directory}; there are: {known}")
     return chosen
+
+
+def check_bound(broken: list[str]) -> int:
+    """Return 1, and say why, if a policy is better than the optimum: `broken` names its days."""
+    if not broken:
+        return 0
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
+    return 1

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from co2lightning.agents.load import policy_of
-from co2lightning.commands.run import Place
+from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.report.tables import Table, comparison_table, in_terminal
 from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
 from co2lightning.terminal import say, show_tables
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import RunParser, open_run, unseen
-from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
 
 
 def main(argv: list[str]) -> int:
@@ -25,17 +25,16 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: There is no such run, the file is no episode, the site cannot be read.
     """
-    parser = RunParser(
+    parser = run_parser(
         "test",
         "Evaluate a run's newest episode on the held-out days, beside the rules and the optimum: "
         "CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
     )
     parser.add_argument("--json", action="store_true", help="data on standard output")
-    parser.add_argument(
+    parser.add_place(
         "--logs.dir",
         dest="logs",
-        action=Place,
         default="lightning_logs",
         metavar="DIR",
         help="of TensorBoard; the figures go there too [default: lightning_logs]",
@@ -47,23 +46,20 @@ def main(argv: list[str]) -> int:
     site = unseen(facts, site)
     evaluation = evaluate(policy_of(agent, site), site, device=agent.device)
     if arguments.json:
-        say(json.dumps(as_data(evaluation, agent, episode), allow_nan=False))
+        say(json.dumps(_as_data(evaluation, agent, episode), allow_nan=False))
     else:
-        _print_table(evaluation, agent, episode)
+        table = in_terminal(_as_table(evaluation, agent, episode))
+        show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
     logs = Path(arguments.logs)
     if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
         try:
             _write_scalars(logs, evaluation, episode, run)
         except OSError as error:  # perhaps others' files, which one may only read
             say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
-    broken = violations(evaluation)
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        say(f"error: the optimum is no bound, a defect: {broken[0]}{more}", err=True)
-    return 1 if broken else 0
+    return check_bound(violations(evaluation))
 
 
-def as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
+def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
     """Return what `test --json` prints: plain data, numbers to 1e-6."""
     return {
         "site": evaluation.site,
@@ -87,40 +83,18 @@ def _action(agent: Agent) -> str:
     return agent.settings.action
 
 
-def _print_table(evaluation: Evaluation, agent: Agent, episode: int) -> None:
-    from rich.table import Table
-
+def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
     correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
     titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
     days = evaluation.days
-    table = Table(
+    return comparison_table(
+        [
+            {"name": name, "policy": titles[name], **summary._asdict()}
+            for name, summary in summarise(evaluation).items()
+        ],
         title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
         f"days of {evaluation.site} ({days[0]} to {days[-1]})",
-        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
-        "Unmet: beyond what charging on arrival leaves.",
     )
-    table.add_column("policy")
-    for heading in (
-        *("CO2\nkg/day", "against RBC B\nkg/day", "gap\nclosed", "unmet\nkWh/day"),
-        *("self-con-\nsumption", "curtailed\nkWh/day", "peak\nkW"),
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, s in summarise(evaluation).items():
-        table.add_row(
-            titles[name],
-            _plus_minus(f"{s.co2_kg:.1f}", s.co2_kg_interval),
-            "" if name == "rbc_b" else _plus_minus(f"{s.vs_rbc_b_kg:+.1f}", s.vs_rbc_b_kg_interval),
-            "" if s.gap_closed is None else f"{s.gap_closed:.1%}",
-            f"{s.unmet_kwh:.3f}",
-            "" if s.self_consumption is None else f"{s.self_consumption:.1%}",
-            f"{s.curtailed_kwh:.0f}",
-            f"{s.peak_import_kw:.0f}",
-        )
-    show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
-
-
-def _plus_minus(mean: str, interval: float | None) -> str:
-    return mean if interval is None else f"{mean} ± {interval:.1f}"
 
 
 def _write_scalars(

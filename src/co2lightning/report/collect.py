@@ -20,7 +20,7 @@ from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.errors import UserError
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import Evaluation, evaluate
+from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site, named_in
@@ -79,6 +79,16 @@ class RunResult:
         agent = self.row["agent"]
         title = self.name if self.name == agent else f"{self.name} ({agent})"
         return f"{title}, correcting RBC B" if self.action == "correction" else title
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Those of every episode."""
+        return [metrics for session in self.row["sessions"] for metrics in session["metrics"]]
+
+    @property
+    def summary(self) -> Summary:
+        """What the run reaches on the held-out days."""
+        return summarise(self.evaluation)["agent"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The report's figures for papers: PNG and vector PDF, by matplotlib without a display.
 
-Shapes: D held-out days, T = 96 steps a day.
+Shapes: D held-out days.
 """
 
 from __future__ import annotations
@@ -13,45 +13,20 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from co2lightning.metrics import HELD_OUT, TRAINING
 from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
-from co2lightning.report.page import REFERENCES
+from co2lightning.report.day import COLOURS, LOOKS, STYLE, draw_day
 from co2lightning.sim.evaluate import TITLES, Summary, summarise
-from co2lightning.sim.schedule import evaluation_soc
-from co2lightning.site.model import STEP_H, T
-
-# Okabe and Ito's colours, darkened as in report.css; references are greys told apart by dashes.
-_COLOURS = ("#0072b2", "#c2500a", "#008060", "#a8327d", "#8a6d00", "#5b4db7")
-_GREYS = {"uncontrolled": "#57606a", "rbc_a": "#57606a", "rbc_b": "#1b1f24", "optimum": "#1b1f24"}
-_DASHES: dict[str, Any] = {
-    "uncontrolled": (0, (1, 2)),
-    "rbc_a": (0, (4, 3)),
-    "rbc_b": "-",
-    "optimum": (0, (7, 2, 2, 2)),
-}
-_STYLE: Any = {
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#d8dce1",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,  # a run's name is no formula
-}
+from co2lightning.sim.schedule import Schedule
 
 
 def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF."""
     files: dict[str, bytes] = {}
-    with rc_context(_STYLE), warnings.catch_warnings():
+    with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a name: drawn as a box
         for result in results:
             place = f"-{result.site.name}-{result.site.sha256[:6]}" if len(results) > 1 else ""
@@ -75,7 +50,7 @@ def _figures(result: SiteResult) -> Iterator[tuple[str, Figure]]:
 
 
 def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
+    return COLOURS[index % len(COLOURS)]
 
 
 def _hollow(colour: str) -> dict[str, Any]:
@@ -89,10 +64,9 @@ def _learning(result: SiteResult) -> Figure:
     summaries = summarise(result.references)
     uncontrolled_kg = max(summaries["uncontrolled"].co2_kg, 1e-9)
     for i, run in enumerate(result.runs):
-        metrics = [m for s in run.row["sessions"] for m in s["metrics"]]
         known = {
             m["episode"]: 100 * m["co2_vs_uncontrolled"]
-            for m in metrics
+            for m in run.metrics
             if m.get("co2_vs_uncontrolled") is not None
         }
         episodes = range(min(known, default=1), max(known, default=0) + 1)
@@ -100,14 +74,13 @@ def _learning(result: SiteResult) -> Figure:
         marker = "o" if len(known) < 40 else ""
         look = {"color": _colour(i), "marker": marker, "ms": 3}
         axes.plot(episodes, shares, label=f"{run.title}, training days", **look)
-        own = summarise(run.evaluation)["agent"].co2_kg
-        axes.plot(run.episode, 100 * own / uncontrolled_kg, "D", ms=6, **_hollow(_colour(i)))
+        own_kg = run.summary.co2_kg
+        axes.plot(run.episode, 100 * own_kg / uncontrolled_kg, "D", ms=6, **_hollow(_colour(i)))
     axes.plot([], [], "D", ms=6, label="the same run, held-out days", **_hollow("#57606a"))
-    for name in REFERENCES:
+    for name in TITLES:
         share = 100 * summaries[name].co2_kg / uncontrolled_kg
-        look = {"color": _GREYS[name], "ls": _DASHES[name], "lw": 1.2}
-        axes.axhline(share, label=f"{TITLES[name]}, held-out days", **look)
-    axes.set(xlabel="episode", ylabel="CO2, % of the same days uncontrolled")
+        axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held-out days", **LOOKS[name])
+    axes.set(xlabel="episode", ylabel=TRAINING["co2_vs_uncontrolled"].axis)
     axes.set_ylim(bottom=0)
     last = max(run.episode for run in result.runs)
     axes.set_xlim(0.5, 1.02 * last + 0.5)
@@ -118,25 +91,24 @@ def _learning(result: SiteResult) -> Figure:
 
 def _intervals(result: SiteResult) -> Figure:
     rows: list[tuple[str, str, Summary]] = [
-        (run.title, _colour(i), summarise(run.evaluation)["agent"])
-        for i, run in enumerate(result.runs)
+        (run.title, _colour(i), run.summary) for i, run in enumerate(result.runs)
     ]
     summaries = summarise(result.references)
-    rows += [(TITLES[name], _GREYS[name], summaries[name]) for name in REFERENCES]
+    rows += [(TITLES[name], LOOKS[name]["color"], summaries[name]) for name in TITLES]
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)))
     mean, paired = figure.subplots(1, 2)
     for y, (_, colour, s) in enumerate(rows):
         error = {"xerr": s.co2_kg_interval, "ecolor": "#1b1f24", "capsize": 2}
         mean.barh(y, s.co2_kg, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    mean.set(xlabel="mean CO2 and its 95 % interval, kg a day")
+    mean.set(xlabel=HELD_OUT["co2_kg"].axis)
     others = [row for row in rows if row[2] not in (summaries["rbc_b"], summaries["uncontrolled"])]
     for y, (_, colour, s) in enumerate(others):
         paired.errorbar(
             s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", ms=4, color=colour, capsize=2
         )
     paired.set_yticks(range(len(others)), [title for title, _, _ in others])
-    paired.set(xlabel="paired difference to RBC B, kg a day")
+    paired.set(xlabel=HELD_OUT["vs_rbc_b_kg"].axis)
     paired.set_ylim(-0.5, len(others) - 0.5)
     paired.axvline(0.0, color="#1b1f24", lw=1)
     for axes in (mean, paired):
@@ -190,47 +162,15 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
 
 def _day(result: SiteResult, run: RunResult, colour: str) -> Figure:
     figure = Figure(figsize=(6.3, 6.6))
-    power, soc, carbon, total = figure.subplots(
-        4, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1.6, 1, 1.8]}
-    )
-    site, at = result.site, result.typical_day
-    day = site.held_out_days[at]
-    plans = run.evaluation.schedules
-    own = plans["agent"]
-    edges = np.arange(T + 1) * STEP_H
-    power.stairs(site.pv_kw[day], edges, fill=True, color="#f3d98a", label="PV available")
-    for values, name, look in (
-        (site.load_kw[day], "building load", {"color": "#7a828b", "ls": "--"}),
-        (own.grid_import_kw[at], "grid import", {"color": "#1b1f24"}),
-        (own.battery_kw[at], "battery (charging +)", {"color": "#a8327d"}),
-        (own.ev_kw[at], "EV charging", {"color": "#0072b2"}),
-    ):
-        power.stairs(values, edges, baseline=None, label=name, **look)
-    power.set(ylabel="power, kW")
-    _outside(power)
-    start = float(evaluation_soc(site)[day])
-    for name, title, look in (
-        ("optimum", TITLES["optimum"], {"color": "#1b1f24", "ls": _DASHES["optimum"]}),
-        ("rbc_b", TITLES["rbc_b"], {"color": "#1b1f24"}),
+    at, plans = result.typical_day, run.evaluation.schedules
+    drawn = (
+        ("optimum", TITLES["optimum"], LOOKS["optimum"]),
+        ("rbc_b", TITLES["rbc_b"], LOOKS["rbc_b"]),
         ("agent", run.title, {"color": colour}),
-    ):
-        plan = plans[name]
-        soc.plot(edges, 100 * np.concatenate([[start], plan.soc[at]]), lw=1.3, label=title, **look)
-        sums = np.concatenate([[0.0], plan.co2_kg[at].cumsum()])
-        total.plot(edges, sums, lw=1.3, label=title, **look)
-    soc.set(ylabel="battery SoC, %", ylim=(0, 100))
-    _outside(soc)
-    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color="#57606a")
-    carbon.set(ylabel="intensity,\nkg/kWh")
-    carbon.set_ylim(bottom=0)
-    total.set(ylabel="CO2 since\nmidnight, kg", xlabel="time of day, h")
-    total.set_title("the last step holds the battery's settlement", fontsize=8, loc="left")
-    total.set(xlim=(0, 24), xticks=range(0, 25, 3))
-    _outside(total)
-    figure.suptitle(f"{run.title} on {result.references.days[at]}, site {site.name}", fontsize=10)
-    figure.align_ylabels()
+    )
+    of_day = [
+        (title, Schedule._make(field[[at]] for field in plans[name]), look)
+        for name, title, look in drawn
+    ]
+    draw_day(figure, result.site, int(result.site.held_out_days[at]), of_day)
     return figure
-
-
-def _outside(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)

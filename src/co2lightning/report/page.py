@@ -20,15 +20,19 @@ from typing import Any
 import numpy as np
 
 from co2lightning import __version__
+from co2lightning.control.rules import RULES
+from co2lightning.metrics import HELD_OUT
 from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
-from co2lightning.report.tables import convergence
-from co2lightning.sim.evaluate import TITLES, Summary, mean_interval, summarise
-from co2lightning.sim.schedule import Schedule, evaluation_soc
+from co2lightning.report.tables import (
+    all_sessions_table,
+    comparison_table,
+    convergence_table,
+    in_page,
+    table_in_page,
+)
+from co2lightning.sim.evaluate import TITLES, Evaluation, mean_interval, summarise
+from co2lightning.sim.schedule import evaluation_soc
 from co2lightning.site.model import Floats, Site
-
-_MINUS = "\N{MINUS SIGN}"
-# The references in the order of their CO2, each with the class that gives its look.
-REFERENCES = ("uncontrolled", "rbc_a", "rbc_b", "optimum")
 
 
 def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
@@ -82,7 +86,6 @@ def _sha256(text: str) -> str:
 def _site_data(result: SiteResult) -> dict[str, Any]:
     site, references = result.site, result.references
     days = site.held_out_days
-    summaries = summarise(references)
     return {
         "name": site.name,
         "days": list(references.days),
@@ -96,34 +99,24 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
         "load_kw": _rounded(site.load_kw[days], 1),
         "carbon": _rounded(site.carbon_kg_per_kwh[days], 3),
         "policies": [
-            {
-                "key": name,
-                "title": TITLES[name],
-                "schedule": _schedule_data(references.schedules[name]),
-                "co2_kg": _rounded(references.policies[name].co2_kg, 2),
-                **_means(summaries[name], summaries),
-            }
-            for name in REFERENCES
+            {"key": name, "title": TITLES[name], **_policy_data(name, references)}
+            for name in references.policies
         ],
         "runs": [_run_data(run) for run in result.runs],
     }
 
 
 def _run_data(run: RunResult) -> dict[str, Any]:
-    summaries = summarise(run.evaluation)
-    metrics = [m for session in run.row["sessions"] for m in session["metrics"]]
     return {
         "key": run.name,
         "title": run.title,
         "episode": run.episode,
         "curve": [
             [m["episode"], _number(m.get("co2_kg"), 2), _number(m.get("co2_vs_uncontrolled"), 4)]
-            for m in metrics
+            for m in run.metrics
             if m.get("co2_kg") is not None
         ],
-        "schedule": _schedule_data(run.evaluation.schedules["agent"]),
-        "co2_kg": _rounded(run.evaluation.policies["agent"].co2_kg, 2),
-        **_means(summaries["agent"], summaries),
+        **_policy_data("agent", run.evaluation),
         "heat": {
             "battery_kw": _rounded(run.heat.battery_kw, 1),
             "ev_kw": _rounded(run.heat.ev_kw, 1),
@@ -141,23 +134,23 @@ _SESSION_KEYS = (
 )
 
 
-def _means(summary: Summary, summaries: dict[str, Summary]) -> dict[str, Any]:
+def _policy_data(name: str, evaluation: Evaluation) -> dict[str, Any]:
+    summaries, plan = summarise(evaluation), evaluation.schedules[name]
+    summary = summaries[name]
     return {
+        "schedule": {
+            "ev_kw": _rounded(plan.ev_kw, 1),
+            "battery_kw": _rounded(plan.battery_kw, 1),
+            "grid_import_kw": _rounded(plan.grid_import_kw, 1),
+            "soc": _rounded(plan.soc, 3),
+            "co2_kg": _rounded(plan.co2_kg, 3),
+        },
+        "co2_kg": _rounded(evaluation.policies[name].co2_kg, 2),
         "mean_kg": _number(summary.co2_kg, 3),
         "mean_interval_kg": _number(summary.co2_kg_interval, 3),
         "vs_rbc_b_kg": _number(summary.vs_rbc_b_kg, 3),
         "vs_rbc_b_interval_kg": _number(summary.vs_rbc_b_kg_interval, 3),
         "share": _number(summary.co2_kg / max(summaries["uncontrolled"].co2_kg, 1e-9), 4),
-    }
-
-
-def _schedule_data(plan: Schedule) -> dict[str, Any]:
-    return {
-        "ev_kw": _rounded(plan.ev_kw, 1),
-        "battery_kw": _rounded(plan.battery_kw, 1),
-        "grid_import_kw": _rounded(plan.grid_import_kw, 1),
-        "soc": _rounded(plan.soc, 3),
-        "co2_kg": _rounded(plan.co2_kg, 3),
     }
 
 
@@ -177,10 +170,9 @@ def _number(value: float | None, digits: int) -> float | None:
 
 def _lead(result: SiteResult) -> str:
     """Return the sentence that says how the best run of a site stands beside the references."""
-    summaries = [(summarise(run.evaluation)["agent"], run) for run in result.runs]
-    best, run = min(summaries, key=lambda pair: pair[0].co2_kg)
-    references = result.references.policies
-    rival = min(REFERENCES[:-1], key=lambda name: references[name].co2_kg.mean())
+    run = min(result.runs, key=lambda run: run.summary.co2_kg)
+    best, references = run.summary, result.references.policies
+    rival = min(RULES, key=lambda name: references[name].co2_kg.mean())
     difference_kg, interval = mean_interval(
         run.evaluation.policies["agent"].co2_kg - references[rival].co2_kg
     )
@@ -192,12 +184,14 @@ def _lead(result: SiteResult) -> str:
         verdict = verdict if abs(difference_kg) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
-        closed = f" It closes {_percent(best.gap_closed)} of the gap to the optimum."
+        share = in_page(HELD_OUT["gap_closed"], best.gap_closed)
+        closed = f" It closes {share} of the gap to the optimum."
+    difference = in_page(HELD_OUT["vs_rbc_b_kg"], difference_kg, interval)
     return (
         f"<p>On {days} held-out day{'' if days == 1 else 's'} of <b>{escape(result.site.name)}</b>,"
         f" <b>{escape(run.title)}</b> (episode {run.episode}) emits {best.co2_kg:.1f} kg of CO2 a "
-        f"day, {_plus_minus(_signed(difference_kg), interval)} kg against the best control without "
-        f"learning, {TITLES[rival]}{verdict}.{closed}</p>"
+        f"day, {difference} kg against the best control without learning, {TITLES[rival]}{verdict}."
+        f"{closed}</p>"
     )
 
 
@@ -277,120 +271,29 @@ def _foreign(result: SiteResult) -> str:
 
 
 def _comparison(result: SiteResult) -> str:
-    reference = summarise(result.references)
     rows = [
-        (run.title, str(run.episode), summarise(run.evaluation)["agent"]) for run in result.runs
+        {"policy": run.title, "episode": run.episode, **run.summary._asdict()}
+        for run in result.runs
     ]
-    rows += [(TITLES[name], "", reference[name]) for name in REFERENCES]
-    headings = (
-        *("policy", "episode", "CO2, kg/day", "against RBC B, kg/day", "gap closed"),
-        *("unmet, kWh/day", "self-consumption", "curtailed, kWh/day", "peak import, kW"),
-    )
-    return _table(
-        headings,
-        [
-            [
-                title,
-                episode,
-                _plus_minus(f"{s.co2_kg:.1f}", s.co2_kg_interval),
-                "" if s is reference["rbc_b"] else against_rule(s),
-                "" if s.gap_closed is None else _percent(s.gap_closed),
-                f"{s.unmet_kwh:.3f}",
-                "" if s.self_consumption is None else _percent(s.self_consumption),
-                f"{s.curtailed_kwh:.0f}",
-                f"{s.peak_import_kw:.0f}",
-            ]
-            for title, episode, s in rows
-        ],
-    )
-
-
-def against_rule(summary: Summary) -> str:
-    return _plus_minus(_signed(summary.vs_rbc_b_kg), summary.vs_rbc_b_kg_interval)
+    rows += [
+        {"name": name, "policy": TITLES[name], **summary._asdict()}
+        for name, summary in summarise(result.references).items()
+    ]
+    return table_in_page(comparison_table(rows))
 
 
 def _training(results: Sequence[SiteResult]) -> str:
-    runs = [run for result in results for run in result.runs]
-    means = [
-        [
-            run.name,
-            f"{session['start_episode']}-{session['end_episode']}",
-            f"{m.co2_kg:.1f}",
-            "" if m.change_kg is None else _signed(m.change_kg),
-            "" if m.change is None else _signed(100 * m.change, 0) + " %",
-            "" if m.co2_vs_uncontrolled is None else _percent(m.co2_vs_uncontrolled),
-            f"{m.unmet_kwh:.1f}",
-        ]
-        for run in runs
-        for session, m in convergence(run.row)
-    ]
-    sessions = [
-        [
-            run.name,
-            session["session_timestamp"],
-            f"{session['start_episode']}-{session['end_episode']}"
-            if session["episodes_count"]
-            else "",
-            str(session["episodes_count"]),
-            f"{session['duration_seconds']:.1f}",
-            session["device"],
-            session["status"],
-        ]
-        for run in runs
-        for session in run.row["sessions"]
-    ]
-    convergence_table = _table(
-        (
-            *("run", "episodes", "CO2, kg", "change, kg", "change", "of uncontrolled"),
-            "unmet, kWh",
-        ),
-        means,
-    )
-    sessions_table = _table(
-        ("run", "begun", "episodes", "number", "seconds", "device", "ended"), sessions
-    )
+    runs = [run.row for result in results for run in result.runs]
     return f"""
 <section>
 <h2>Training</h2>
 <h3>Convergence, session by session</h3>
-{convergence_table}
+{table_in_page(convergence_table(runs))}
 <p class="source">Means over a session's episodes on training days, with exploration; changes are
 against the session before. Source: <code>co2lightning history NAME</code>, history.json.</p>
 <h3>Sessions</h3>
 <figure><div class="chart" data-chart="sessions"></div>
 <figcaption>When each session ran and how it ended; short ones are drawn 4 px wide. Source:
 history.json.</figcaption></figure>
-{sessions_table}
+{table_in_page(all_sessions_table(runs))}
 </section>"""
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; a column of text has `text` for its class, numbers stand right."""
-    text = [
-        h in ("policy", "run", "begun", "device", "ended") and ' class="text"' for h in headings
-    ]
-    head = "".join(
-        f'<th scope="col"{t or ""}>{escape(h)}</th>' for t, h in zip(text, headings, strict=True)
-    )
-    body = "\n".join(
-        "<tr>"
-        + "".join(f"<td{t or ''}>{escape(c)}</td>" for t, c in zip(text, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _signed(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", _MINUS)
-
-
-def _plus_minus(mean: str, interval: float | None) -> str:
-    return mean if interval is None else f"{mean} ± {interval:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %".replace("-", _MINUS)

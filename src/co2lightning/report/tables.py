@@ -1,14 +1,30 @@
-"""Every table of the terminal, and the figures in it as plain data; needs no torch."""
+"""Every table, once: what it shows as plain data, then for the terminal and for the page.
+
+Needs no torch: `history` starts without it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
+from co2lightning.metrics import HELD_OUT, TRAINING, Metric
 from co2lightning.runs.run import TrainingCheckpoint
 
 Row = dict[str, Any]
+
+_RUN = Metric("name", "run")
+_SESSION = (
+    Metric("session_timestamp", "begun"),
+    Metric("episodes", "episodes", "{}"),
+    Metric("episodes_count", "number", "{}"),
+    Metric("duration_seconds", "seconds", "{:.1f}"),
+    Metric("device", "device"),
+)
+_FIGURES = [metric for metric in TRAINING.values() if metric.heading]
 
 
 def summarize(run: TrainingCheckpoint) -> Row:
@@ -37,32 +53,146 @@ def summarize(run: TrainingCheckpoint) -> Row:
     }
 
 
-class SessionMeans(NamedTuple):
-    """Means over a session's episodes; the changes are against the session before it."""
-
-    co2_kg: float
-    change_kg: float | None
-    change: float | None  # share
-    co2_vs_uncontrolled: float | None
-    unmet_kwh: float
+# --- what they show ------------------------------------------------------------------------------
 
 
-def convergence(run: Row) -> list[tuple[Row, SessionMeans]]:
-    """Return the sessions of a run, as `summarize` tells it, that know a CO2, with their means."""
-    found: list[tuple[Row, SessionMeans]] = []
+class Table(NamedTuple):
+    """A table as plain data.
+
+    Attributes:
+        columns: From left to right.
+        rows: Values by the columns' keys; None where one is not known.
+        title: In a terminal, above it.
+        caption: In a terminal, below it.
+        boxed: In a terminal, whether it has lines; then a cell that is not known is empty.
+        whole: In a narrow terminal, columns that keep their width beside those of metrics.
+    """
+
+    columns: Sequence[Metric]
+    rows: Sequence[Row]
+    title: str | None = None
+    caption: str | None = None
+    boxed: bool = False
+    whole: Sequence[str] = ()
+
+
+def runs_table(runs: Iterable[Row]) -> Table:
+    """Return the table of runs, each as `summarize` tells it."""
+    columns = (
+        _RUN,
+        Metric("agent", "agent"),
+        Metric("total_episodes", "episodes", "{}"),
+        Metric("episode", "episode", "{}"),
+        *_FIGURES,
+        Metric("checkpoints", "checkpoints", "{}", "check-\npoints"),
+        Metric("number", "sessions", "{}"),
+        Metric("status", "status"),
+    )
+    rows: list[Row] = []
+    for run in runs:
+        last, best = run["last"], run["best"]
+        shown = {"episode": f"last {last.get('episode', '-')}", "number": len(run["sessions"])}
+        rows.append({**run, **shown, **_figures(last)})
+        if best:
+            rows.append({"episode": f"best {best['episode']}", **_figures(best)})
+    caption = "of uncontrolled: CO2 as a share of the same days without control"
+    return Table(columns, rows, caption=caption, whole=("total_episodes", "episode"))
+
+
+def sessions_table(run: Row) -> Table:
+    """Return the sessions of one run with the figures of their last episodes."""
+    columns = (*_SESSION, Metric("status", "status"), *_FIGURES)
+    return Table(columns, _sessions(run), title="\nsessions")
+
+
+def all_sessions_table(runs: Iterable[Row]) -> Table:
+    """Return the sessions of several runs."""
+    columns = (_RUN, *_SESSION, Metric("status", "ended"))
+    return Table(columns, [session for run in runs for session in _sessions(run)])
+
+
+def convergence_table(runs: Iterable[Row]) -> Table:
+    """Return the mean figures of all sessions, each against the session before it."""
+    co2, share, unmet = (TRAINING[key] for key in ("co2_kg", "co2_vs_uncontrolled", "unmet_kwh"))
+    columns = (
+        *(_RUN, Metric("episodes", "episodes", "{}"), co2),
+        Metric("change_kg", "change, kg", "{:+.1f}"),
+        Metric("change_percent", "change", "{:+.0f}%"),
+        *(share._replace(form="{:.1%}"), unmet),
+    )
+    return Table(columns, [means for run in runs for means in _convergence(run)])
+
+
+def newest_sessions_table(runs: Iterable[Row]) -> Table:
+    """Return the mean CO2 of each run's newest session against the session before it."""
+    columns = (
+        _RUN,
+        Metric("before_kg", "previous session", "{:.1f}"),
+        Metric("co2_kg", "this session", "{:.1f}"),
+        Metric("change_kg", "change kg", "{:+.1f}"),
+        Metric("change_percent", "change %", "{:+.0f}"),
+        Metric("unmet_kwh", "unmet kWh", "{:.1f}"),
+    )
+    rows = [means[-1] for run in runs if (means := _convergence(run))]
+    return Table(columns, rows, title="\nmean CO2 of a session's episodes, kg")
+
+
+def comparison_table(policies: Iterable[Row], title: str | None = None) -> Table:
+    """Return policies side by side on held-out days.
+
+    Args:
+        policies: Each with its title as `policy` and its figures; a rule or the optimum with its
+            `name`, a run with its `episode` where that is shown.
+        title: Above it, in a terminal.
+    """
+    nothing = dict.fromkeys(("vs_rbc_b_kg", "vs_rbc_b_kg_interval"))
+    rows = [row | nothing if row.get("name") == "rbc_b" else row for row in policies]
+    episode = [Metric("episode", "episode", "{}")] if "episode" in rows[0] else []
+    return Table(
+        (Metric("policy", "policy"), *episode, *HELD_OUT.values()),
+        rows,
+        title,
+        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
+        "Unmet: beyond what charging on arrival leaves.",
+        boxed=True,
+    )
+
+
+def _figures(metrics: Row) -> Row:
+    return {metric.key: metrics.get(metric.key) for metric in _FIGURES}
+
+
+def _sessions(run: Row) -> list[Row]:
+    return [
+        {
+            **session,
+            "name": run["name"],
+            "episodes": _episodes(session),
+            **_figures(session["metrics"][-1] if session["metrics"] else {}),
+        }
+        for session in run["sessions"]
+    ]
+
+
+def _episodes(session: Row) -> str | None:
+    first, last = session["start_episode"], session["end_episode"]
+    return f"{first}-{last}" if last >= first else None
+
+
+def _convergence(run: Row) -> list[Row]:
+    """Return the means over each session's episodes, of the sessions that know a CO2."""
+    found: list[Row] = []
     for session in run["sessions"]:
-        now = _mean(session["metrics"], "co2_kg")
-        if now is None:
+        means = {key: _mean(session["metrics"], key) for key in TRAINING}
+        if means["co2_kg"] is None:
             continue
-        before = found[-1][1].co2_kg if found else None
-        means = SessionMeans(
-            co2_kg=now,
-            change_kg=now - before if before else None,
-            change=now / before - 1.0 if before else None,
-            co2_vs_uncontrolled=_mean(session["metrics"], "co2_vs_uncontrolled"),
-            unmet_kwh=_mean(session["metrics"], "unmet_kwh") or 0.0,
-        )
-        found.append((session, means))
+        before_kg = found[-1]["co2_kg"] if found else None
+        compared = dict[str, float | None].fromkeys(("change_kg", "change_percent"))
+        if before_kg:
+            compared["change_kg"] = means["co2_kg"] - before_kg
+            compared["change_percent"] = 100 * (means["co2_kg"] / before_kg - 1.0)
+        told = {"name": run["name"], "episodes": _episodes(session), "before_kg": before_kg}
+        found.append({**told, **means, **compared, "unmet_kwh": means["unmet_kwh"] or 0.0})
     return found
 
 
@@ -71,67 +201,61 @@ def _mean(metrics: list[Row], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def runs_table(runs: list[Row]) -> Table:
-    """Return the table of runs, each as `summarize` tells it."""
-    table = Table(
-        box=None,
-        padding=(0, 2, 0, 0),
-        caption="of uncontrolled: CO2 as a share of the same days without control",
-        caption_justify="left",
+# --- how they look -------------------------------------------------------------------------------
+
+
+def in_terminal(table: Table) -> TerminalTable:
+    """Return a table as `show_tables` prints it."""
+    bare: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}
+    bare |= {"title_justify": "left", "caption_justify": "left"}
+    shown = TerminalTable(title=table.title, caption=table.caption, **({} if table.boxed else bare))
+    for column in table.columns:
+        heading = column.narrow or column.heading.replace(", ", "\n")
+        justify = "right" if column.form else "left"
+        whole = bool(column.tag) or column.key in table.whole
+        shown.add_column(heading, justify=justify, no_wrap=whole)
+    for row in table.rows:
+        cells = [_cell(column, row) for column in table.columns]
+        shown.add_row(*(_text(*cell, "" if table.boxed else "-") for cell in cells))
+    return shown
+
+
+def table_in_page(table: Table) -> str:
+    """Return a table as HTML; a column of text has `text` for its class, numbers stand right."""
+    kinds = ["" if column.form else ' class="text"' for column in table.columns]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(column.heading)}</th>'
+        for kind, column in zip(kinds, table.columns, strict=True)
     )
-    for heading in ("run", "agent"):
-        table.add_column(heading)
-    for heading in ("episodes", "episode", "CO2 kg", "of uncon-\ntrolled", "unmet\nkWh"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("check-\npoints", "sessions"):
-        table.add_column(heading, justify="right")
-    table.add_column("status")
-    for run in runs:
-        last, best = run["last"], run["best"]
-        table.add_row(
-            run["name"],
-            run["agent"],
-            str(run["total_episodes"]),
-            *(f"last {last.get('episode', '-')}", *_figures(last)),
-            str(run["checkpoints"]),
-            str(len(run["sessions"])),
-            run["status"],
+    body = "\n".join(
+        "<tr>"
+        + "".join(
+            f"<td{kind}>{escape(in_page(*_cell(column, row)))}</td>"
+            for kind, column in zip(kinds, table.columns, strict=True)
         )
-        if best:
-            table.add_row("", "", "", f"best {best['episode']}", *_figures(best))
-    return table
+        + "</tr>"
+        for row in table.rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
 
 
-def sessions_table(run: Row) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title="\nsessions", title_justify="left")
-    table.add_column("begun")
-    for heading in ("episodes", "number", "seconds"):
-        table.add_column(heading, justify="right")
-    for heading in ("device", "status"):
-        table.add_column(heading)
-    for heading in ("CO2 kg", "of uncon-\ntrolled", "unmet\nkWh"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for session in run["sessions"]:
-        first, last = session["start_episode"], session["end_episode"]
-        table.add_row(
-            session["session_timestamp"],
-            f"{first}-{last}" if last >= first else "-",
-            str(session["episodes_count"]),
-            f"{session['duration_seconds']:.1f}",
-            *(session["device"], session["status"]),
-            *_figures(session["metrics"][-1] if session["metrics"] else {}),
-        )
-    return table
+def in_page(metric: Metric, value: Any, interval: float | None = None) -> str:
+    """Return a value as the page writes it: a true minus, a space before the %."""
+    text = _text(metric, value, interval, "")
+    if isinstance(value, str):
+        return text
+    return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")
 
 
-def _figures(metrics: Row) -> list[str]:
-    """Return CO2, its share of the uncontrolled and the energy not served; "-" where unknown."""
-    return [
-        "-" if value is None else form.format(value)
-        for key, form in (
-            ("co2_kg", "{:.1f}"),
-            ("co2_vs_uncontrolled", "{:.0%}"),
-            ("unmet_kwh", "{:.1f}"),
-        )
-        for value in [metrics.get(key)]
-    ]
+def _cell(column: Metric, row: Row) -> tuple[Metric, Any, float | None]:
+    return column, row.get(column.key, ""), row.get(f"{column.key}_interval")
+
+
+def _text(metric: Metric, value: Any, interval: float | None, unknown: str) -> str:
+    if value is None or value == "":
+        return unknown if value is None else ""
+    text = (metric.form or "{}").format(value)
+    return text if interval is None else f"{text} ± {interval:.1f}"

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,15 +23,12 @@ from co2lightning.control.observation import observe
 from co2lightning.control.rules import rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.metrics import HELD_OUT, TRAINING
+from co2lightning.report.day import COLOURS, LOOKS, STYLE, draw_day
 from co2lightning.runs.files import make_directory, write_atomic
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import Schedule, schedule
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.site.model import Site
 from co2lightning.train.curves import encode
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 REFERENCES = "references"
 """The directory of the reference lines, beside those of the runs."""
@@ -108,12 +105,6 @@ def replace_scalars(
         old.unlink(missing_ok=True)
 
 
-# Okabe and Ito's colours: apart for colour-blind eyes too.
-_BLACK, _ORANGE, _BLUE, _GREEN, _YELLOW, _RED = (
-    *("#222222", "#e69f00", "#0072b2", "#009e73", "#f0e442", "#d55e00"),
-)
-
-
 class DispatchFigure:
     """Draws one held-out day as the agent controls it now, every so many episodes.
 
@@ -146,14 +137,14 @@ class DispatchFigure:
         if self._rule is None:
             self._rule = schedule(env.model, rbc_b, env.site, [self.day])
         name = f"{type(agent).__name__} after episode {agent.episode}"
-        image = draw_day(env.site, self.day, name, own, self._rule)
+        image = day_image(env.site, self.day, name, own, self._rule)
         writer = self.logger.experiment
         writer.add_image("site/dispatch", image, agent.episode, dataformats="HWC")
         writer.flush()
 
 
-def draw_day(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
-    """Draw a day's powers, battery and CO2.
+def day_image(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
+    """Draw a day beside RBC B's.
 
     Args:
         site: The site.
@@ -165,59 +156,14 @@ def draw_day(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> 
     Returns:
         An image, RGB: [height, width, 3].
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second that start-up is spared
+    from matplotlib import rc_context  # a second that start-up is spared
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 8.0), dpi=90)
-    figure.subplots_adjust(left=0.08, right=0.92, bottom=0.065, top=0.91, hspace=0.28)
-    canvas = FigureCanvasAgg(figure)
-    powers, battery, co2 = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
-    figure.suptitle(f"{site.name}, {site.days[day]}: {name}")
-    hour = np.arange(T + 1) * STEP_H
-
-    powers.stairs(site.pv_kw[day], hour, fill=True, color=_YELLOW, label="PV available")
-    powers.stairs(site.load_kw[day], hour, color=_BLACK, label="building load")
-    powers.stairs(own.ev_kw[0], hour, color=_BLUE, linewidth=1.8, label="EV charging")
-    powers.stairs(own.grid_import_kw[0], hour, color=_RED, linewidth=1.8, label="grid import")
-    powers.set_ylabel("power, kW")
-    _legend(powers)
-
-    battery.axhline(0.0, color=_BLACK, linewidth=0.6)
-    battery.stairs(
-        own.battery_kw[0], hour, fill=True, color=_GREEN, label="battery power, charging positive"
-    )
-    battery.set_ylabel("power, kW")
-    store = battery.twinx()
-    store.plot(hour[1:], own.soc[0], color=_ORANGE, linewidth=1.8, label="state of charge (right)")
-    store.set_ylim(0.0, 1.0)
-    store.set_ylabel("state of charge, 0-1")
-    _legend(battery, store)
-
-    total_kg, rule_kg = own.co2_kg[0].cumsum(), rule.co2_kg[0].cumsum()
-    co2.plot(hour[1:], total_kg, color=_BLUE, label=f"this policy, {total_kg[-1]:.0f} kg")
-    co2.plot(hour[1:], rule_kg, color=_BLACK, ls="--", label=f"RBC B, {rule_kg[-1]:.0f} kg")
-    co2.set_ylabel("CO2 since midnight, kg")
-    co2.set_ylim(bottom=0.0)
-    intensity = co2.twinx()
-    carbon = site.carbon_kg_per_kwh[day]
-    intensity.stairs(carbon, hour, color=_ORANGE, ls=":", baseline=None, label="intensity (right)")
-    intensity.set_ylim(0.0, 1.15 * float(carbon.max()) + 1e-9)
-    intensity.set_ylabel("kg CO2 per kWh")
-    _legend(co2, intensity)
-
-    co2.set_xlabel("local time, h")
-    co2.set_xlim(0.0, 24.0)
-    co2.set_xticks(range(0, 25, 3))
-    for axes in (powers, battery, co2):
-        axes.grid(alpha=0.3)
-    canvas.draw()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 8.0), dpi=90)
+        canvas = FigureCanvasAgg(figure)
+        policies = [("RBC B", rule, LOOKS["rbc_b"]), (name, own, {"color": COLOURS[0]})]
+        draw_day(figure, site, day, policies)
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _legend(*axes: Axes) -> None:
-    """Put one legend above a panel, for both of its scales."""
-    handles = [each for one in axes for each in one.get_legend_handles_labels()[0]]
-    labels = [each for one in axes for each in one.get_legend_handles_labels()[1]]
-    axes[0].legend(
-        handles, labels, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False
-    )
