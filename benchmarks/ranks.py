@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/ranks.py
 
 Two processes, the shipped PPO recipe, rollout and updates as under the Trainer. In each round an
-episode is played in four ways: by one process while the other sleeps; by both at once, each for
-itself, which is what the machine leaves of two cores; as ranks that average their gradients over
-`ranks.Lines`; and as ranks that do so over gloo. Of the second way it is also worked out what it
+episode is played in three ways: by one process while the other sleeps; by both at once, each for
+itself, which is what the machine leaves of two cores; and as ranks that average their gradients
+over gloo. Of the second way it is also worked out what it
 would have taken had each update lasted as long as the slower process's: ranks whose messages cost
 nothing would take that. The ratios, to the episode alone in the same round, are environment steps
 per second of a rank; the median over the rounds.
@@ -55,13 +55,10 @@ def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> No
     agent, recipe = read_recipe(config)
     settings = complete(check_settings(recipe, agent, config), agent)
     settings["model.compile"] = compiled
-    lines = ranks.Lines.open()
-    assert lines, "this machine has no sockets between processes"
     ways: dict[str, Any] = {
         "alone": None,
         BOTH: None,
-        "ranks": lines.average_all,
-        "ranks, over gloo": ranks.average_all,
+        "ranks": ranks.average_all,
     }
     loops = {name: BareLoop(settings, average) for name, average in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in (*ways, FREE)}
@@ -87,6 +84,7 @@ def play(number: int, port: int, config: str, compiled: bool, rounds: int) -> No
                 f"{name:29} | {statistics.median(each[WARM_UP:]) * 1000:4.0f} ms | "
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             )
+    dist.destroy_process_group()
 
 
 def main() -> None:

@@ -244,16 +244,9 @@ class Agent(pl.LightningModule):
             self.trainer.optimizers[0],
             max_norm=getattr(self.settings, "max_grad_norm", None),
             compiled=self.settings.compile is True,
-            average=self._average() if self.world_size > 1 else None,
+            average=ranks.average_all if self.world_size > 1 else None,
             say=self.say if self.trainer.is_global_zero else lambda line: None,
         )
-
-    def _average(self) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Return what averages gradients over the ranks."""
-        lines = None
-        if self.device.type == "cpu" and self.trainer.num_nodes == 1:
-            lines = ranks.Lines.open()
-        return lines.average_all if lines else ranks.average_all
 
     def on_train_epoch_start(self) -> None:
         """Start an episode's clock and notes and set its learning rate."""
