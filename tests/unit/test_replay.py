@@ -27,12 +27,17 @@ def segment(first: int, count: int) -> Rollout:
     )
 
 
+def empty(capacity: int) -> Replay:
+    """Return a buffer of transitions such as `segment` has."""
+    return Replay(capacity, 3, 1, torch.device("cpu"))
+
+
 def rewards(replay: Replay) -> list[float]:
     return replay.table[:, 4].tolist()
 
 
 def test_it_wraps_and_forgets_the_oldest() -> None:
-    replay = Replay(5, segment(0, 1))
+    replay = empty(5)
     for first in (0, 3, 6):
         replay.add(segment(first, 3), masked=False)
     assert rewards(replay) == [5, 6, 7, 8, 4]
@@ -40,7 +45,7 @@ def test_it_wraps_and_forgets_the_oldest() -> None:
 
 
 def test_a_segment_larger_than_the_buffer_keeps_its_end_in_place() -> None:
-    replay = Replay(5, segment(0, 1))
+    replay = empty(5)
     replay.add(segment(0, 12), masked=False)
     assert rewards(replay) == [10, 11, 7, 8, 9]
 
@@ -48,15 +53,15 @@ def test_a_segment_larger_than_the_buffer_keeps_its_end_in_place() -> None:
 @pytest.mark.parametrize(("capacity", "newest"), [(4, 1), (5, 2), (7, 2), (8, 3), (12, 4), (99, 4)])
 def test_pieces_rebuild_it_exactly(capacity: int, newest: int) -> None:
     """The newest pieces that fill the buffer are enough, wherever the ring stood."""
-    replay = Replay(capacity, segment(0, 1))
+    replay = empty(capacity)
     pieces: list[dict[str, Any]] = []
     first = 0
     for count in (4, 3, 4, 4):
         replay.add(segment(first, count), masked=False)
         first += count
         pieces.append(replay.piece())
-    rebuilt = Replay.rebuild(capacity, pieces[-newest:], torch.device("cpu"))
-    assert rebuilt is not None
+    rebuilt = empty(capacity)
+    rebuilt.take_up(pieces[-newest:])
     assert torch.equal(rebuilt.table, replay.table)
     assert rebuilt.total == replay.total
     for buffer in (replay, rebuilt):  # and both go on alike
@@ -66,7 +71,7 @@ def test_pieces_rebuild_it_exactly(capacity: int, newest: int) -> None:
 
 
 def test_resets_are_left_out_and_samples_are_reproducible() -> None:
-    replay = Replay(10, segment(0, 1))
+    replay = empty(10)
     rollout = segment(0, 4)
     rollout = rollout._replace(valid=torch.tensor([[1.0], [0.0], [1.0], [1.0]]))
     replay.add(rollout, masked=True)
@@ -78,7 +83,7 @@ def test_resets_are_left_out_and_samples_are_reproducible() -> None:
 
 
 def test_what_is_no_piece_is_told() -> None:
-    replay = Replay(10, segment(0, 1))
+    replay = empty(10)
     replay.add(segment(0, 4), masked=False)
     good = replay.piece()
     assert is_piece(good, 3, 1)

@@ -6,7 +6,6 @@ Shapes: n steps of a rollout, B environments, O features, A actions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +53,12 @@ class ActorCritic(Agent):
     settings: ActorCriticSettings  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self) -> None:
-        chosen = self.settings
-        shape: dict[str, Any] = {
-            "hidden": chosen.hidden,
-            "activation": chosen.activation,
-            "generator": self.weights_generator(),
-        }
+        shape = self.shape_of_networks()
         n_in, n_actions = self.observation_dim, self.action_dim
         self.actor = MLP(n_in, n_out=n_actions, output_gain=0.01, **shape)
         self.critic = MLP(n_in + self.hindsight_dim, n_out=1, output_gain=1.0, **shape)
-        self.log_std = nn.Parameter(torch.full((n_actions,), float(chosen.log_std_init)))
+        log_std = torch.full((n_actions,), float(self.settings.log_std_init))
+        self.log_std = nn.Parameter(log_std)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with the epsilon of 1e-5 that on-policy codes agree on."""

@@ -186,9 +186,11 @@ class Agent(pl.LightningModule):
         """Return the generator of a stream of draws in this episode on this rank."""
         return episode_generator(self.seed, self.episode, self.global_rank, stream, self.device)
 
-    def weights_generator(self) -> torch.Generator:
-        """Return the generator the first weights are drawn from, the same on every rank."""
-        return episode_generator(self.seed, 0, 0, "weights", torch.device("cpu"))
+    def shape_of_networks(self) -> dict[str, Any]:
+        """Return what networks have in common; every rank draws the same first weights."""
+        generator = episode_generator(self.seed, 0, 0, "weights", torch.device("cpu"))
+        chosen = self.settings
+        return {"hidden": chosen.hidden, "activation": chosen.activation, "generator": generator}
 
     def draw_noise(self, horizon: int, num_envs: int) -> Tensor:
         """Return the exploration noise [horizon, B, A] of this episode."""

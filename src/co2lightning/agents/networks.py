@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 _LOG_2 = math.log(2.0)
 _HALF_LOG_2_PI = 0.5 * math.log(2.0 * math.pi)
+_LOG_STD_MIN, _LOG_STD_MAX = -10.0, 2.0
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -19,12 +20,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class MLP(nn.Module):
-    """A multilayer perceptron whose weights are drawn from a generator.
+class _Layers(nn.Module):
+    """Weights and biases, layer by layer.
 
-    Its forward pass is a loop over plain tensors: while acting, the calls between layers of
-    `nn.Sequential`, or the iteration of a `ParameterList`, cost as much as the layers. `layers`
-    holds the parameters themselves, which keep their identity under `to` and `load_state_dict`.
+    `layers` and `last` hold the parameters themselves, which keep their identity under `to` and
+    `load_state_dict`: while acting, the calls between layers of `nn.Sequential`, or the iteration
+    of a `ParameterList`, cost as much as the layers.
+    """
+
+    def __init__(
+        self, weights: Iterable[Tensor], biases: Iterable[Tensor], activation: str
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.weights = nn.ParameterList(map(nn.Parameter, weights))
+        self.biases = nn.ParameterList(map(nn.Parameter, biases))
+        *self.layers, self.last = zip(self.weights, self.biases, strict=True)
+
+
+class MLP(_Layers):
+    """A multilayer perceptron whose weights are drawn from a generator.
 
     Args:
         n_in: Input features.
@@ -45,17 +60,11 @@ class MLP(nn.Module):
         output_gain: float,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for a, b in itertools.pairwise([n_in, *hidden, n_out]):
-            is_last = len(self.weights) == len(hidden)
-            weight = torch.empty(b, a)
-            nn.init.orthogonal_(weight, output_gain if is_last else 2.0**0.5, generator=generator)
-            self.weights.append(nn.Parameter(weight))
-            self.biases.append(nn.Parameter(torch.zeros(b)))
-        *self.layers, self.last = zip(self.weights, self.biases, strict=True)
+        weights = [torch.empty(b, a) for a, b in itertools.pairwise([n_in, *hidden, n_out])]
+        for weight in weights:
+            gain = output_gain if weight is weights[-1] else 2.0**0.5
+            nn.init.orthogonal_(weight, gain, generator=generator)
+        super().__init__(weights, [torch.zeros(len(weight)) for weight in weights], activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return outputs [..., n_out] for inputs [..., n_in]."""
@@ -75,9 +84,6 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
     return (log_std + 0.5 + _HALF_LOG_2_PI).sum(-1)
 
 
-LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-
-
 def squashed_gaussian(head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Sample a = tanh(u), u ~ N(mean, std^2), and its log density.
 
@@ -92,23 +98,16 @@ def squashed_gaussian(head: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Actions [..., A] in (-1, 1) and log densities [...].
     """
-    mean, log_std = _split(head)
+    mean, log_std = head.chunk(2, dim=-1)
+    log_std = log_std.clamp(_LOG_STD_MIN, _LOG_STD_MAX)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise.square() - log_std - _HALF_LOG_2_PI
-    return u.tanh(), (log_normal - _log_slope(u)).sum(-1)
+    action = u.tanh()
+    log_slope = 2.0 * (_LOG_2 - u - nn.functional.softplus(-2.0 * u))
+    return action, (log_normal - log_slope).sum(-1)
 
 
-def _split(head: Tensor) -> tuple[Tensor, Tensor]:
-    mean, log_std = head.chunk(2, dim=-1)
-    return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-
-def _log_slope(u: Tensor) -> Tensor:
-    """Return log(1 - tanh(u)^2)."""
-    return 2.0 * (_LOG_2 - u - nn.functional.softplus(-2.0 * u))
-
-
-class TwinCritic(nn.Module):
+class TwinCritic(_Layers):
     """Two Q functions of the same shape, evaluated as one batched matrix product.
 
     Args:
@@ -121,16 +120,11 @@ class TwinCritic(nn.Module):
     def __init__(
         self, n_in: int, hidden: Sequence[int], activation: str, *, generator: torch.Generator
     ) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for a, b in itertools.pairwise([n_in, *hidden, 1]):
-            weight = torch.empty(2, a, b)
-            bound = a**-0.5
-            self.weights.append(nn.Parameter(weight.uniform_(-bound, bound, generator=generator)))
-            self.biases.append(nn.Parameter(torch.zeros(2, 1, b)))
-        *self.layers, self.last = zip(self.weights, self.biases, strict=True)
+        shapes = list(itertools.pairwise([n_in, *hidden, 1]))
+        weights = [torch.empty(2, a, b) for a, b in shapes]
+        for weight, (a, _) in zip(weights, shapes, strict=True):
+            weight.uniform_(-(a**-0.5), a**-0.5, generator=generator)
+        super().__init__(weights, [torch.zeros(2, 1, b) for _, b in shapes], activation)
 
     def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
         """Return Q [2, M] of obs [M, O] and action [M, A]; `frozen` weights get no gradient."""

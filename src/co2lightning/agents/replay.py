@@ -29,35 +29,27 @@ class Replay:
 
     Args:
         capacity: C.
-        like: A rollout whose sizes and device the buffer takes.
+        observation_dim: O.
+        action_dim: A.
+        device: Where the table is.
     """
 
-    def __init__(self, capacity: int, like: Rollout) -> None:
-        sizes = _columns(like.obs.shape[-1], like.action.shape[-1])
-        self._allocate(capacity, sizes, like.obs.device)
-
-    def _allocate(self, capacity: int, sizes: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, observation_dim: int, action_dim: int, device: torch.device
+    ) -> None:
         self.capacity = capacity
-        self.sizes = sizes
+        self.sizes = _columns(observation_dim, action_dim)
         self.total = 0  # transitions ever added
-        self.table = torch.zeros(capacity, sum(sizes), device=device)
+        self.table = torch.zeros(capacity, sum(self.sizes), device=device)
         self._added: list[Tensor] = []  # in this episode
         self._began = 0
 
-    @classmethod
-    def rebuild(
-        cls, capacity: int, pieces: list[dict[str, Any]], device: torch.device
-    ) -> Replay | None:
-        """Return the buffer that `pieces` add up to, oldest first; None if there are none."""
-        if not pieces:
-            return None
-        replay = cls.__new__(cls)
-        replay._allocate(capacity, tuple(pieces[0]["sizes"]), device)
-        replay.total = pieces[0]["began"]
+    def take_up(self, pieces: list[dict[str, Any]]) -> None:
+        """Fill an empty buffer with the pieces of its newest episodes, oldest first."""
+        self.total = pieces[0]["began"]
         for piece in pieces:
-            replay._write(piece["rows"].to(device))
-        replay._began = replay.total
-        return replay
+            self._write(piece["rows"].to(self.table.device))
+        self._began = self.total
 
     def add(self, rollout: Rollout, *, masked: bool) -> None:
         """Add a segment's transitions; `masked` where some of its steps were only resets."""
@@ -119,7 +111,7 @@ def fewest_rows(content: dict[str, Any]) -> int:
 
 
 def is_piece(piece: Any, observation_dim: int, action_dim: int) -> bool:
-    """Say whether a file's content is a piece that `Replay.rebuild` can take, of these sizes."""
+    """Say whether a file's content is a piece that `Replay` can take up, of these sizes."""
     if not isinstance(piece, dict):
         return False
     began, rows = piece.get("began"), piece.get("rows")

@@ -65,25 +65,16 @@ class SAC(Agent):
     settings: SACSettings  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self) -> None:
-        chosen = self.settings
-        generator = self.weights_generator()
-        self.actor = MLP(
-            self.observation_dim,
-            chosen.hidden,
-            2 * self.action_dim,
-            activation=chosen.activation,
-            output_gain=0.01,
-            generator=generator,
-        )
-        n_in = self.observation_dim + self.hindsight_dim + self.action_dim
-        shape = (n_in, chosen.hidden, chosen.activation)
-        self.critic = TwinCritic(*shape, generator=generator)
-        self.target = TwinCritic(*shape, generator=generator)
+        shape = self.shape_of_networks()
+        n_seen, n_actions = self.observation_dim + self.hindsight_dim, self.action_dim
+        self.actor = MLP(self.observation_dim, n_out=2 * n_actions, output_gain=0.01, **shape)
+        self.critic = TwinCritic(n_seen + n_actions, **shape)
+        self.target = TwinCritic(n_seen + n_actions, **shape)
         self.target.load_state_dict(self.critic.state_dict())
         self.target.requires_grad_(False)
-        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(chosen.ent_coef_init)))
-        aim = chosen.target_entropy
-        self.target_entropy = -float(self.action_dim) if aim is None else aim
+        self.log_ent_coef = nn.Parameter(torch.tensor(math.log(self.settings.ent_coef_init)))
+        aim = self.settings.target_entropy
+        self.target_entropy = -float(n_actions) if aim is None else aim
         self.replay: Replay | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -143,7 +134,7 @@ class SAC(Agent):
     def learn(self, rollout: Rollout) -> dict[str, Tensor]:
         """Keep the segment, then run its share of updates."""
         if self.replay is None:
-            self.replay = Replay(self.settings.buffer_size, rollout)
+            self.replay = self._empty_replay()
         assert self.env is not None
         self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.settings.learning_starts:
@@ -183,4 +174,9 @@ class SAC(Agent):
 
     def restore_replay(self, pieces: list[dict[str, Any]]) -> None:
         """Rebuild the buffer from the pieces of its episodes, oldest first."""
-        self.replay = Replay.rebuild(self.settings.buffer_size, pieces, self.device)
+        self.replay = self._empty_replay()
+        self.replay.take_up(pieces)
+
+    def _empty_replay(self) -> Replay:
+        seen = self.observation_dim + self.hindsight_dim
+        return Replay(self.settings.buffer_size, seen, self.action_dim, self.device)

@@ -234,10 +234,13 @@ def _kinds(agent: str) -> dict[str, Kind]:
 
 def _types(parser: ArgumentParser) -> dict[str, Any]:
     """Return the type of every setting; a switch is true or false."""
-    switches = {a.dest: bool for a in parser._actions if isinstance(a, argparse._StoreTrueAction)}
-    typed = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    found = {key: wanted for key, wanted in (typed | switches).items() if wanted}
-    return {key: wanted for key, wanted in found.items() if not key.endswith(".help")}
+    found: dict[str, Any] = {}
+    for action in parser._actions:
+        switch = bool if isinstance(action, argparse._StoreTrueAction) else None
+        wanted = getattr(action, "_typehint", switch)
+        if wanted and not action.dest.endswith(".help"):
+            found[action.dest] = wanted
+    return found
 
 
 def run_settings(settings: Settings) -> Settings:
@@ -275,9 +278,8 @@ def instantiate_trainer_settings(settings: Settings, agent: str) -> dict[str, An
     try:
         return dict(vars(parser.instantiate(namespace).trainer))
     except Exception as error:  # whatever a class of the user's provokes
-        reason = (
-            problems_in(str(error)) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-        )
+        said = " ".join(str(error).split())
+        reason = problems_in(str(error)) or f"{type(error).__name__}: {said}"
         raise UserError(f"{given_trainer_flags(settings, agent)}: {reason[:200]}") from None
 
 
