@@ -219,8 +219,8 @@ def test_readme_python_names_exist(block: str) -> None:
 )
 def test_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
+    sources = [source.as_posix() for source in SOURCES]
     for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text):
-        sources = [source.as_posix() for source in SOURCES]
         assert (ROOT / path).exists() or any(s.endswith(f"/{path}") for s in sources), path
     for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert "://" in target or (page.parent / target).exists(), target
