@@ -5,10 +5,10 @@
 Two processes, the shipped PPO recipe, rollout and updates as under the Trainer. In each round an
 episode is played in three ways: by one process while the other sleeps; by both at once, each for
 itself, which is what the machine leaves of two cores; and as ranks that average their gradients
-over gloo. Of the second way it is also worked out what it
-would have taken had each update lasted as long as the slower process's: ranks whose messages cost
-nothing would take that. The ratios, to the episode alone in the same round, are environment steps
-per second of a rank; the median over the rounds.
+over gloo. Of the second way it is also worked out what it would have taken had each update lasted
+as long as the slower process's: ranks whose messages cost nothing would take that. The ratios, to
+the episode alone in the same round, are environment steps per second of a rank; the median over
+the rounds.
 """
 
 from __future__ import annotations
