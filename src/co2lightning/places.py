@@ -1,17 +1,9 @@
-# pyright: strict
-"""Files that cannot lie: atomic writes, self-verifying checkpoints and JSON, one lock.
-
-A checkpoint file is the zip that `torch.save` writes, with a zip comment
-
-    co2lightning {"episode": 5, ...} sha256=<64 hex digits>
-
-whose digits are the SHA-256 of every byte before them. `torch.load` ignores the comment, so the
-file opens anywhere; a flipped bit or a missing byte shows without any other file; and the small
-record in the comment tells what the file holds without importing torch.
-"""
+"""Places that a user names: files and directories of this machine, checked before work is spent."""
 
 import os
 import re
+import stat
+import tempfile
 from pathlib import Path
 
 from co2lightning.errors import UserError, show
@@ -33,3 +25,44 @@ def local(what: str, place: str | Path) -> str:
             "path, from / on"
         )
     return home
+
+
+def check_output(flag: str, name: str | Path | None) -> Path | None:
+    """Return the file that an output shall go to; refuse it before work is spent on it.
+
+    An existing file will be replaced; where the name is a link, the file it points to.
+
+    Raises:
+        UserError: `name` is no place for a file, or may not be written.
+    """
+    if name is None:
+        return None
+    path = Path(name)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{flag} {name}: {reason}; give the name of a file") from None
+    else:
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+            raise UserError(f"{flag} {name}: is {kind}; give the name of a file")
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{flag} {name}: is read-only")
+    path = path.resolve()
+    check_directory(f"{flag} {name}", path.parent)
+    return path
+
+
+def check_directory(what: str, directory: Path) -> None:
+    """Raise a UserError about `what` unless a file can be made in `directory`."""
+    if not directory.is_dir():
+        raise UserError(f"{what}: there is no directory {directory}; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=directory):  # os.access says yes to root, whatever happens
+            pass
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{what}: {directory} cannot be written ({reason})") from None

@@ -23,7 +23,8 @@ from co2lightning.agents.sac import SAC
 from co2lightning.commands.run import open_run, run_parser
 from co2lightning.control.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
 from co2lightning.errors import UserError
-from co2lightning.runs.files import check_output, write_atomic
+from co2lightning.places import check_output
+from co2lightning.runs.files import write_atomic
 from co2lightning.site.model import STEP_H, Site
 from co2lightning.terminal import say
 

@@ -18,7 +18,8 @@ from co2lightning.commands.run import open_run, run_parser, unseen
 from co2lightning.control.observation import FEATURES, build_observer, observe
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.errors import UserError
-from co2lightning.runs.files import check_output, write_atomic
+from co2lightning.places import check_output
+from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
 from co2lightning.sim.evaluate import TITLES, check_finite, reference_schedules
 from co2lightning.sim.schedule import Schedule, schedule

@@ -136,14 +136,8 @@ def _archives(layout: Layout, name: str) -> list[tuple[Path, Path]]:
     return [(place, place.parent / "archive" / name) for place in places]
 
 
-# --- what a cut left --------------------------------------------------------------------------
-
-
 def half_archived(layout: Layout) -> Path | None:
-    """Return the archive of a run that was cut off when all was in it; `finish` goes on.
-
-    What is still in the run directory is there, too, and is about to be deleted here.
-    """
+    """Return the archive of a run that was cut off when all was in it; `finish` goes on."""
     for _, target, _ in _notes(layout):
         if any(os.path.lexists(place) for _, place in _archives(layout, target.name)):
             return target
@@ -184,16 +178,12 @@ def _stages(layout: Layout) -> list[Path]:
     for source, place in _archives(layout, "any"):
         names = os.listdir(place.parent) if place.parent.is_dir() else []
         found += [place.parent / name for name in names if own.fullmatch(name)]
-        stage = source.parent / f".{layout.name}.tmp"
-        found += [stage] if os.path.lexists(stage) else []
+        found += filter(os.path.lexists, [source.parent / f".{layout.name}.tmp"])
     return found
 
 
 def _archive_name(layout: Layout) -> str:
     return rf"{re.escape(layout.name)}-\d{{8}}T\d{{6}}Z(?:-\d+)?"
-
-
-# --- directories ------------------------------------------------------------------------------
 
 
 def is_filled(directory: Path) -> bool:

@@ -7,11 +7,8 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 from datetime import datetime
 from pathlib import Path
-
-from co2lightning.errors import UserError
 
 _TEMPORARY = re.compile(r"\..+\.tmp")
 # A link opens as an error, a FIFO at once; Windows has neither.
@@ -132,47 +129,6 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
     if durable:
         sync_directory(path.parent)
-
-
-def check_output(flag: str, name: str | Path | None) -> Path | None:
-    """Return the file that an output shall go to; refuse it before work is spent on it.
-
-    An existing file will be replaced; where the name is a link, the file it points to.
-
-    Raises:
-        UserError: `name` is no place for a file, or may not be written.
-    """
-    if name is None:
-        return None
-    path = Path(name)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{flag} {name}: {reason}; give the name of a file") from None
-    else:
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-            raise UserError(f"{flag} {name}: is {kind}; give the name of a file")
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{flag} {name}: is read-only")
-    path = path.resolve()
-    check_directory(f"{flag} {name}", path.parent)
-    return path
-
-
-def check_directory(what: str, directory: Path) -> None:
-    """Raise a UserError about `what` unless a file can be made in `directory`."""
-    if not directory.is_dir():
-        raise UserError(f"{what}: there is no directory {directory}; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=directory):  # os.access says yes to root, whatever happens
-            pass
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{what}: {directory} cannot be written ({reason})") from None
 
 
 def sweep(directory: Path) -> None:

@@ -76,7 +76,7 @@ def leftovers(layout: Layout) -> list[str]:
         found.append("replay piece of the next episode")
     if old := [n for n in needless if n <= ledger.replay_pruned_to]:
         found.append(f"{plural(len(old), 'replay piece')} no longer needed")
-    strays = [*stray(layout.directory), *stray(layout.replay), *unfinished(layout)]
+    strays = [*stray(layout.directory), *stray(layout.replay_directory), *unfinished(layout)]
     if strays:
         found.append(plural(len(strays), "temporary file"))
     return found
@@ -88,7 +88,7 @@ def recover(layout: Layout) -> list[str]:
     Of the episode files only the newest good one is read, unless history must be rebuilt.
     """
     sweep(layout.directory)
-    sweep(layout.replay)
+    sweep(layout.replay_directory)
     messages = finish(layout)
     messages += _set_aside(layout)
     files = layout.episodes()
@@ -105,11 +105,9 @@ def recover(layout: Layout) -> list[str]:
     for number in needless_pieces(layout, ledger):
         if layout.path(number) not in bad:
             layout.replay_path(number).unlink()
-    end = (
-        f"continuing after episode {newest}"
-        if newest
-        else "no good checkpoint is left, starting at episode 1"
-    )
+    end = f"continuing after episode {newest}"
+    if not newest:
+        end = "no good checkpoint is left, starting at episode 1"
     moved = [_quarantine(layout, error) for error in (*older, *damaged)]
     if moved:
         lost = max(files) - newest
@@ -128,23 +126,24 @@ def recover(layout: Layout) -> list[str]:
 
 def _quarantine(layout: Layout, error: Damaged) -> str:
     """Move a damaged file, and its replay piece, out of the way."""
-    layout.damaged.mkdir(exist_ok=True)
-    for source in dict.fromkeys((layout.replay / error.path.name, error.path)):
+    place = layout.damaged_directory
+    place.mkdir(exist_ok=True)
+    for source in dict.fromkeys((layout.replay_directory / error.path.name, error.path)):
         if os.path.lexists(source):
-            stem = f"replay_{source.stem}" if source.parent == layout.replay else source.stem
-            number, target = 1, layout.damaged / f"{stem}{source.suffix}"
+            prefix = "replay_" if source.parent == layout.replay_directory else ""
+            number, target = 1, place / f"{prefix}{source.name}"
             while os.path.lexists(target):
                 number += 1
-                target = layout.damaged / f"{stem}-{number}{source.suffix}"
+                target = place / f"{prefix}{source.stem}-{number}{source.suffix}"
             os.rename(source, target)
-    sync_directory(layout.damaged)
+    sync_directory(place)
     sync_directory(layout.directory)
-    return f"{error.path.name} is damaged ({error.reason}); moved to {layout.damaged}/"
+    return f"{error.path.name} is damaged ({error.reason}); moved to {place}/"
 
 
 def _set_aside(layout: Layout) -> list[str]:
     """Move what stands in the place of a file and is none, such as a link, out of the way."""
-    files = [layout.history, layout.metadata]
+    files = [layout.history_file, layout.metadata_file]
     files += [*map(layout.path, layout.episodes()), *map(layout.replay_path, layout.pieces())]
     found = ((path, instead_of_file(path)) for path in files)
     return [_quarantine(layout, Damaged(path, problem)) for path, problem in found if problem]

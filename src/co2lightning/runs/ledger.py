@@ -8,8 +8,6 @@ No disk here: reading.py brings what the files say, writer.py writes them. Whate
 file is checked: history.json itself, and the record in the comment of each checkpoint (seal.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -121,10 +119,8 @@ class Ledger:
     def mark_missing(self, last: int, pruned_to: int, gone: Collection[int] = ()) -> None:
         """Mark the episodes up to `last` that were trained but have no file.
 
-        Args:
-            last: The newest episode that has one.
-            pruned_to: Up to here `keep_last` deleted the files, beyond it somebody by hand.
-            gone: The known ones whose files are missing; unknown ones are added.
+        Those are the known ones that are `gone` and all unknown ones, which are added. `keep_last`
+        deleted the files up to `pruned_to`, somebody by hand those beyond it.
         """
         for number in range(1, last + 1):
             if number not in self.episodes:
@@ -219,12 +215,12 @@ def rebuild(
     last session from metadata.json or else from the lock: "running" while held, "killed" otherwise.
 
     Args:
-        ledger: What history.json says, nothing where it is lost; goes into the result.
+        ledger: What history.json says; goes into the result.
         files: The episodes with a file, good or not.
         records: Those of the good files that history does not know; that of the newest file, too,
             where others are missing.
-        rows: What `checkpoints` shall say of the files that history does not know.
-        metadata: What metadata.json says, nothing where it is lost.
+        rows: The rows of `checkpoints` for the files that history does not know.
+        metadata: What metadata.json says.
         running: Whether a process holds the run.
     """
     known = {id(session) for session in ledger.sessions}
@@ -274,13 +270,11 @@ def parse_history(data: Row) -> Ledger:
     ledger = Ledger(_parse_text(data, "agent"))
     ledger.replay_pruned_to = parse_count(data, "replay_pruned_to", 0, most=MAX_EPISODES)
     metrics: dict[int, tuple[Session, Metrics]] = {}
-    counts: list[tuple[Session, int, int]] = []
+    counts: list[tuple[int, int]] = []
     for row in _rows(data, "trainings"):
         session = _parse_session(row, _parse_text(row, "status"))
         ledger.sessions.append(session)
-        counts.append(
-            (session, parse_count(row, "end_episode"), parse_count(row, "episodes_count"))
-        )
+        counts.append((parse_count(row, "end_episode"), parse_count(row, "episodes_count")))
         for entry in _rows(row, "metrics"):
             metrics[parse_count(entry, "episode")] = session, _parse_metrics(entry)
     for row in _rows(data, "checkpoints"):
@@ -295,7 +289,7 @@ def parse_history(data: Row) -> Ledger:
         session, values = metrics.pop(number, (ledger.session_of(number), None))
         ledger.episodes[number] = Episode(session, values, row)
     trainings = [(r["end_episode"], r["episodes_count"]) for r, _ in ledger.trainings()]
-    if metrics or trainings != [(end, count) for _, end, count in counts]:
+    if metrics or trainings != counts:
         raise ValueError("sessions and checkpoints disagree")
     if parse_count(data, "total_episodes") != len(ledger.episodes):
         raise ValueError("total_episodes differs from the number of checkpoints")
@@ -352,9 +346,8 @@ def _parse_session(row: Row, status: str) -> Session:
     if status not in STATUSES:
         raise ValueError("unknown status")
     start = parse_count(row, "start_episode", least=1, most=MAX_EPISODES + 1)
-    session = Session(_parse_text(row, "session_timestamp"), start, "")
-    session.device, session.duration, session.status = _parse_text(row, "device"), duration, status
-    return session
+    timestamp, device = (_parse_text(row, key) for key in ("session_timestamp", "device"))
+    return Session(timestamp, start, device, duration, status)
 
 
 def _parse_metrics(row: Row) -> Metrics:

@@ -12,7 +12,7 @@ from co2lightning.runs.seal import Damaged, check_content, load_content, seal_ch
 def save_piece(layout: Layout, agent: str, episode: int, content: Row) -> Row:
     """Save the piece of an episode; returns what the episode's own file says of it."""
     data = seal_checkpoint(content, {"kind": "replay", "agent": agent, "episode": episode})
-    layout.replay.mkdir(exist_ok=True)
+    layout.replay_directory.mkdir(exist_ok=True)
     write_atomic(layout.replay_path(episode), data)
     return hash_row(data)
 
@@ -53,7 +53,7 @@ def verify_pieces(layout: Layout, ledger: Ledger, running: bool) -> list[str]:
             problems.append(f"replay/{path.name} is damaged ({error.reason})")
     if not running:
         orphans = set(layout.pieces()) - ledger.episodes.keys() - {ledger.last + 1}
-        names = (layout.replay_path(n).name for n in sorted(orphans))
+        names = [layout.replay_path(number).name for number in sorted(orphans)]
         problems += [f"replay/{name} belongs to no episode" for name in names]
     return problems
 

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from co2lightning.errors import UserError
 from co2lightning.places import local
@@ -39,26 +39,27 @@ _COMPUTED = {  # what metadata.json has beyond the run's info
     *("last_episode", "total_episodes_trained", "last_training", "final_metrics"),
     *("best_episode", "device", "session_timestamp", "status"),
 }
-_T = TypeVar("_T")
 
 
 class Layout:
-    """Where the files of a run stand or would stand."""
+    """Where everything of a run stands or would stand."""
 
     def __init__(self, directory: Path, logs: Path | None = None) -> None:
         self.directory = directory
         self.logs = logs
         self.name = directory.name or directory.resolve().name
-        self.history = directory / "history.json"
-        self.metadata = directory / "metadata.json"
-        self.replay = directory / "replay"
-        self.damaged = directory / "damaged"
+        self.history_file = directory / "history.json"
+        self.metadata_file = directory / "metadata.json"
+        self.replay_directory = directory / "replay"
+        self.damaged_directory = directory / "damaged"
 
     def path(self, episode: int) -> Path:
+        """Return where the file of `episode` stands or would stand."""
         return self.directory / f"episode_{episode:04d}.pt"
 
     def replay_path(self, episode: int) -> Path:
-        return self.replay / self.path(episode).name
+        """Return where the replay piece of `episode` stands or would stand."""
+        return self.replay_directory / self.path(episode).name
 
     def episodes(self) -> list[int]:
         """Return the episodes with a file, ascending, good or not."""
@@ -66,13 +67,13 @@ class Layout:
 
     def pieces(self) -> list[int]:
         """Return the episodes with a piece of the replay, ascending, good or not."""
-        return _listing(self.replay)
+        return _listing(self.replay_directory)
 
     def misplaced(self) -> list[str]:
         """Name what should be a directory in the run: behind a link we would change another run."""
         return [
             f"{place.name} is {'a link' if place.is_symlink() else 'a file'}, not a directory"
-            for place in (self.replay, self.damaged)
+            for place in (self.replay_directory, self.damaged_directory)
             if os.path.lexists(place) and (place.is_symlink() or not place.is_dir())
         ]
 
@@ -85,16 +86,16 @@ def _listing(directory: Path) -> list[int]:
 
 def read_history(layout: Layout) -> tuple[Ledger | None, list[str]]:
     """Return what history.json says, None where it is lost, and what is wrong with it."""
-    return _read(layout, layout.history, parse_history)
+    return _read(layout, layout.history_file, parse_history)
 
 
 def read_metadata(layout: Layout) -> tuple[Row, list[str]]:
     """Return what metadata.json says, nothing where it is lost, and what is wrong with it."""
-    found, problems = _read(layout, layout.metadata, parse_metadata)
+    found, problems = _read(layout, layout.metadata_file, parse_metadata)
     return found or {}, problems
 
 
-def _read(layout: Layout, path: Path, parse: Callable[[Row], _T]) -> tuple[_T | None, list[str]]:
+def _read(layout: Layout, path: Path, parse: Callable[[Row], Any]) -> tuple[Any, list[str]]:
     try:
         return parse(read_json(path)), []
     except FileNotFoundError:  # without episodes, a kill came before its first word
@@ -229,7 +230,7 @@ def local_file(path: str | Path) -> Path:
     return Path(os.path.realpath(text) if os.path.islink(text) else text)
 
 
-def plain_json(value: Row) -> Row:
+def plain(value: Row) -> Row:
     """Return a copy of plain data: no classes, no NaN (null instead)."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
@@ -239,7 +240,7 @@ def stored_run(layout: Layout, ledger: Ledger) -> Row:
     metadata, _ = read_metadata(layout)
     if not metadata:
         content = load_newest(layout)[1]
-        return plain_json(content["run"]) if content else {"agent": ledger.agent}
+        return plain(content["run"]) if content else {"agent": ledger.agent}
     run = {key: value for key, value in metadata.items() if key not in _COMPUTED}
     run["config"] = run.pop("configuration", None)
     return run

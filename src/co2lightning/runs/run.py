@@ -13,7 +13,7 @@ from co2lightning.runs.lock import hold, is_held
 from co2lightning.runs.writer import Writer
 
 
-class TrainingCheckpoint:
+class TrainingCheckpoint(reading.Layout):
     """A run directory (reading.py): saves episodes, finds damage, keeps history and metadata.
 
     Anyone may read at any time. Whatever writes holds the run's lock, taken by `lock` or, where
@@ -31,33 +31,26 @@ class TrainingCheckpoint:
     """
 
     def __init__(
-        self,
-        directory: str | Path,
-        *,
-        logs: str | Path | None = None,
-        keep_last: int | None = None,
+        self, directory: str | Path, *, logs: str | Path | None = None, keep_last: int | None = None
     ) -> None:
         if keep_last is not None and keep_last < 1:
             raise UserError(f"--checkpoints.keep_last {keep_last}: must be at least 1")
-        self.directory = Path(local("run", directory))
-        self.logs = None if logs is None else Path(local("logs", logs))
+        super().__init__(
+            Path(local("run", directory)), None if logs is None else Path(local("logs", logs))
+        )
         if self.logs:
-            _check_apart(self.directory, self.logs)
-        self._layout = reading.Layout(self.directory, self.logs)
-        self.name = self._layout.name
+            own, other = (Path(os.path.realpath(place)) for place in (self.directory, self.logs))
+            if own.is_relative_to(other) or other.is_relative_to(own):  # archived, both would move
+                raise UserError(
+                    f"--checkpoints.dir {self.directory.parent} and --logs.dir {self.logs.parent}: "
+                    f"a run's episodes would be in {self.directory}, its curves in {self.logs}; "
+                    "give two directories apart, such as checkpoints and lightning_logs"
+                )
         self._keep_last = keep_last
         self._depth = 0
         self._locks = contextlib.ExitStack()
         self._session = contextlib.ExitStack()
         self._writer: Writer | None = None  # while a session is open here
-
-    def path(self, episode: int) -> Path:
-        """Return where the file of `episode` stands or would stand."""
-        return self._layout.path(episode)
-
-    def replay_path(self, episode: int) -> Path:
-        """Return where the replay piece of `episode` stands or would stand."""
-        return self._layout.replay_path(episode)
 
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
@@ -68,7 +61,7 @@ class TrainingCheckpoint:
             UserError: The lock is none, or what belongs into the run lies behind a link.
         """
         if self._depth == 0:
-            if problems := self._layout.misplaced():
+            if problems := self.misplaced():
                 raise UserError(f"{self.directory}: {problems[0]}; move it, or link the whole run")
             self._locks.enter_context(hold(self.directory, self.logs))
         self._depth += 1
@@ -83,12 +76,6 @@ class TrainingCheckpoint:
         """Say whether a process holds the lock, without disturbing it."""
         return is_held(self.directory)
 
-    # --- reading ----------------------------------------------------------------------------
-
-    def episodes(self) -> list[int]:
-        """Return the episodes with a file, ascending, good or not."""
-        return self._layout.episodes()
-
     def load_history(self) -> Row:
         """Return the content of history.json, brought up to date from the episode files.
 
@@ -100,7 +87,7 @@ class TrainingCheckpoint:
     def load_metadata(self) -> Row:
         """Return the content of metadata.json, brought up to date from the episode files."""
         ledger = self._ledger()
-        run = self._writer.run if self._writer else reading.stored_run(self._layout, ledger)
+        run = self._writer.run if self._writer else reading.stored_run(self, ledger)
         return reading.metadata_of(ledger, run)
 
     @staticmethod
@@ -119,7 +106,7 @@ class TrainingCheckpoint:
         Raises:
             UserError: All episode files are damaged.
         """
-        _, content, _ = reading.load_newest(self._layout)
+        _, content, _ = reading.load_newest(self)
         if content is None and (bad := self.episodes()):
             count = inspect.plural(len(bad), "checkpoint")
             raise UserError(f"{self.directory}: {count}, none of them good; see `verify`")
@@ -127,9 +114,7 @@ class TrainingCheckpoint:
 
     def get_next_episode(self) -> int:
         """Return the episode after the newest good one, 1 for a new run."""
-        if self._writer:
-            return self._writer.ledger.last + 1
-        return reading.load_newest(self._layout)[0] + 1
+        return 1 + (self._writer.ledger.last if self._writer else reading.load_newest(self)[0])
 
     def load_replay(
         self, episodes: Iterable[int], allow_partial: bool = False
@@ -139,31 +124,28 @@ class TrainingCheckpoint:
         Raises:
             UserError: A piece is missing or damaged; `allow_partial` leaves such pieces out.
         """
-        known = self._ledger().episodes
-        yield from pieces.load_pieces(self._layout, known, episodes, allow_partial)
+        yield from pieces.load_pieces(self, self._ledger().episodes, episodes, allow_partial)
 
     def _ledger(self) -> Ledger:
-        return self._writer.ledger if self._writer else reading.read_ledger(self._layout)
-
-    # --- order ------------------------------------------------------------------------------
+        return self._writer.ledger if self._writer else reading.read_ledger(self)
 
     def verify(self) -> list[str]:
         """Check every file and return one line for each problem.
 
         That the JSON files are behind the episodes is none: see `leftovers`.
         """
-        return inspect.verify(self._layout)
+        return inspect.verify(self)
 
     def leftovers(self) -> list[str]:
         """Say what a session that was cut off, as by SIGKILL, left to the next start.
 
         No episode is lost by any of it. While a process holds the run there is nothing to say.
         """
-        return inspect.leftovers(self._layout)
+        return inspect.leftovers(self)
 
     def half_archived(self) -> Path | None:
         """Return the archive of the run that was cut off when all was in it; `recover` goes on."""
-        return branches.half_archived(self._layout)
+        return branches.half_archived(self)
 
     def recover(self) -> list[str]:
         """Put the run in order before a session; returns a line for each thing the user must know.
@@ -173,12 +155,10 @@ class TrainingCheckpoint:
         closes sessions found dead. Of the episode files only the newest good one is read, unless
         history must be rebuilt; `verify` reads all.
         """
-        if not self.directory.exists() and not branches.unfinished(self._layout):
+        if not self.directory.exists() and not branches.unfinished(self):
             return []
         with self.lock():
-            return inspect.recover(self._layout)
-
-    # --- a session --------------------------------------------------------------------------
+            return inspect.recover(self)
 
     def begin_session(self, *, start_episode: int, device: str, info: Row) -> None:
         """Open a session and write it down as running.
@@ -195,7 +175,7 @@ class TrainingCheckpoint:
         """
         with contextlib.ExitStack() as held:
             held.enter_context(self.lock())
-            self._writer = Writer(self._layout, self._keep_last, start_episode, device, info)
+            self._writer = Writer(self, self._keep_last, start_episode, device, info)
             self._session.push(held.pop_all())
 
     def save_checkpoint(
@@ -243,8 +223,6 @@ class TrainingCheckpoint:
         with self._session:
             writer.end(status)
 
-    # --- archive and branches ---------------------------------------------------------------
-
     def archive(self) -> Path | None:
         """Move the run and its logs to `archive/<name>-<UTC time>`; overwrite nothing.
 
@@ -252,7 +230,7 @@ class TrainingCheckpoint:
         Returns the archived run directory; None if there was no run.
         """
         with self.lock():
-            return branches.archive(self._layout)
+            return branches.archive(self)
 
     def branch(self, episode: int) -> Path | None:
         """Go back to `episode`: archive the run as it is, then drop the later episodes here.
@@ -266,7 +244,7 @@ class TrainingCheckpoint:
             UserError: There is no good file of `episode`.
         """
         with self.lock():
-            return branches.branch(self._layout, episode)
+            return branches.branch(self, episode)
 
     def adopt(self, source: Path, logs: Path | None = None) -> None:
         """Start this run from a file of another directory: take its episodes up to that one.
@@ -279,15 +257,4 @@ class TrainingCheckpoint:
             Damaged: `source` fails its check.
         """
         with self.lock():
-            branches.adopt(self._layout, source, logs)
-
-
-def _check_apart(directory: Path, logs: Path) -> None:
-    """Refuse logs that lie where the episodes do: archiving one would move the other."""
-    own, other = (Path(os.path.realpath(place)) for place in (directory, logs))
-    if own.is_relative_to(other) or other.is_relative_to(own):
-        raise UserError(
-            f"--checkpoints.dir {directory.parent} and --logs.dir {logs.parent}: a run's episodes "
-            f"would be in {directory}, its curves in {logs}; give two directories apart, such as "
-            "checkpoints and lightning_logs"
-        )
+            branches.adopt(self, source, logs)

@@ -65,18 +65,16 @@ def seal_checkpoint(content: dict[str, Any], record: dict[str, Any]) -> bytes:
 
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    problem = _foreign_content(buffer.getvalue())
-    if problem:
+    data = buffer.getvalue()
+    if problem := _foreign_content(data):
         raise ValueError(f"a checkpoint holds only tensors and plain data: {problem}")
-    _plain(content, buffer.getbuffer().nbytes)
+    _plain(content, len(data))
     comment = _COMMENT + json.dumps(record, allow_nan=False).encode("ascii") + _SEAL
     if len(comment) > _MAX_RECORD:
         raise ValueError(f"the record of a checkpoint is too large: {len(comment)} bytes")
-    data = bytearray(buffer.getbuffer())
-    data[-2:] = (len(comment) + 64).to_bytes(2, "little")  # the comment's length ends the zip
-    data += comment
-    data += hashlib.sha256(data).hexdigest().encode("ascii")
-    return bytes(data)
+    size = (len(comment) + 64).to_bytes(2, "little")  # of the comment, at the zip's end
+    data = b"".join((memoryview(data)[:-2], size, comment))
+    return data + hashlib.sha256(data).hexdigest().encode("ascii")
 
 
 def read_sealed(path: Path) -> tuple[bytes, dict[str, Any]]:

@@ -11,14 +11,7 @@ from pathlib import Path
 from co2lightning.runs.files import now, write_atomic
 from co2lightning.runs.ledger import Episode, Ledger, Metrics, Row, Session, score
 from co2lightning.runs.pieces import prune_pieces, save_piece
-from co2lightning.runs.reading import (
-    Layout,
-    file_row,
-    metadata_of,
-    plain_json,
-    read_ledger,
-    stored_run,
-)
+from co2lightning.runs.reading import Layout, file_row, metadata_of, plain, read_ledger, stored_run
 from co2lightning.runs.seal import seal_checkpoint, seal_json
 
 _WRITE_INTERVAL = 1.0  # seconds the JSON files may be behind during a session
@@ -26,7 +19,7 @@ _WRITE_INTERVAL = 1.0  # seconds the JSON files may be behind during a session
 
 def write_json(layout: Layout, ledger: Ledger, run: Row | None = None) -> None:
     """Write history.json and metadata.json, with another `run` or that of before; wait for both."""
-    run = stored_run(layout, ledger) if run is None else plain_json(run)
+    run = stored_run(layout, ledger) if run is None else plain(run)
     _write_texts(layout, _encode(ledger, run), durable=True)
 
 
@@ -35,7 +28,7 @@ def _encode(ledger: Ledger, run: Row) -> tuple[str, str]:
 
 
 def _write_texts(layout: Layout, texts: tuple[str, str], *, durable: bool) -> None:
-    for path, text in zip((layout.history, layout.metadata), texts, strict=True):
+    for path, text in zip((layout.history_file, layout.metadata_file), texts, strict=True):
         write_atomic(path, seal_json(text), durable=durable)
 
 
@@ -52,7 +45,7 @@ class Writer:
         self.ledger = ledger
         self._layout = layout
         self._keep_last = keep_last
-        self.run = plain_json(info)
+        self.run = plain(info)
         ledger.agent = str(self.run.get("agent", ledger.agent))
         self._previous_status = next(
             (e.session.status for e in reversed(ledger.episodes.values())), None
@@ -90,7 +83,9 @@ class Writer:
             raise ValueError(f"episode {episode}, but {ledger.last + 1} is next")
         duration = round(time.monotonic() - self._started, 3)
         values: Metrics = {"episode": episode}
-        values |= {key: _finite(value) for key, value in metrics.items() if key != "episode"}
+        for key, value in metrics.items():
+            if key != "episode":
+                values[key] = float(value) if math.isfinite(value) else None
         rank = score(values), episode
         best = min(self._best, rank) if self._best else rank
         doomed = self._doomed(episode, best[1])
@@ -164,10 +159,6 @@ class Writer:
         self.ledger.sessions[-1].status = status
         self.ledger.sessions[-1].duration = round(time.monotonic() - self._started, 3)
         write_json(self._layout, self.ledger, self.run)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _write_each_second(reference: "weakref.ref[Writer]", stop: threading.Event) -> None:
