@@ -46,7 +46,7 @@ class Replay:
 
     def take_up(self, pieces: list[dict[str, Any]]) -> None:
         """Fill an empty buffer with the pieces of its newest episodes, oldest first."""
-        self.total = pieces[0]["began"]
+        self.total = pieces[0]["began"] if pieces else 0
         for piece in pieces:
             self._write(piece["rows"].to(self.table.device))
         self._began = self.total
