@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from co2lightning.agents.ppo import PPO
-from co2lightning.learn.rollout import RolloutDataset
+from co2lightning.learn.dataset import RolloutDataset
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site, T

@@ -24,8 +24,8 @@ import torch
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.control.rules import RULES
-from co2lightning.control.state import build_model
 from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.load import load_site
 
@@ -46,7 +46,7 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     at = [int(episode) for episode in arguments.at.split(",") if episode] or [arguments.episodes]
     site = load_site(arguments.site)
-    model, days = build_model(site), torch.as_tensor(site.training_days)
+    model, days = priced_model(site), torch.as_tensor(site.training_days)
     soc = evaluation_soc(site)[days]
     rule_kg = run_days(model, RULES["rbc_b"], days, soc).total("co2_kg").mean()
 

@@ -6,10 +6,16 @@ import functools
 from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from co2lightning.control.state import State, begin_day
+from co2lightning.sim.objective import Booked, book, priced_model, settle
+from co2lightning.sim.physics import Flows, step
+from co2lightning.sim.schedule import Trace
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
 
@@ -124,6 +130,42 @@ def random_site(
     )
 
 
+class Played(NamedTuple):
+    """A day as it went, step by step: what it was at the beginning, what flowed, what that cost."""
+
+    states: list[State]
+    flows: list[Flows]
+    booked: list[Booked]
+
+    def each(self, name: str) -> list[Tensor]:
+        """Return one of the figures of all steps, each [B]."""
+        return Trace(self.flows, self.booked).each(name)
+
+    def figures(self, name: str) -> np.ndarray:
+        """Return a figure of all steps of a single day."""
+        return np.array([value.item() for value in self.each(name)])
+
+
+def play(
+    site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float64
+) -> Played:
+    """Run day 0 of a site with actions [T, B, 2]."""
+    batch = actions.shape[1]
+    model = priced_model(site, dtype=dtype)
+    soc = torch.full((batch,), soc_start, dtype=dtype)
+    following = begin_day(model, torch.zeros(batch, dtype=torch.int64), soc)
+    played = Played([], [], [])
+    for action in actions.to(dtype):
+        state = following
+        following, flows = step(model, state, action)
+        booked = book(state, flows)
+        if len(played.states) == T - 1:
+            booked = settle(model, state, flows, booked)
+        for column, one in zip(played, (state, flows, booked), strict=True):
+            column.append(one)
+    return played
+
+
 def day_by_hand(
     site: Site, day: int, soc_start: float, actions: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -228,10 +270,10 @@ def write_site(directory: Path, load_kw: float = 5.0) -> Path:
     series, sessions = ["time,pv_kw,load_kw,carbon_kg_per_kwh"], []
     for day in range(1, 7):
         date = f"2025-03-{day:02d}"
-        for step in range(96):
-            time = f"{date}T{step // 4:02d}:{step % 4 * 15:02d}:00+00:00"
-            pv_kw = (20 + day) * max(0.0, 1 - abs(step - 48) / 24)
-            carbon = 0.6 if step >= 72 else 0.4
+        for t in range(96):
+            time = f"{date}T{t // 4:02d}:{t % 4 * 15:02d}:00+00:00"
+            pv_kw = (20 + day) * max(0.0, 1 - abs(t - 48) / 24)
+            carbon = 0.6 if t >= 72 else 0.4
             series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}")
         for i, (arrival, departure) in enumerate([(3, 9), (8, 15), (17, 22)]):
             sessions.append(

@@ -17,7 +17,7 @@ from co2lightning.agents import AGENTS
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.errors import UserError
-from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.learn.dataset import Rollout, RolloutDataset
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import check_settings, complete, parse_flags
 from co2lightning.settings.recipe import Settings, find_recipe, read_recipe
@@ -489,11 +489,12 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     """Each segment is played by the policy that is about to learn from it."""
     played: list[int] = []
     learned: list[bool] = []
-    play, learn = RolloutDataset._segment, Agent.take_in
+    play, learn = RolloutDataset.play, Agent.take_in
 
-    def watch_play(self: RolloutDataset, *rest: Any) -> Any:
-        played.append(len(learned))
-        return play(self, *rest)
+    def watch_play(self: RolloutDataset) -> Any:
+        for rollout in play(self):
+            played.append(len(learned))
+            yield rollout
 
     def watch_learn(self: Agent, rollout: Rollout) -> Any:
         noise = self.draw_noise(96, rollout.obs.shape[1])[24 * (len(learned) % 4) :]
@@ -502,7 +503,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
         learned.append(torch.allclose(torch.stack(now), rollout.action, rtol=0.0, atol=2e-6))
         return learn(self, rollout)
 
-    monkeypatch.setattr(RolloutDataset, "_segment", watch_play)
+    monkeypatch.setattr(RolloutDataset, "play", watch_play)
     monkeypatch.setattr(Agent, "take_in", watch_learn)
     first_ratios: list[float] = []
     if agent == "PPO":

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from co2lightning.control.rules import RULES, Rule, uncontrolled
-from co2lightning.control.state import SiteModel, State, begin_day, build_model
-from co2lightning.sim.physics import Flows, step
+from co2lightning.control.state import SiteModel, State
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import run_days
-from co2lightning.site.model import Site, T
-from small_site import H, day_by_hand, random_site, shipped
+from co2lightning.site.model import T
+from small_site import H, day_by_hand, play, random_site, shipped
 
 FIGURES = (
     *("ev_kw", "battery_kw", "grid_kw", "grid_import_kw", "curtailed_kwh", "unmet_kwh"),
@@ -32,35 +32,16 @@ def random_actions(seed: int, batch: int = 1) -> Tensor:
     return torch.tensor(np.where(extreme, np.sign(actions), actions), dtype=torch.float32)
 
 
-def play(
-    site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float32
-) -> tuple[list[State], list[Flows]]:
-    """Run day 0 of a site with actions [T, B, 2]."""
-    model = build_model(site, dtype=dtype)
-    batch = actions.shape[1]
-    day, soc = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), soc_start, dtype=dtype)
-    state: State | None = begin_day(model, day, soc)
-    states: list[State] = []
-    flows: list[Flows] = []
-    for action in actions.to(dtype):
-        assert state is not None
-        states.append(state)
-        state, flow = step(model, state, action)
-        flows.append(flow)
-    assert state is None
-    return states, flows
-
-
 @few
 @given(seed=seeds, sockets=st.integers(1, 9), grid_kw=st.sampled_from([1e6, 12.0, 6.0]))
 def test_every_step_balances_and_stays_within_bounds(
     seed: int, sockets: int, grid_kw: float
 ) -> None:
     site = random_site(seed, sockets=sockets, grid_kw=grid_kw)
-    states, flows = play(site, random_actions(seed))
+    day = play(site, random_actions(seed), dtype=torch.float32)
     battery = site.battery
-    soc = [state.soc.item() for state in states]
-    for t, (state, flow) in enumerate(zip(states, flows, strict=True)):
+    soc = [state.soc.item() for state in day.states]
+    for t, (state, flow, booked) in enumerate(zip(*day, strict=True)):
         ev_kw, battery_kw = flow.socket_kw.sum().item(), flow.battery_kw.item()
         net_kwh = H * (site.load_kw[0, t] - site.pv_kw[0, t] + ev_kw + battery_kw)
         meter_kwh = flow.grid_import_kw.item() * H - flow.curtailed_kwh.item()
@@ -77,7 +58,7 @@ def test_every_step_balances_and_stays_within_bounds(
         assert abs(battery_kw) <= battery.power_kw + 1e-5
         assert flow.grid_import_kw.item() >= 0.0
         assert flow.curtailed_kwh.item() >= 0.0
-        assert flow.co2_kg.item() >= 0.0
+        assert booked.co2_kg.item() >= 0.0
         assert (flow.socket_kw >= state.must_kw - 1e-6).all()
         assert (flow.socket_kw <= state.could_kw).all()
         assert (state.must_kw <= state.could_kw).all()
@@ -91,8 +72,8 @@ def test_every_step_balances_and_stays_within_bounds(
 @few
 @given(seed=seeds, sockets=st.integers(2, 20))
 def test_no_vehicle_goes_before_one_with_less_laxity(seed: int, sockets: int) -> None:
-    states, flows = play(random_site(seed, sockets=sockets), random_actions(seed))
-    for state, flow in zip(states, flows, strict=True):
+    day = play(random_site(seed, sockets=sockets), random_actions(seed), dtype=torch.float32)
+    for state, flow in zip(day.states, day.flows, strict=True):
         extra = (flow.socket_kw - state.must_kw)[0]
         more = (state.could_kw - flow.socket_kw)[0]
         laxity = state.laxity[0]
@@ -107,10 +88,9 @@ def test_no_policy_leaves_more_unserved_than_charging_on_arrival(
 ) -> None:
     """Some sites ask for more than a window allows: that much is missing under every policy."""
     site = random_site(seed, sockets=sockets, most=most)
-    _, flows = play(site, random_actions(seed))
-    _, on_arrival = play(site, torch.tensor([1.0, 0.0]).expand(T, 1, 2))
-    unmet = torch.stack([flow.unmet_kwh for flow in flows])
-    unavoidable = torch.stack([flow.unmet_kwh for flow in on_arrival])
+    own = play(site, random_actions(seed), dtype=torch.float32)
+    on_arrival = play(site, torch.tensor([1.0, 0.0]).expand(T, 1, 2), dtype=torch.float32)
+    unmet, unavoidable = (torch.stack(day.each("unmet_kwh")) for day in (own, on_arrival))
     torch.testing.assert_close(unmet, unavoidable, atol=1e-4, rtol=0.0)
     rows = site.sessions
     possible = rows.max_kw * H * (rows.departure_step - rows.arrival_step)
@@ -124,22 +104,20 @@ def test_without_sun_and_battery_co2_is_intensity_times_energy(
     seed: int, sockets: int, action_ev: float
 ) -> None:
     site = random_site(seed, sockets=sockets, pv=0.0, flat=True)
-    _, flows = play(site, torch.tensor([action_ev, 0.0]).expand(T, 1, 2))
+    day = play(site, torch.tensor([action_ev, 0.0]).expand(T, 1, 2), dtype=torch.float32)
     energy_kwh = site.load_kw.sum() * H + site.sessions.energy_kwh.sum()
-    co2_kg = sum(flow.co2_kg.item() for flow in flows)
-    assert co2_kg == pytest.approx(0.5 * energy_kwh, rel=1e-5)
+    assert day.figures("co2_kg").sum() == pytest.approx(0.5 * energy_kwh, rel=1e-5)
 
 
 @few
 @given(seed=seeds, soc_start=st.floats(0.1, 0.9))
 def test_the_days_reward_is_reference_minus_co2(seed: int, soc_start: float) -> None:
     site = random_site(seed)
-    _, flows = play(site, random_actions(seed), soc_start)
+    day = play(site, random_actions(seed), soc_start, torch.float32)
     carbon = site.carbon_kg_per_kwh[0]
     own_kg = (np.maximum(site.load_kw - site.pv_kw, 0.0)[0] * carbon).sum() * H
     reference_kg = own_kg + 0.5 * carbon.mean() * site.sessions.energy_kwh.sum()
-    reward = sum(flow.reward.item() for flow in flows)
-    co2_kg = sum(flow.co2_kg.item() for flow in flows)
+    reward, co2_kg = day.figures("reward").sum(), day.figures("co2_kg").sum()
     assert reward == pytest.approx(reference_kg - co2_kg, abs=1e-3)
 
 
@@ -152,17 +130,15 @@ def test_float32_agrees_with_a_day_worked_out_by_hand(
     soc_start = float(np.float32(np.random.default_rng(seed).uniform(0.1, 0.9)))
     actions = random_actions(seed)
     expected = day_by_hand(site, 0, soc_start, actions[:, 0].double().clamp(-1.0, 1.0).numpy())
-    _, flows = play(site, actions, soc_start)
-    _, exact = play(site, actions, soc_start, dtype=torch.float64)
+    day = play(site, actions, soc_start, torch.float32)
+    exact = play(site, actions, soc_start)
     for name, values in expected.items():
         if name == "soc":
             continue
-        single = np.array([getattr(flow, name)[0].numpy() for flow in flows])
-        double = np.array([getattr(flow, name)[0].numpy() for flow in exact])
+        single, double = (np.array([v[0].numpy() for v in d.each(name)]) for d in (day, exact))
         np.testing.assert_allclose(double, values, atol=1e-4, rtol=0.0, err_msg=name)
         np.testing.assert_allclose(single, values, atol=2e-3, rtol=0.0, err_msg=name)
-    co2_kg = sum(flow.co2_kg.item() for flow in flows)
-    assert co2_kg == pytest.approx(expected["co2_kg"].sum(), rel=1e-5)
+    assert day.figures("co2_kg").sum() == pytest.approx(expected["co2_kg"].sum(), rel=1e-5)
 
 
 @few
@@ -170,12 +146,12 @@ def test_float32_agrees_with_a_day_worked_out_by_hand(
 def test_a_single_day_is_a_row_of_the_batch(seed: int, batch: int) -> None:
     site = random_site(seed)
     actions = random_actions(seed, batch)
-    _, together = play(site, actions)
+    together = play(site, actions, dtype=torch.float32)
     for row in range(batch):
-        _, alone = play(site, actions[:, row : row + 1])
-        for many, one in zip(together, alone, strict=True):
-            for name in FIGURES:
-                assert torch.equal(getattr(many, name)[row], getattr(one, name)[0]), name
+        alone = play(site, actions[:, row : row + 1], dtype=torch.float32)
+        for name in FIGURES:
+            for many, one in zip(together.each(name), alone.each(name), strict=True):
+                assert torch.equal(many[row], one[0]), name
 
 
 def recorded(rule: Rule) -> tuple[list[Tensor], Rule]:
@@ -192,7 +168,7 @@ def recorded(rule: Rule) -> tuple[list[Tensor], Rule]:
 def test_a_day_of_the_shipped_site_worked_out_by_hand() -> None:
     """128 sockets, where vehicles that tie to the last bit may swap."""
     site = shipped()
-    model = build_model(site)
+    model = priced_model(site)
     days, soc_start = torch.tensor([5, 200]), torch.tensor([0.4, 0.65])
     for name, rule in RULES.items():
         actions, rule = recorded(rule)
@@ -208,7 +184,7 @@ def test_a_day_of_the_shipped_site_worked_out_by_hand() -> None:
 
 def test_random_policies_leave_nothing_unserved_on_the_shipped_site() -> None:
     site = shipped()
-    model = build_model(site)
+    model = priced_model(site)
     generator = torch.Generator().manual_seed(0)
 
     def anything(model: object, state: State) -> Tensor:

@@ -26,8 +26,8 @@ from test_exact import check_history, curves, digest, state
 
 from co2lightning.agents import AGENTS
 from co2lightning.agents.a2c import A2C
+from co2lightning.learn.dataset import RolloutDataset
 from co2lightning.learn.descent import Descent
-from co2lightning.learn.rollout import RolloutDataset
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.days import make_environment
 from co2lightning.train.signals import Interrupted, Signals

@@ -129,7 +129,7 @@ def test_the_vector_begins_new_days_by_itself() -> None:
     assert not terminated.any()
     assert (reward == 0.0).all()
     assert info.keys() == {"day"}
-    assert info["day"].tolist() == [shipped().days[day] for day in vector.unwrapped.days._day]
+    assert info["day"].tolist() == [shipped().days[day] for day in vector.unwrapped.days.day]
     assert vector.observation_space.contains(np.ascontiguousarray(obs))
     np.testing.assert_allclose(obs[:, 0], FEATURES[0].low + 1.0 + np.sin(np.pi / 96), atol=1e-5)
     obs, reward, _, _, info = vector.step(actions(0, 3, 2))
@@ -158,7 +158,7 @@ def test_one_seed_still_means_the_days_it_always_did() -> None:
     assert info["day"].tolist() == ["2025-03-08", "2025-03-16", "2025-05-01"]
     days = SiteDays(shipped(), 3)
     days.reset(4)
-    assert [shipped().days[day] for day in days._day] == ["2025-10-16", "2025-09-25", "2025-12-23"]
+    assert [shipped().days[day] for day in days.day] == ["2025-10-16", "2025-09-25", "2025-12-23"]
     assert days.state is not None
     assert days.state.soc.tolist() == [0.4805808961391449, 0.49335071444511414, 0.47921258211135864]
 
@@ -205,10 +205,10 @@ def test_no_training_day_comes_twice_before_each_came_once() -> None:
     training = len(shipped().training_days)
     days = SiteDays(shipped(), training)
     days.reset(0)
-    assert sorted(days._day.tolist()) == shipped().training_days.tolist()
+    assert sorted(days.day.tolist()) == shipped().training_days.tolist()
     more = SiteDays(shipped(), training + 50)
     more.reset(0)
-    counts = np.bincount(more._day.numpy(), minlength=365)
+    counts = np.bincount(more.day.numpy(), minlength=365)
     assert counts[shipped().held_out].sum() == 0
     assert set(counts[shipped().training_days]) == {1, 2}
 

@@ -15,13 +15,13 @@ from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.agents.ppo import PPO
 from co2lightning.commands.test import main
 from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import build_model
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import evaluate as module
 from co2lightning.sim import schedule
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.optimum import Optimum
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.load import load_site
@@ -132,7 +132,7 @@ def test_references_are_the_held_out_days_and_respect_the_bound(place: Path) -> 
     assert list(evaluation.policies) == ["uncontrolled", "rbc_a", "rbc_b", "optimum"]
     assert violations(evaluation) == []
     days = torch.as_tensor(site.held_out_days)
-    trace = run_days(build_model(site), rbc_b, days, evaluation_soc(site)[days])
+    trace = run_days(priced_model(site), rbc_b, days, evaluation_soc(site)[days])
     expected = trace.total("co2_kg").double().numpy()
     assert evaluation.policies["rbc_b"].co2_kg == pytest.approx(expected)
     assert evaluation.pv_kwh == pytest.approx([(20 + day) * 6 for day in (2, 4, 5)])
@@ -286,12 +286,13 @@ def test_another_site_is_named_in_one_line(
 def test_a_bound_that_is_none_is_a_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    solve = schedule.optimum_days
+    solve = schedule.optimum
 
-    def worse(*arguments: Any) -> list[Optimum]:
-        return [best._replace(co2_kg=best.co2_kg + 1000.0) for best in solve(*arguments)]
+    def worse(*arguments: Any) -> Optimum:
+        best = solve(*arguments)
+        return best._replace(co2_kg=best.co2_kg + 1000.0)
 
-    monkeypatch.setattr(schedule, "optimum_days", worse)
+    monkeypatch.setattr(schedule, "optimum", worse)
     assert main(["PPO"]) == 1
     error = capsys.readouterr().err
     assert "2025-03-02: agent emits" in error

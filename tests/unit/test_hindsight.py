@@ -12,9 +12,9 @@ from co2lightning.agents.ppo import PPO
 from co2lightning.agents.sac import SAC
 from co2lightning.control.observation import FEATURES
 from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import build_model
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.hindsight import HINDSIGHT
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.model import T
 from small_site import shipped
@@ -60,7 +60,7 @@ def test_the_rule_itself_earns_nothing_at_any_step() -> None:
 def test_a_days_reward_is_the_rules_co2_minus_ones_own() -> None:
     rewards, _ = play(middle(), 7)
     own_kg = days().totals()["co2_kg"]
-    rule_kg = run_days(build_model(shipped()), rbc_b, CHOSEN, middle()).total("co2_kg")
+    rule_kg = run_days(priced_model(shipped()), rbc_b, CHOSEN, middle()).total("co2_kg")
     torch.testing.assert_close(rewards.sum(0), rule_kg - own_kg, atol=0.01, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_hindsight_depends_on_the_day_alone() -> None:
 
 
 def test_hindsight_is_what_happens_to_the_rule() -> None:
-    trace = run_days(build_model(shipped()), rbc_b, CHOSEN, middle())
+    trace = run_days(priced_model(shipped()), rbc_b, CHOSEN, middle())
     _, seen = play(middle(), 1)
     table = dict(zip(HINDSIGHT, seen[..., O:].double().unbind(-1), strict=True))
     capacity_kwh = shipped().battery.capacity_kwh

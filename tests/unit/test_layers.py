@@ -30,13 +30,6 @@ FLOORS = (
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 
 
-# On their way out.
-STILL_UP = {
-    ("learn/rollout.py", "agents.agent"),
-    ("sim/days.py", "learn.graphs"),
-}
-
-
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield line and module below the package of every import, wherever in the file it stands."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -60,7 +53,6 @@ def test_imports_only_go_down(path: Path) -> None:
         if module != "__version__"
         and (target := module.split(".")[0]) != part
         and FLOOR[target] >= FLOOR[part]
-        and (path.relative_to(HOUSE).as_posix(), module) not in STILL_UP
     ]
     assert not up
 
@@ -72,11 +64,7 @@ def test_imports_make_no_circle() -> None:
         if path.name != "__init__.py"
     }
     graph = {
-        name: {
-            module
-            for _, module in imports(path)
-            if module in files and (path.relative_to(HOUSE).as_posix(), module) not in STILL_UP
-        }
+        name: {module for _, module in imports(path) if module in files}
         for name, path in files.items()
     }
     try:

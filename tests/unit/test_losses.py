@@ -21,7 +21,7 @@ from co2lightning.agents.networks import (
 from co2lightning.agents.ppo import PPO, Samples
 from co2lightning.agents.replay import ReplayBatch
 from co2lightning.agents.sac import SAC, Update
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 
 
 def silence(module: nn.Module) -> None:

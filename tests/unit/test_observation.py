@@ -9,7 +9,7 @@ from torch import Tensor
 
 from co2lightning.control.observation import FEATURES, RULE_FEATURES, build_observer, observe
 from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import State, begin_day, build_model
+from co2lightning.control.state import begin_day, build_model
 from co2lightning.sim.physics import step
 from co2lightning.site.model import Sessions, Site, T
 from small_site import H, Row, shipped, small_site
@@ -20,10 +20,9 @@ NAMES = [feature.name for feature in FEATURES]
 def observations(site: Site, days: Tensor, actions: Tensor, soc_start: float = 0.5) -> Tensor:
     """Return the observations [T, B, O] of days that actions [T, B, 2] make."""
     model, observer = build_model(site), build_observer(site)
-    state: State | None = begin_day(model, days, torch.full((len(days),), soc_start))
+    state = begin_day(model, days, torch.full((len(days),), soc_start))
     seen: list[Tensor] = []
     for action in actions:
-        assert state is not None
         seen.append(observe(observer, model, state))
         state, _ = step(model, state, action)
     return torch.stack(seen)
@@ -93,9 +92,8 @@ def test_the_rule_in_the_observation_is_the_rule() -> None:
     site = shipped()
     model, observer = build_model(site), build_observer(site)
     days = torch.arange(0, 365, 10)
-    state: State | None = begin_day(model, days, torch.full((len(days),), 0.5))
+    state = begin_day(model, days, torch.full((len(days),), 0.5))
     for action in some_actions(len(days)):
-        assert state is not None
         obs = observe(observer, model, state)
         rule = rbc_b(model, state)
         torch.testing.assert_close(obs[:, list(RULE_FEATURES)], rule, atol=1e-5, rtol=0.0)

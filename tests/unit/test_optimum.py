@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from co2lightning.control.rules import RULES
-from co2lightning.control.state import SiteModel, State, build_model
-from co2lightning.sim.optimum import optimum, optimum_days
+from co2lightning.control.state import SiteModel, State
+from co2lightning.sim.objective import priced_model
+from co2lightning.sim.optimum import optimum
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
 from small_site import shipped
@@ -146,23 +147,15 @@ def test_the_metric_is_that_of_the_physics() -> None:
         power_kw=1e-9,
     )
     trace = run_days(
-        build_model(site), RULES["uncontrolled"], torch.tensor([0]), torch.tensor([0.5])
+        priced_model(site), RULES["uncontrolled"], torch.tensor([0]), torch.tensor([0.5])
     )
     assert optimum(site, 0, 0.5).co2_kg == pytest.approx(trace.total("co2_kg").item(), rel=1e-5)
-
-
-def test_two_processes_give_what_one_gives() -> None:
-    site = one_day(load_kw=10.0, carbon=np.linspace(0.1, 0.9, T), sessions=[(8, 40, 9.0, 3.0)])
-    days, soc_start = [0, 0, 0], [0.3, 0.5, 0.7]
-    alone, shared = optimum_days(site, days, soc_start), optimum_days(site, days, soc_start, 2)
-    assert [best.co2_kg for best in alone] == [best.co2_kg for best in shared]
-    assert len({best.co2_kg for best in alone}) == 3
 
 
 @pytest.mark.parametrize("name", ["iquitos", "iquitos-flat"])
 def test_no_rule_passes_the_bound_on_the_shipped_sites(name: str) -> None:
     site = shipped(name)
-    model, soc_start = build_model(site), evaluation_soc(site)
+    model, soc_start = priced_model(site), evaluation_soc(site)
     days = torch.arange(5, 365, 90)
     bound = np.array([optimum(site, d, float(soc_start[d])).co2_kg for d in days.tolist()])
     for rule in RULES.values():
@@ -216,6 +209,6 @@ def test_no_policy_passes_the_bound_on_any_day(case: tuple[Site, float, int]) ->
     count = 3 + len(RULES)
     start = torch.full((count,), soc_start)
     day = torch.zeros(count, dtype=torch.int64)
-    emitted = run_days(build_model(site), anything, day, start).total("co2_kg")
+    emitted = run_days(priced_model(site), anything, day, start).total("co2_kg")
     # The physics rounds to float32: what 96 steps of it can amount to on a site of this size.
     assert emitted.min().item() >= optimum(site, 0, float(start[0])).co2_kg - 2e-3

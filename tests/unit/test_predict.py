@@ -14,8 +14,8 @@ from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.commands.predict import COLUMNS
 from co2lightning.control.observation import FEATURES
-from co2lightning.control.state import build_model
 from co2lightning.sim.evaluate import evaluate
+from co2lightning.sim.objective import priced_model
 from co2lightning.site.load import load_site
 from co2lightning.site.model import STEP_H
 
@@ -146,7 +146,7 @@ def test_the_tables_are_those_of_the_environment(place: Path) -> None:  # noqa: 
     day = int(site.held_out_days[1])
     planned, seen = day_schedule(agent, site, day)
     env = SiteDays(site, 1)
-    obs = env.begin(build_model(site).zero.new_tensor([day]).long(), evaluation_soc(site)[[day]])
+    obs = env.begin(priced_model(site).zero.new_tensor([day]).long(), evaluation_soc(site)[[day]])
     for step in range(96):
         assert obs[0].tolist() == pytest.approx(seen[step].tolist(), abs=1e-5)
         obs = env.step(agent.act(obs).detach()).obs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from co2lightning.agents.replay import Replay, is_piece
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 
 
 def segment(first: int, count: int) -> Rollout:

@@ -1,14 +1,12 @@
 """Rollouts: what an agent gets to learn from, and the seeds of every draw."""
 
 from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.agents.agent import Agent
-from co2lightning.learn.rollout import Rollout, RolloutDataset
+from co2lightning.learn.dataset import Rollout, RolloutDataset
 from co2lightning.learn.seeds import episode_generator, episode_seed
 from co2lightning.sim.interface import Step
 
@@ -59,7 +57,7 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
 
 
 def episode(actor: SimpleNamespace) -> list[Rollout]:
-    return list(RolloutDataset(Counter(), cast(Agent, actor)).play())
+    return list(RolloutDataset(Counter(), actor).play())
 
 
 def test_a_rollout_holds_what_happened() -> None:
@@ -81,7 +79,7 @@ def test_a_rollout_holds_what_happened() -> None:
 
 @pytest.mark.parametrize(("segment", "lengths"), [(10, [10]), (4, [4, 4, 2]), (1, [1] * 10)])
 def test_segments_are_an_episode_cut_in_pieces(segment: int, lengths: list[int]) -> None:
-    dataset = RolloutDataset(Counter(), cast(Agent, agent(segment)))
+    dataset = RolloutDataset(Counter(), agent(segment))
     assert len(dataset) == 1
     (pieces,) = (list(episode) for episode in dataset)
     assert [len(piece.reward) for piece in pieces] == lengths
@@ -92,7 +90,7 @@ def test_segments_are_an_episode_cut_in_pieces(segment: int, lengths: list[int])
 
 def test_the_next_segment_is_played_by_what_the_last_one_taught() -> None:
     actor = agent(5)
-    pieces = RolloutDataset(Counter(), cast(Agent, actor)).play()
+    pieces = RolloutDataset(Counter(), actor).play()
     next(pieces)
     actor.weight.data.fill_(3.0)
     second = next(pieces)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from co2lightning.control.rules import RULES, Rule, rbc_a, rbc_b, solar_only, uncontrolled
-from co2lightning.control.state import SiteModel, begin_day, build_model
+from co2lightning.control.state import SiteModel, begin_day
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.model import STEP_H
 from small_site import Row, shipped, small_site
@@ -27,7 +28,7 @@ FIGURES = [
 
 @functools.cache
 def model_of(name: str) -> SiteModel:
-    return build_model(shipped(name))
+    return priced_model(shipped(name))
 
 
 @pytest.mark.parametrize(("name", "rule", "expected_kg", "tolerance"), FIGURES)
@@ -45,7 +46,7 @@ def test_solar_following_charges_at_surplus_between_must_and_could() -> None:
     """Must 1.6, could 4 kW; surpluses of -2, 1, 3 and 9 kW."""
     row: list[Row] = [(day, 0, 0, 4, 3.4, 4.0) for day in range(4)]
     pv_kw = [[3.0], [6.0], [8.0], [14.0]]
-    model = build_model(small_site(days=4, sessions=row, pv_kw=pv_kw, load_kw=5.0))
+    model = priced_model(small_site(days=4, sessions=row, pv_kw=pv_kw, load_kw=5.0))
     state = begin_day(model, torch.arange(4), torch.full((4,), 0.5))
     action = rbc_b(model, state)
     share = (torch.tensor([1.6, 1.6, 3.0, 4.0]) - 1.6) / 2.4
@@ -56,7 +57,7 @@ def test_solar_following_charges_at_surplus_between_must_and_could() -> None:
 
 
 def test_a_rule_runs_on_no_vehicles_and_stays_within_bounds() -> None:
-    model = build_model(small_site(pv_kw=300.0))
+    model = priced_model(small_site(pv_kw=300.0))
     for rule in RULES.values():
         state = begin_day(model, torch.tensor([0]), torch.tensor([0.5]))
         action = rule(model, state)

@@ -21,7 +21,7 @@ from co2lightning.agents.ranges import (
     setting,
 )
 from co2lightning.agents.returns import gae
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 
 
 @dataclass(kw_only=True)

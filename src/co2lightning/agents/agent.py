@@ -25,8 +25,8 @@ from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTH, se
 from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
+from co2lightning.learn.dataset import Rollout, RolloutDataset
 from co2lightning.learn.descent import Descent
-from co2lightning.learn.rollout import Rollout, RolloutDataset
 from co2lightning.learn.seeds import episode_generator, episode_seed
 from co2lightning.metrics import short_metrics
 from co2lightning.runs.ledger import parse_count

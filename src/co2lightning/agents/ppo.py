@@ -14,7 +14,7 @@ from torch import Tensor
 from co2lightning.agents.actor_critic import ActorCritic, ActorCriticSettings, weighted_mean
 from co2lightning.agents.networks import gaussian_entropy
 from co2lightning.agents.ranges import COUNT, POSITIVE, setting
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.interface import Environment
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 
 
 class ReplayBatch(NamedTuple):

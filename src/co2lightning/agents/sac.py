@@ -17,7 +17,7 @@ from co2lightning.agents.networks import ACTIVATIONS, MLP, TwinCritic, squashed_
 from co2lightning.agents.ranges import COUNT, POSITIVE, WEIGHT, WIDTH, Range, setting
 from co2lightning.agents.replay import Replay, ReplayBatch
 from co2lightning.learn import ranks
-from co2lightning.learn.rollout import Rollout
+from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.interface import Environment
 
 

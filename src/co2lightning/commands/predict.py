@@ -16,12 +16,13 @@ from torch import Tensor
 from co2lightning.agents.agent import Agent
 from co2lightning.commands.run import open_run, run_parser, unseen
 from co2lightning.control.observation import FEATURES, build_observer, observe
-from co2lightning.control.state import SiteModel, State, build_model
+from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
 from co2lightning.sim.evaluate import TITLES, check_finite, reference_schedules
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import Schedule, schedule
 from co2lightning.site import trained_days
 from co2lightning.site.model import STEP_H, Floats, Site, T
@@ -92,7 +93,7 @@ def day_schedule(agent: Agent, site: Site, day: int) -> tuple[Schedule, Floats]:
         seen.append(observe(observer, model, state))
         return agent.act(seen[-1])
 
-    planned = schedule(build_model(site, agent.device), policy, site, [day])
+    planned = schedule(priced_model(site, agent.device), policy, site, [day])
     check_finite(planned)
     return planned, torch.cat(seen).double().cpu().numpy()
 

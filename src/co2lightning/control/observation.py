@@ -73,13 +73,16 @@ RULE_FEATURES = (len(FEATURES) - 2, len(FEATURES) - 1)
 
 _AHEAD = slice(len(_EXOGENOUS) - 2, None)  # surplus_ahead, deficit_ahead
 _SEASON_DAYS = 20
-_STEPS_2_H, _STEPS_5_H = 8.0, 20.0
+_PER_HOUR = round(1 / STEP_H)
+_STEPS_2_H, _STEPS_5_H = 2 / STEP_H, 5 / STEP_H
+assert _PER_HOUR * STEP_H == 1.0, "whole steps make an hour"
+assert T * STEP_H == 24.0, "a day's steps make a turn of the clock"
 
 
 class Observer(NamedTuple):
     """The tables `observe` looks things up in, on the model's device."""
 
-    exogenous: Tensor  # [len(_EXOGENOUS) + 2, T * D], each step at its place in the model's tables
+    exogenous: Tensor  # [len(_EXOGENOUS) + 2, D * T], each step at its place in the model's tables
     scale: Tensor  # [O, 1] from kW and shares to the units of the features
     shift: Tensor  # [O, 1]
     low: Tensor  # [O, 1]
@@ -102,7 +105,7 @@ def build_observer(
     exogenous = _exogenous_features(site, power_kw, energy_kwh)
     per_kw = STEP_H / energy_kwh
     ahead_kw = exogenous[..., _AHEAD] * [1.0 / per_kw, -1.0 / per_kw]
-    table = np.concatenate([exogenous, ahead_kw], axis=-1).transpose(2, 1, 0)
+    table = np.ascontiguousarray(np.concatenate([exogenous, ahead_kw], axis=-1).transpose(2, 0, 1))
     scale = {f.name: {_P: 1.0 / power_kw, _E: per_kw}.get(f.unit, 1.0) for f in FEATURES}
     scale |= {f.name: 1.0 for f in _EXOGENOUS}
     scale["discharge_limit"] = scale["surplus"] = -1.0 / power_kw
@@ -202,9 +205,9 @@ def _exogenous_features(site: Site, power_kw: float, energy_kwh: float) -> np.nd
             pv_kw / power_kw,
             load_kw / power_kw,
             carbon / carbon_mean - 1.0,
-            carbon_ahead(4),
-            carbon_ahead(12),
-            carbon_ahead(24),
+            carbon_ahead(_PER_HOUR),
+            carbon_ahead(3 * _PER_HOUR),
+            carbon_ahead(6 * _PER_HOUR),
             (peak - carbon) / carbon_mean,
             recent,
             outlook,
@@ -228,6 +231,7 @@ def _seasonal_mean(site: Site) -> np.ndarray:
 
 
 def _last_hour(power_kw: np.ndarray) -> np.ndarray:
-    """Return the mean of this step and the three before it, within the day."""
-    padded = np.concatenate([np.repeat(power_kw[:, :1], 3, axis=1), power_kw], axis=1)
-    return np.lib.stride_tricks.sliding_window_view(padded, 4, axis=1).mean(axis=2)
+    """Return the mean of this step and those of the hour before its end, within the day."""
+    first = np.repeat(power_kw[:, :1], _PER_HOUR - 1, axis=1)
+    padded = np.concatenate([first, power_kw], axis=1)
+    return np.lib.stride_tricks.sliding_window_view(padded, _PER_HOUR, axis=1).mean(axis=2)

@@ -2,43 +2,44 @@
 
 Pure functions on torch tensors. A step of 64 days is bounded by the number of tensor operations, a
 few microseconds each whatever their size. Hence a few liberties: tables hold what depends on the
-day alone, the equipment's numbers are tensors (arithmetic with a Python float takes twice as
+step alone, the equipment's numbers are tensors (arithmetic with a Python float takes twice as
 long), two rows go through one operation where they can, a state carries what both step and
 observation need.
 
-Shapes: T = 96 steps a day, D days of the site, B days at once, S sockets.
+Shapes: T = 96 steps a day, D days of the site, P = T * D + 1 places in the tables, B days at once,
+S sockets, K prices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.site.model import STEP_H, Floats, Site, T
 
-REWARD_SHARE = 0.5  # of the day's mean intensity: what a kWh earns when it is stored or charged
-_LAXITY_BITS = 7  # for the whole steps of a laxity: 96 < 2 ** 7
+_LAXITY_BITS = 7  # for the whole steps of a laxity, which is never longer than the stay
 
 
 class SiteModel(NamedTuple):
     """A site as tensors on one device. Build it with `build_model`.
 
-    Who stands where and for how long is a fact of the day that no controller changes, so it is
-    looked up, not simulated. Step t of day d has place t * D + d in every table.
+    Who stands where and for how long is a fact that no controller changes, so it is looked up, not
+    simulated. Step t of day d has place d * T + t in every table, and the next step the next place;
+    at the last place, where the last step leads, nobody stands.
     """
 
-    series: Tensor  # [5, T * D]: what `State` calls net_kw ... room_kw
-    sockets: Tensor  # [4, T * D, S]: later kW, session kW, 1.0 if it stays, owed kW
+    series: Tensor  # [2 + K, P]: what `State` calls net_kw, room_kw, prices
+    sockets: Tensor  # [4, P, S]: later kW, session kW, 1.0 if it stays, owed kW
     soc_bounds: Tensor  # [2, 1] soc_max, soc_min
     kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
     action_scale: Tensor  # [2] from actions to the share of the EV power and to the battery's kW
     action_shift: Tensor  # [2]
     soc_per_kw: float  # what a kW at the AC side charges within a step
     # The rest is 0-dim.
-    days: Tensor  # D, an integer: from one step's place to the next one's
     charge_kw_per_soc: Tensor
     losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
@@ -56,24 +57,21 @@ class SiteModel(NamedTuple):
 class Carry(NamedTuple):
     """What a step takes over from the one before; everything else follows from it."""
 
-    place: Tensor  # [B] where this step of the day stands in the tables
+    place: Tensor  # [B] where this step stands in the tables
     soc: Tensor  # [B] 0-1
-    soc_start: Tensor  # [B] 0-1, at midnight
+    soc_start: Tensor  # [B] 0-1, where the day began
     owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
 
 
 class State(NamedTuple):
     """The site at the beginning of a step, arrivals of that step included."""
 
-    step: int
-    place: Tensor  # [B] where this step of the day stands in the tables
+    place: Tensor  # [B] where this step stands in the tables
     soc: Tensor  # [B] 0-1
-    soc_start: Tensor  # [B] 0-1, at midnight
+    soc_start: Tensor  # [B] 0-1, where the day began
     net_kw: Tensor  # [B] building load - PV
-    carbon_kg_per_kw: Tensor  # [B] CO2 of a kW imported throughout this step
-    baseline_kg: Tensor  # [B] this step's part of what the reward is measured against
-    credit_kg_per_kw: Tensor  # [B] what a kW charged throughout this step earns, see `step`
     room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
+    prices: list[Tensor]  # K of [B], of nobody's business here: see `sim.objective`
     reach_kw: Tensor  # [2, B] what would fill the battery within this step, what would empty it
     limits_kw: Tensor  # [2, B] what the battery can take in this step, >= 0, and give, <= 0
     battery_max_kw: Tensor  # [B] the first of them
@@ -94,20 +92,35 @@ class State(NamedTuple):
 
 
 def build_model(
-    site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    site: Site,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prices: Sequence[Floats] = (),
 ) -> SiteModel:
-    """Turn a site into tables of `dtype` on `device`."""
-    days, n_sockets = len(site.days), site.n_sockets
+    """Turn a site into tables of `dtype` on `device`.
+
+    Args:
+        prices: What else is to be looked up of a step, each [D, T].
+
+    Raises:
+        ValueError: A vehicle stays longer than the order of vehicles can tell apart.
+    """
+    places, n_sockets = len(site.days) * T + 1, site.n_sockets
     sessions = site.sessions
     exact = np.float64 if dtype == torch.float64 else np.float32
-    sockets = np.zeros((4, T * days * n_sockets), dtype=exact)
+    sockets = np.zeros((4, places * n_sockets), dtype=exact)
     later_kw, max_kw, stays, arriving_kw = sockets
     max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
     # Where a session stands in a column, step after step of its stay.
     window = sessions.departure_step - sessions.arrival_step
-    arrival = (sessions.arrival_step * days + sessions.day) * n_sockets + sessions.socket
+    if (longest := int(window.max(initial=0))) >> _LAXITY_BITS:
+        raise ValueError(
+            f"a vehicle stays {longest} steps; vehicles are put in order for stays of up to "
+            f"{(1 << _LAXITY_BITS) - 1} (_LAXITY_BITS)"
+        )
+    arrival = (sessions.day * T + sessions.arrival_step) * n_sockets + sessions.socket
     since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
-    stay = np.repeat(arrival, window) + since * (days * n_sockets)
+    stay = np.repeat(arrival, window) + since * n_sockets
     power_kw = np.repeat(sessions.max_kw.astype(exact), window)
     later_kw[stay] = power_kw * (np.repeat(window - 1, window) - since)
     max_kw[stay] = power_kw
@@ -115,12 +128,7 @@ def build_model(
     arriving_kw[arrival] = sessions.energy_kwh / STEP_H
 
     net_kw = site.load_kw - site.pv_kw
-    carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
-    baseline_kg = np.maximum(net_kw, 0.0) * carbon_kg_per_kw
-    credit_kg_per_kw = REWARD_SHARE * carbon_kg_per_kw.mean(axis=1, keepdims=True)
-    credit_kg_per_kw = np.broadcast_to(credit_kg_per_kw, net_kw.shape)
-    room_kw = site.grid_kw - net_kw
-    series = np.stack([net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw])
+    series = np.stack([net_kw, site.grid_kw - net_kw, *prices])
     battery = site.battery
     charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / STEP_H
     discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / STEP_H
@@ -129,14 +137,13 @@ def build_model(
         return torch.as_tensor(values, dtype=dtype, device=device)
 
     return SiteModel(
-        series=tensor(series.transpose(0, 2, 1).reshape(len(series), -1)),
-        sockets=tensor(sockets.reshape(4, T * days, n_sockets)),
+        series=tensor(np.pad(series.reshape(len(series), -1), ((0, 0), (0, 1)))),
+        sockets=tensor(sockets.reshape(4, places, n_sockets)),
         soc_bounds=tensor([[battery.soc_max], [battery.soc_min]]),
         kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
         action_scale=tensor([0.5, battery.power_kw]),
         action_shift=tensor([0.5, 0.0]),
         soc_per_kw=1.0 / charge_kw_per_soc,
-        days=torch.tensor(days, device=device),
         charge_kw_per_soc=tensor(charge_kw_per_soc),
         losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
         battery_kw=tensor(battery.power_kw),
@@ -149,16 +156,16 @@ def build_model(
 
 
 def begin_day(model: SiteModel, day: Tensor, soc_start: Tensor) -> State:
-    """Return the state at midnight of `day` [B] with the battery at `soc_start` [B]."""
+    """Return the state at the beginning of `day` [B] with the battery at `soc_start` [B]."""
     soc_start = soc_start.to(model.zero.dtype)
     nobody = model.zero.new_zeros(len(day), model.sockets.shape[-1])
-    return arrive(model, 0, day, soc_start, soc_start, nobody)[0]
+    return arrive(model, day * T, soc_start, soc_start, nobody)[0]
 
 
 def arrive(
-    model: SiteModel, step: int, place: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
+    model: SiteModel, place: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
 ) -> tuple[State, Tensor]:
-    """Let vehicles leave and arrive before `step` and work out what can be done in it.
+    """Let vehicles leave and arrive before the step at `place` and work out what can be done in it.
 
     Args:
         left_kw: [B, S] what the vehicles of the step before are still owed.
@@ -170,22 +177,19 @@ def arrive(
     staying_kw = left_kw * stays
     unmet_kw = (left_kw - staying_kw).sum(1)
     carry = Carry(place, soc, soc_start, staying_kw + arriving_kw)
-    return _work_out(model, step, carry, later_kw, power_kw), unmet_kw
+    return _work_out(model, carry, later_kw, power_kw), unmet_kw
 
 
-def restore(model: SiteModel, step: int, carry: Carry) -> State:
-    """Return the state at the beginning of `step` from what it came from."""
+def restore(model: SiteModel, carry: Carry) -> State:
+    """Return the state at the beginning of a step from what it came from."""
     later_kw, power_kw = model.sockets[:2].index_select(1, carry.place).unbind(0)
-    return _work_out(model, step, carry, later_kw, power_kw)
+    return _work_out(model, carry, later_kw, power_kw)
 
 
-def _work_out(
-    model: SiteModel, step: int, carry: Carry, later_kw: Tensor, power_kw: Tensor
-) -> State:
+def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor) -> State:
     """Work out what can be done in a step; later and power [B, S] are the sessions' of it."""
     place, soc, soc_start, owed_kw = carry
-    series = model.series.index_select(1, place)
-    net_kw, carbon_kg_per_kw, baseline_kg, credit_kg_per_kw, room_kw = series.unbind(0)
+    net_kw, room_kw, *prices = model.series.index_select(1, place).unbind(0)
     could_kw = torch.minimum(owed_kw, power_kw)
     # What the steps after this one cannot deliver at full power must be charged now.
     pressing_kw = owed_kw - later_kw
@@ -196,15 +200,12 @@ def _work_out(
     limits_kw = reach_kw.clamp(model.least_battery_kw, model.battery_kw)
     battery_max_kw, battery_min_kw = limits_kw.unbind(0)
     return State(
-        step=step,
         place=place,
         soc=soc,
         soc_start=soc_start,
         net_kw=net_kw,
-        carbon_kg_per_kw=carbon_kg_per_kw,
-        baseline_kg=baseline_kg,
-        credit_kg_per_kw=credit_kg_per_kw,
         room_kw=room_kw,
+        prices=prices,
         reach_kw=reach_kw,
         limits_kw=limits_kw,
         battery_max_kw=battery_max_kw,

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 def episode_seed(seed: int, episode: int, rank: int, stream: str) -> int:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
-from co2lightning.control.state import SiteModel, State, build_model
+from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site, named_in
@@ -231,7 +232,7 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
         rule_ev_kw.append(flows.ev_kw)
         return policy(model, state)
 
-    own = schedule(build_model(site, device), watched, site, site.held_out_days.tolist())
+    own = schedule(priced_model(site, device), watched, site, site.held_out_days.tolist())
     of_day = np.minimum(_by_day(soc) * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
     hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
     cell = (hours * SOC_CLASSES + of_day).ravel()

@@ -22,17 +22,15 @@ from co2lightning.control.observation import (
     observe,
 )
 from co2lightning.control.rules import uncontrolled
-from co2lightning.control.state import Carry, SiteModel, State, begin_day, build_model, restore
+from co2lightning.control.state import Carry, SiteModel, State, begin_day, restore
 from co2lightning.errors import UserError
-from co2lightning.learn.graphs import as_graph, as_recording
 from co2lightning.sim.hindsight import HINDSIGHT, measure_against_rule
-from co2lightning.sim.interface import Environment, Play, Policy, Step
+from co2lightning.sim.interface import Environment, Step
+from co2lightning.sim.objective import Booked, book, priced_model, settle
 from co2lightning.sim.physics import Flows, step
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.load import load_site
 from co2lightning.site.model import STEP_H, Site, T
-
-N_ACTIONS = 2
 
 
 @functools.lru_cache(maxsize=2)
@@ -43,7 +41,7 @@ def _tables(site: Site, device: torch.device) -> tuple[SiteModel, Tensor, Observ
     They are never written, so all environments of a site have the same; of a year they take a
     third of a second and 100 MB.
     """
-    model, hindsight = measure_against_rule(build_model(site, device), site)
+    model, hindsight = measure_against_rule(priced_model(site, device), site)
     return model, hindsight, build_observer(site, device)
 
 
@@ -65,7 +63,7 @@ class SiteDays:
     """
 
     observation_dim = len(FEATURES)
-    action_dim = N_ACTIONS
+    action_dim = 2
     horizon = T
     rule_features = RULE_FEATURES
     may_reset = False
@@ -81,7 +79,7 @@ class SiteDays:
         self.num_envs = num_envs
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._past: list[Tensor] = []  # of each step [3, B]: CO2 kg, grid kW, unmet kW
-        self._set(None)
+        self._at: State | Carry | None = None
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
@@ -93,7 +91,7 @@ class SiteDays:
         device = torch.empty(0, device=device).device  # cuda becomes cuda:0
         if device != self.model.device:
             self._build(device)
-            self._set(None)
+            self._at = None
 
     @property
     def uncontrolled_kg(self) -> Tensor:
@@ -119,9 +117,8 @@ class SiteDays:
 
     def begin(self, days: Tensor, soc_start: Tensor) -> Tensor:
         """Begin given days [B] with given battery starts [B]; returns observations [B, O]."""
-        self._day = days.to(self.model.device)
-        state = begin_day(self.model, self._day, soc_start.to(self.model.device))
-        self._set(state)
+        self.day = days.to(self.model.device)
+        self._at = state = begin_day(self.model, self.day, soc_start.to(self.model.device))
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
@@ -130,13 +127,14 @@ class SiteDays:
     @property
     def state(self) -> State | None:
         """The site at the beginning of the running step; None where no day is running."""
-        if self._state is None and self._carry is not None:
-            self._state = restore(self.model, self._step, self._carry)
-        return self._state
+        if isinstance(self._at, Carry):
+            self._at = restore(self.model, self._at)
+        return self._at
 
-    def _set(self, state: State | None) -> None:
-        self._state = state
-        self._step, self._carry = (state.step, state.carry) if state else (0, None)
+    @property
+    def steps_left(self) -> int:
+        """How many steps of the running day are to be played."""
+        return T - len(self._past)
 
     def _observe(self, state: State) -> Tensor:
         obs = observe(self.observer, self.model, state)
@@ -149,87 +147,54 @@ class SiteDays:
         """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
         state = self.state
         if state is None:
-            raise RuntimeError("no day is running: call reset() or begin() first")
-        state, flows = step(self.model, state, action)
-        self._set(state)
-        self.flows = flows
-        self._past.append(_past_of(flows))
+            raise RuntimeError(_NO_DAY)
+        following, self.flows = step(self.model, state, action)
+        self.booked = book(state, self.flows)
         zeros, ones = self._zeros, self._ones
-        if state is None:
-            # The battery's settlement at midnight makes the day's end a real end.
+        if self.steps_left > 1:
+            self._at = following
+            obs, terminated = self._observe(following), zeros
+        else:
+            # The battery's settlement makes the day's end a real end.
+            self.booked = settle(self.model, state, self.flows, self.booked)
+            self._at = None
             obs = zeros.new_zeros(len(zeros), self.observation_dim + self.hindsight_dim)
-            return Step(obs, flows.reward, ones, zeros, ones)
-        return Step(self._observe(state), flows.reward, zeros, zeros, ones)
+            terminated = ones
+        self._past.append(_past_of(self.flows, self.booked))
+        return Step(obs, self.booked.reward, terminated, zeros, ones)
 
-    def fuse(self, policy: Policy, obs: Tensor, noise: Tensor) -> Play:
-        """Return `step` with a policy before it, as one graph for all steps but a day's last.
-
-        On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.
-
-        Args:
-            policy: What acts.
-            obs: [B, O + K] to compile with, of the running day.
-            noise: [n, B, A] likewise.
+    @property
+    def carry(self) -> Carry:
+        """What the running step takes over from the one before.
 
         Raises:
-            Exception: Whatever the compiler raises.
+            RuntimeError: No day is running.
         """
+        if self._at is None:
+            raise RuntimeError(_NO_DAY)
+        return self._at.carry if isinstance(self._at, State) else self._at
 
-        def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-            output, action = policy(obs, noise)
-            state, flows = step(self.model, restore(self.model, 0, carry), action)
-            assert state is not None
-            carried = state.place, state.soc, state.owed_kw
-            return *carried, self._observe(state), output, flows.reward, _past_of(flows)
+    def advance(self, carry: Carry, action: Tensor) -> tuple[Carry, Tensor, Tensor, Tensor]:
+        """Work out a step that ends no day, a pure function for graphs of one or more of them.
 
-        def run(*start: Tensor) -> tuple[Tensor, ...]:
-            *carry, obs, noise = start
-            carried, columns = Carry(*carry), list[tuple[Tensor, ...]]()
-            with torch.inference_mode(quick):
-                for draw in noise.unbind(0):
-                    place, soc, owed_kw, obs, *made = graph(carried, obs, draw)
-                    carried = Carry(place, soc, carried.soc_start, owed_kw)
-                    columns.append((obs, *made))
-            # What inference_mode made cannot be trained on; what is stacked outside of it can.
-            return *carried, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
+        Args:
+            carry: What it begins with.
+            action: [B, A] in [-1, 1].
 
-        if self._carry is None:
-            raise RuntimeError("no day is running: call reset() or begin() first")
-        # At midnight two of them are one tensor; a graph would take that for granted.
-        carry = Carry(*(part.clone() for part in self._carry))
-        graph = as_graph(advance, self.model.device)
-        quick = self.model.device.type == "cpu"  # a recording shall not hold such tensors
-        with torch.inference_mode(quick):
-            graph(carry, obs, noise[0])
-        recorded = len(noise[: T - 1])
-        replay = as_recording(run, (*carry, obs, noise[:recorded]))
+        Returns:
+            The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
+            [3, B], for `go_on`.
+        """
+        state = restore(self.model, carry)
+        following, flows = step(self.model, state, action)
+        booked = book(state, flows)
+        past = _past_of(flows, booked)
+        return following.carry, self._observe(following), booked.reward, past
 
-        def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
-            if self._carry is None:
-                raise RuntimeError("no day is running: call reset() or begin() first")
-            ending = self._step + len(noise) == T
-            count = len(noise) - ending
-            parts: list[tuple[Tensor, ...]] = []
-            if count:
-                whole = replay if count == recorded else run
-                made = whole(*self._carry, obs, noise[:count])
-                self._carry, obs = Carry(*made[:4]), made[4]
-                self._step, self._state = self._step + count, None
-                following, output, reward, past = made[5:]
-                self._past += past.unbind(0)
-                no, yes = torch.zeros_like(reward), torch.ones_like(reward)
-                parts.append((output, following, reward, no, no, yes))
-            if ending:
-                output, action = policy(obs, noise[-1])
-                result = self.step(action)
-                obs = result.obs
-                parts.append(tuple(part.unsqueeze(0) for part in (output, *result)))
-            if len(parts) > 1:
-                parts = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
-            ((output, *steps),) = parts
-            return obs, output, Step(*steps)
-
-        return play
+    def go_on(self, carry: Carry, past: Tensor) -> None:
+        """Set the running day to a carry that `advance` led to, the past [n, 3, B] of n steps."""
+        self._past += past.unbind(0)
+        self._at = carry
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the days [B] added up to so far."""
@@ -242,7 +207,7 @@ class SiteDays:
             "curtailed_kwh": (-grid_kw).relu().sum(0) * STEP_H,
             "unmet_kwh": unmet_kw.sum(0) * STEP_H,
         }
-        days = self._day.cpu().numpy()
+        days = self.day.cpu().numpy()
         pv_kwh = self.site.pv_kw[days, : len(self._past)].sum(axis=1) * STEP_H
         return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
 
@@ -252,7 +217,7 @@ class SiteDays:
         Args:
             mean: Averages a tensor over the ranks of a distributed run.
         """
-        totals = self.totals() | {"uncontrolled_kg": self.uncontrolled_kg[self._day]}
+        totals = self.totals() | {"uncontrolled_kg": self.uncontrolled_kg[self.day]}
         means = mean(torch.stack(list(totals.values())).mean(1)).tolist()
         day = dict(zip(totals, means, strict=True))
         return {
@@ -269,9 +234,12 @@ class SiteDays:
         }
 
 
-def _past_of(flows: Flows) -> Tensor:
+_NO_DAY = "no day is running: call reset() or begin() first"
+
+
+def _past_of(flows: Flows, booked: Booked) -> Tensor:
     """Return [3, B] what a day's totals are made of: CO2 kg, grid kW, unmet kW."""
-    return torch.stack([flows.co2_kg, flows.grid_kw, flows.unmet_kw])
+    return torch.stack([booked.co2_kg, flows.grid_kw, flows.unmet_kw])
 
 
 def day_index(site: Site, day: str) -> int:

@@ -19,8 +19,8 @@ import torch
 from scipy import stats
 
 from co2lightning.control.rules import RULES, Rule
-from co2lightning.control.state import build_model
 from co2lightning.errors import UserError
+from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import Schedule, optimum_schedule, schedule
 from co2lightning.site.model import STEP_H, Floats, Site, T
 
@@ -96,7 +96,7 @@ def evaluate(
     """
     if policy is None:
         return references or _references(site)
-    own = schedule(build_model(site, device), policy, site, site.held_out_days.tolist())
+    own = schedule(priced_model(site, device), policy, site, site.held_out_days.tolist())
     check_finite(own)
     references = references or _references(site)
     return replace(
@@ -117,7 +117,7 @@ def check_finite(own: Schedule) -> None:
 
 def reference_schedules(site: Site, days: list[int]) -> dict[str, Schedule]:
     """Return what the rules and the optimum do on days of a site."""
-    model = build_model(site)
+    model = priced_model(site)
     schedules = {name: schedule(model, rule, site, days) for name, rule in RULES.items()}
     return schedules | {"optimum": optimum_schedule(site, days)}
 

@@ -17,11 +17,9 @@ from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from co2lightning.control.observation import (
-    FEATURES,
-)
+from co2lightning.control.observation import FEATURES
 from co2lightning.errors import UserError
-from co2lightning.sim.days import N_ACTIONS, SiteDays, day_index
+from co2lightning.sim.days import SiteDays, day_index
 from co2lightning.sim.schedule import evaluation_soc
 from co2lightning.site.load import load_site
 from co2lightning.site.model import STEP_H
@@ -35,7 +33,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     share of its rating, charging positive. A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
     reward is the kg CO2 by which the rule RBC B is beaten on that day (see
-    `co2lightning.physics.step`).
+    `co2lightning.sim.objective`).
 
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step; that of
     a reset `day`, the dates. After a day's last step the next call of `step` ignores its actions
@@ -69,7 +67,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
             np.array([f.low for f in FEATURES], dtype=np.float32),
             np.array([f.high for f in FEATURES], dtype=np.float32),
         )
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (N_ACTIONS,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (SiteDays.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
@@ -132,7 +130,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         self._over = self.days.state is None
         flows = self.days.flows
         info = {
-            "co2_kg": flows.co2_kg.numpy(),
+            "co2_kg": self.days.booked.co2_kg.numpy(),
             "grid_import_kwh": flows.grid_import_kw.numpy() * STEP_H,
             "curtailed_kwh": flows.curtailed_kwh.numpy(),
             "unmet_kwh": flows.unmet_kwh.numpy(),

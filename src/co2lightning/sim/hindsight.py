@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import SiteModel, State, begin_day
-from co2lightning.sim.physics import step
+from co2lightning.control.state import SiteModel, State
+from co2lightning.sim.objective import measured_against
+from co2lightning.sim.schedule import by_day, run_days
 from co2lightning.site.model import STEP_H, Site, T
 
 HINDSIGHT = (
@@ -36,31 +37,31 @@ HINDSIGHT = (
 )
 """Energies as shares of the battery's capacity, CO2 as that of a charge at the mean intensity."""
 
-_STEPS_2_H, _STEPS_6_H = 8, 24
-_BASELINE_ROW = 2  # of a step's series in the model
+_STEPS_2_H, _STEPS_6_H = round(2 / STEP_H), round(6 / STEP_H)
 
 
-@torch.no_grad()
 def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tensor]:
     """Run RBC B through every day of the site, the battery starting in the middle of its range.
 
     Returns:
-        The model with the rule's reward as its reference, so that a step's reward is what the
-        rule's is exceeded by, and the hindsight features [T * D, K], each step at its place.
+        The model with the rule as its reference, so that a step's reward is what the rule's is
+        exceeded by, and the hindsight features [T * D, K], each step at its place.
     """
+    owed_kw: list[Tensor] = []
+
+    def watched(model: SiteModel, state: State) -> Tensor:
+        owed_kw.append(state.owed_kw.sum(1))
+        return rbc_b(model, state)
+
     days = torch.arange(len(site.days), device=model.device)
     middle = (site.battery.start_soc_min + site.battery.start_soc_max) / 2
-    state: State | None = begin_day(model, days, torch.full_like(days, middle, dtype=torch.float32))
-    steps: list[Tensor] = []
-    while state is not None:
-        soc, owed_kwh = state.soc, state.owed_kw.sum(1) * STEP_H
-        state, flows = step(model, state, rbc_b(model, state))
-        import_kwh = flows.grid_import_kw * STEP_H
-        columns = (soc, owed_kwh, flows.curtailed_kwh, import_kwh, flows.co2_kg, flows.reward)
-        steps.append(torch.stack(columns))
-    soc, owed_kwh, curtailed_kwh, import_kwh, co2_kg, reward = (
-        torch.stack(steps).double().cpu().numpy().transpose(1, 2, 0)  # [D, T] each
-    )
+    soc_start = torch.full_like(days, middle, dtype=torch.float32)
+    trace = run_days(model, watched, days, soc_start)
+    soc = by_day([soc_start, *trace.each("soc")[:-1]])
+    owed_kwh = by_day(owed_kw) * STEP_H
+    curtailed_kwh = by_day(trace.each("curtailed_kwh"))
+    import_kwh = by_day(trace.each("grid_import_kw")) * STEP_H
+    co2_kg = by_day(trace.each("co2_kg"))
     capacity_kwh = site.battery.capacity_kwh
     charge_kg = capacity_kwh * max(float(site.carbon_kg_per_kwh.mean()), 1e-9)
     features = [
@@ -76,10 +77,9 @@ def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tenso
         np.maximum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
         np.minimum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
     ]
-    table = np.stack(features, axis=-1).transpose(1, 0, 2).reshape(-1, len(HINDSIGHT))
-    series = model.series.clone()
-    series[_BASELINE_ROW] -= torch.as_tensor(reward.T.ravel()).to(series)
-    return model._replace(series=series), torch.as_tensor(table).to(series)
+    table = np.stack(features, axis=-1).reshape(-1, len(HINDSIGHT))
+    reward = torch.as_tensor(by_day(trace.each("reward")).ravel())
+    return measured_against(model, reward), torch.as_tensor(table).to(model.zero)
 
 
 def _ahead(values: np.ndarray, steps: int) -> np.ndarray:

@@ -22,13 +22,6 @@ class Step(NamedTuple):
     valid: Tensor  # [B] 0.0 where the step was a reset, not a transition
 
 
-Policy = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From observations [B, O + K] and noise [B, A] to the policy's output and the action [B, A]."""
-Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
-"""From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
-outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
-
-
 class Environment(Protocol):
     """What a rollout needs of an environment: B copies in lockstep, tensors on one device.
 

@@ -14,15 +14,13 @@ each vehicle in each step of its window [K] in kW.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
+from co2lightning.sim.objective import refill_kg_per_kwh
 from co2lightning.site.model import STEP_H, Floats, Site, T
 
 _THROUGHPUT_KG_PER_KWH = 1e-6
@@ -91,7 +89,7 @@ def optimum(site: Site, day: int, soc_start: float) -> Optimum:
     cost = np.zeros(5 * T + 1 + len(step))
     cost[:T] = STEP_H * carbon
     cost[T : 3 * T] = STEP_H * _THROUGHPUT_KG_PER_KWH
-    cost[5 * T] = carbon.mean()
+    cost[5 * T] = refill_kg_per_kwh(carbon)
     lower, upper = np.zeros_like(cost), np.full_like(cost, np.inf)
     upper[T : 3 * T] = battery.power_kw
     lower[4 * T : 5 * T] = battery.soc_min * battery.capacity_kwh
@@ -115,37 +113,10 @@ def optimum(site: Site, day: int, soc_start: float) -> Optimum:
         raise RuntimeError(f"the optimum of {site.days[day]} was not found: {result.message}")
     grid_kw, charge_kw, discharge_kw, curtailed_kw, stored_kwh = result.x[: 5 * T].reshape(5, T)
     return Optimum(
-        co2_kg=float(STEP_H * grid_kw @ carbon + carbon.mean() * result.x[5 * T]),
+        co2_kg=float(STEP_H * grid_kw @ carbon + cost[5 * T] * result.x[5 * T]),
         ev_kw=in_step @ result.x[5 * T + 1 :],
         battery_kw=charge_kw - discharge_kw,
         grid_import_kw=grid_kw,
         soc=np.concatenate([[soc_start], stored_kwh / battery.capacity_kwh]),
         curtailed_kwh=STEP_H * curtailed_kw,
     )
-
-
-def optimum_days(
-    site: Site, days: Sequence[int], soc_start: Sequence[float], processes: int = 1
-) -> list[Optimum]:
-    """Solve several days, in their order.
-
-    Args:
-        site: The site.
-        days: Indices into `site.days`.
-        soc_start: State of charge at midnight of each of them, 0-1.
-        processes: Processes to share the days among.
-    """
-    tasks = list(zip(map(int, days), map(float, soc_start), strict=True))
-    processes = min(processes, len(tasks))
-    if processes <= 1:
-        return _solve(site, tasks)
-    # Spawned, for a fork of a process that uses torch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as executor:
-        shares = [executor.submit(_solve, site, tasks[i::processes]) for i in range(processes)]
-        solved = [share.result() for share in shares]
-    return [solved[i % processes][i // processes] for i in range(len(tasks))]
-
-
-def _solve(site: Site, tasks: Sequence[tuple[int, float]]) -> list[Optimum]:
-    return [optimum(site, day, soc_start) for day, soc_start in tasks]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.rules import Rule
-from co2lightning.control.state import SiteModel, State, begin_day
-from co2lightning.sim.optimum import optimum_days
+from co2lightning.control.state import SiteModel, begin_day
+from co2lightning.sim.objective import Booked, book, settle
+from co2lightning.sim.optimum import optimum
 from co2lightning.sim.physics import Flows, step
-from co2lightning.site.model import STEP_H, Floats, Site
+from co2lightning.site.model import STEP_H, Floats, Site, T
 
 
 def evaluation_soc(site: Site) -> Tensor:
@@ -32,25 +33,40 @@ def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Tr
     """Run a rule, or any policy in its form, through whole days.
 
     Args:
+        model: With prices, as `priced_model` makes it.
         day: [B] indices of the days to run, each once.
-        soc_start: [B] state of charge at midnight.
+        soc_start: [B] state of charge where they begin.
     """
-    flows: list[Flows] = []
-    state: State | None = begin_day(model, day.to(model.device), soc_start.to(model.device))
-    while state is not None:
-        state, flow = step(model, state, rule(model, state))
-        flows.append(flow)
-    return Trace(flows)
+    trace = Trace([], [])
+    following = begin_day(model, day.to(model.device), soc_start.to(model.device))
+    for ahead in reversed(range(T)):
+        state = following
+        following, flows = step(model, state, rule(model, state))
+        booked = book(state, flows)
+        trace.flows.append(flows)
+        trace.booked.append(booked if ahead else settle(model, state, flows, booked))
+    return trace
 
 
 class Trace(NamedTuple):
-    """Days as they went: the flows of each of the T steps."""
+    """Days as they went, in each of the T steps."""
 
     flows: list[Flows]
+    booked: list[Booked]
+
+    def each(self, name: str) -> list[Tensor]:
+        """Return what of the flows or of what was booked has this name, T of [B]."""
+        steps = self.booked if name in Booked._fields else self.flows
+        return [getattr(step, name) for step in steps]
 
     def total(self, name: str) -> Tensor:
-        """Return the day's sum [B] of one of the flows, for instance "co2_kg"."""
-        return torch.stack([getattr(flow, name) for flow in self.flows]).sum(0)
+        """Return the day's sum [B] of one of them, for instance "co2_kg"."""
+        return torch.stack(self.each(name)).sum(0)
+
+
+def by_day(steps: list[Tensor]) -> Floats:
+    """Return T figures [B] of a step each as rows of days [B, T]."""
+    return torch.stack(steps, 1).double().cpu().numpy()
 
 
 _DAYS_AT_ONCE = 64  # bounds the memory of a long year with many sockets
@@ -73,19 +89,15 @@ def schedule(model: SiteModel, rule: Rule, site: Site, days: list[int]) -> Sched
     soc_start = evaluation_soc(site)
     columns: list[list[Floats]] = []
     for some in torch.as_tensor(days).split(_DAYS_AT_ONCE):
-        flows = run_days(model, rule, some, soc_start[some]).flows
-        columns.append(
-            [
-                torch.stack([getattr(flow, name) for flow in flows], 1).double().cpu().numpy()
-                for name in Schedule._fields
-            ]
-        )
+        trace = run_days(model, rule, some, soc_start[some])
+        columns.append([by_day(trace.each(name)) for name in Schedule._fields])
     return Schedule(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
 def optimum_schedule(site: Site, days: list[int]) -> Schedule:
     """Return the perfect-foresight optimum of days [D] as evaluation starts them."""
-    best = optimum_days(site, days, evaluation_soc(site)[days].tolist())
+    soc_start = evaluation_soc(site).tolist()
+    best = [optimum(site, day, soc_start[day]) for day in days]
     co2_kg = np.stack([day.grid_import_kw for day in best]) * site.carbon_kg_per_kwh[days] * STEP_H
     co2_kg[:, -1] += [day.co2_kg for day in best] - co2_kg.sum(1)
     return Schedule(

@@ -1,0 +1,140 @@
+"""Several steps at once: an agent acts in an environment, eagerly or as compiled graphs.
+
+Shapes: n steps, B environments, O features, K more that only critics see, A actions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from co2lightning.control.state import Carry
+from co2lightning.learn.graphs import NO_COMPILER, as_graph, as_recording, why_not
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.interface import Environment, Step
+
+
+class Actor(Protocol):
+    """What a rollout needs of an agent; its methods are documented where agents are."""
+
+    say: Callable[[str], None]
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def acts_in_a_graph(self) -> bool: ...
+    def episode_seed(self, stream: str) -> int: ...
+    def draw_noise(self, horizon: int, num_envs: int) -> Tensor: ...
+    def segment_steps(self, horizon: int) -> int: ...
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor: ...
+    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor: ...
+
+
+Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
+"""From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
+outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
+
+
+class Player:
+    """Plays an environment with an agent.
+
+    Args:
+        env: The environment, B copies in lockstep.
+        agent: Acts.
+    """
+
+    def __init__(self, env: Environment, agent: Actor) -> None:
+        self.env = env
+        self.agent = agent
+        self._compiled: Play | None = None
+
+    def begin(self, obs: Tensor, noise: Tensor) -> Play:
+        """Return what plays the episode that begins with `obs`, by as many steps as `noise` has."""
+        if not (self.agent.acts_in_a_graph and isinstance(self.env, SiteDays)):
+            return self._one_by_one
+        self._compiled = self._compiled or self._compile(self.env, obs, noise)
+        return self._compiled
+
+    def _policy(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.agent.explore(obs, noise)
+        return output, self.agent.environment_action(obs, output)
+
+    def _one_by_one(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
+        """Play one operation after the other."""
+        outputs: list[Tensor] = []
+        results: list[Step] = []
+        with torch.inference_mode():
+            for draw in noise.unbind(0):
+                output, action = self._policy(obs, draw)
+                outputs.append(output)
+                results.append(self.env.step(action))
+                obs = results[-1].obs
+        # What inference_mode made cannot be trained on; what is stacked outside of it can.
+        steps = Step(*(torch.stack(column) for column in zip(*results, strict=True)))
+        return obs, torch.stack(outputs), steps
+
+    def _compile(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
+        """Return what plays policy and environment as one graph, or eagerly if that fails."""
+        self.agent.say("Compiling the rollout (some 20 s, once)")
+        try:
+            with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+                return self._in_graphs(env, obs, noise)
+        except Exception as error:
+            if (why := why_not(error)) != NO_COMPILER:  # which the update will say
+                self.agent.say(f"The rollout cannot be compiled: {why}; training goes on without")
+            return self._one_by_one
+
+    def _in_graphs(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
+        """Compile a step for the running day; only the step that ends a day goes on eagerly.
+
+        On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.
+        """
+
+        def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+            output, action = self._policy(obs, noise)
+            (place, soc, _, owed_kw), *made = env.advance(carry, action)
+            return place, soc, owed_kw, *made, output
+
+        def run(*start: Tensor) -> tuple[Tensor, ...]:
+            *carry, obs, noise = start
+            carried, columns = Carry(*carry), list[tuple[Tensor, ...]]()
+            with torch.inference_mode(quick):
+                for draw in noise.unbind(0):
+                    place, soc, owed_kw, obs, *made = graph(carried, obs, draw)
+                    carried = Carry(place, soc, carried.soc_start, owed_kw)
+                    columns.append((obs, *made))
+            return *carried, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
+
+        # At a day's beginning two of them are one tensor; a graph would take that for granted.
+        carry = Carry(*(part.clone() for part in env.carry))
+        graph = as_graph(advance, self.agent.device)
+        quick = self.agent.device.type == "cpu"  # a recording shall not hold such tensors
+        with torch.inference_mode(quick):
+            graph(carry, obs, noise[0])
+        recorded = len(noise[: env.steps_left - 1])
+        replay = as_recording(run, (*carry, obs, noise[:recorded]))
+
+        def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
+            count = min(len(noise), env.steps_left - 1)
+            parts: list[tuple[Tensor, ...]] = []
+            if count:
+                whole = replay if count == recorded else run
+                *carried, obs, following, reward, past, output = whole(
+                    *env.carry, obs, noise[:count]
+                )
+                env.go_on(Carry(*carried), past)
+                no, yes = torch.zeros_like(reward), torch.ones_like(reward)
+                parts.append((output, following, reward, no, no, yes))
+            if count < len(noise):
+                obs, output, last = self._one_by_one(obs, noise[count:])
+                parts.append((output, *last))
+            if len(parts) > 1:
+                parts = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
+            ((output, *steps),) = parts
+            return obs, output, Step(*steps)
+
+        return play
