@@ -87,12 +87,12 @@ class Built:
 
     plan: Plan
     rank: Rank
-    settings: Settings  # the plan's, with what only the built can decide
+    settings: Settings  # the plan's, and whether to compile, which an agent's updates decide
     environment: Environment
     learner: Agent
     restored: dict[str, Any] | None  # the start's content, for Lightning
     replay: list[dict[str, Any]]  # what earlier episodes added to this rank's buffer, oldest first
-    rows: list[int]  # the fewest that any rank's piece of each has
+    rows: list[int]  # of each of these, the fewest that a rank added
     notes: tuple[str, ...]
 
 
@@ -182,7 +182,11 @@ def _read_start(path: Path, agent: str) -> Start:
 
 
 def plan(asked: Asked, start: Start | None) -> Plan:
-    """Work out a session's settings and its last episode."""
+    """Work out a session's settings and its last episode.
+
+    Raises:
+        UserError: The flags contradict each other, or what the run keeps.
+    """
     agent, recipe, flags = asked.agent, asked.recipe, asked.flags
     kept = start.settings if start else {}
     settings = complete({**recipe, **kept, **flags}, agent)
@@ -245,7 +249,11 @@ def _target(asked: Asked, start: Start | None) -> int:
 
 
 def build(plan: Plan, rank: Rank) -> Built:
-    """Make the environment and the agent of a plan, and read the agent's replay buffer."""
+    """Make the environment and the agent of a plan, and read the agent's replay buffer.
+
+    Raises:
+        UserError: They cannot be made, do not fit the start, or a piece of the buffer is missing.
+    """
     asked, start, settings, notes = plan.asked, plan.start, dict(plan.settings), list(plan.notes)
     kept_site = settings["env.id"] is None and "env.site" not in asked.flags
     with named_in(start.path if start and kept_site else None):

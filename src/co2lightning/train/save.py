@@ -105,7 +105,7 @@ class EpisodeCheckpoint(ModelCheckpoint):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing; what a file says here no version of ours has written."""
+        """Do nothing: only a stranger's file has a state here, and the base believes its paths."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
