@@ -32,28 +32,27 @@ class Metric(NamedTuple):
     axis: str = ""
 
 
-_TRAINING = (
-    Metric("co2_kg", "CO2, kg", "{:.1f}", "CO2 kg", "site/co2_kg", "CO2, kg a day"),
-    Metric("uncontrolled_kg", tag="site/uncontrolled_kg"),
+def _of(group: str, *metrics: Metric) -> dict[str, Metric]:
+    """Return metrics by their keys; the tag is that of the group where none is given."""
+    return {m.key: m if m.tag else m._replace(tag=f"{group}/{m.key}") for m in metrics}
+
+
+TRAINING = _of(
+    "site",
+    Metric("co2_kg", "CO2, kg", "{:.1f}", "CO2 kg", chart="CO2, kg a day"),
+    Metric("uncontrolled_kg"),
     Metric(
         "co2_vs_uncontrolled",
         heading="of uncontrolled",
         form="{:.0%}",
         narrow="of uncon-\ntrolled",
-        tag="site/co2_vs_uncontrolled",
         chart="CO2, share of the same days uncontrolled",
         axis="CO2, % of the same days uncontrolled",
     ),
-    Metric("grid_import_kwh", tag="site/grid_import_kwh", chart="grid import, kWh a day"),
-    Metric("curtailment_kwh", tag="site/curtailment_kwh"),
-    Metric("self_consumption", tag="site/self_consumption"),
-    Metric(
-        "unmet_kwh",
-        heading="unmet, kWh",
-        form="{:.1f}",
-        tag="site/unmet_kwh",
-        chart="energy not served, kWh a day",
-    ),
+    Metric("grid_import_kwh", chart="grid import, kWh a day"),
+    Metric("curtailment_kwh"),
+    Metric("self_consumption"),
+    Metric("unmet_kwh", "unmet, kWh", "{:.1f}", chart="energy not served, kWh a day"),
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
@@ -62,7 +61,11 @@ _TRAINING = (
     Metric("time_seconds", tag="time/episode_seconds"),
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),
 )
-_HELD_OUT = (
+"""Of an episode's training days and of its time. Whatever else an episode has is of its agent, in
+TensorBoard under `train/`."""
+
+HELD_OUT = _of(
+    "test",
     Metric(
         "co2_kg",
         heading="CO2, kg/day",
@@ -88,13 +91,9 @@ _HELD_OUT = (
     Metric("curtailed_kwh", "curtailed, kWh/day", "{:.0f}"),
     Metric("peak_import_kw", "peak import, kW", "{:.0f}", "peak\nkW"),
 )
-TRAINING = {metric.key: metric for metric in _TRAINING}
-"""Of an episode's training days and of its time. Whatever else an episode has is of its agent, in
-TensorBoard under `train/`."""
-HELD_OUT = {metric.key: metric._replace(tag=f"test/{metric.key}") for metric in _HELD_OUT}
 """Of a policy on the held-out days, as `sim.evaluate.summarise` works it out."""
 
-_KEYS = {metric.tag: metric.key for metric in _TRAINING}
+_KEYS = {metric.tag: metric.key for metric in TRAINING.values()}
 
 
 def short_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -69,14 +69,23 @@ def main(argv: Sequence[str]) -> int:
     if not site.held_out[day] or (trained is not None and trained[day]):
         say(f"{site.days[day]} is a training day of {site.name}", err=True)
     planned, seen = day_schedule(agent, site, day)
-    text = schedule_csv(site, day, planned)
+    grid_kw = planned.grid_import_kw - planned.curtailed_kwh / STEP_H
+    columns = [planned.ev_kw, planned.battery_kw, grid_kw, planned.soc, planned.co2_kg]
+    text = _csv(site, day, COLUMNS[1:], np.concatenate(columns).T)
     if output is None:
         say(*text.splitlines())
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        write_atomic(observations, observations_csv(site, day, seen).encode())
-    say(_comparison(agent, episode, site, day, planned), err=True)
+        names = [feature.name for feature in FEATURES]
+        write_atomic(observations, _csv(site, day, names, seen).encode())
+    others = reference_schedules(site, [day])
+    told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
+    say(
+        f"{site.days[day]}: {type(agent).__name__} after episode {episode} emits "
+        f"{planned.co2_kg.sum():.1f} kg CO2; {told}",
+        err=True,
+    )
     return 0
 
 
@@ -98,19 +107,8 @@ def day_schedule(agent: Agent, site: Site, day: int) -> tuple[Schedule, Floats]:
     return planned, torch.cat(seen).double().cpu().numpy()
 
 
-def schedule_csv(site: Site, day: int, planned: Schedule) -> str:
-    """Return the rows of a day whose schedule has fields [1, T]."""
-    grid_kw = planned.grid_import_kw - planned.curtailed_kwh / STEP_H
-    columns = [planned.ev_kw, planned.battery_kw, grid_kw, planned.soc, planned.co2_kg]
-    return _csv(site, day, COLUMNS[1:], np.concatenate(columns).T)
-
-
-def observations_csv(site: Site, day: int, seen: Floats) -> str:
-    """Return what the policy saw on a day, [T, O], under the names of the features."""
-    return _csv(site, day, [feature.name for feature in FEATURES], seen)
-
-
 def _csv(site: Site, day: int, names: Sequence[str], values: Floats) -> str:
+    """Return the rows of a day: the time, then a row of values [T, columns] for each step."""
     midnight = datetime.combine(date.fromisoformat(site.days[day]), time(), ZoneInfo(site.timezone))
     rows = [",".join(["time", *names])]
     for step in range(T):
@@ -119,13 +117,3 @@ def _csv(site: Site, day: int, names: Sequence[str], values: Floats) -> str:
         numbers = (f"{value + 0.0:.9g}" for value in np.round(values[step], 9))
         rows.append(",".join([begin.isoformat(), *numbers]))
     return "\n".join(rows) + "\n"
-
-
-def _comparison(agent: Agent, episode: int, site: Site, day: int, planned: Schedule) -> str:
-    """Say what the day emits, beside the rules and the optimum."""
-    others = reference_schedules(site, [day])
-    told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
-    return (
-        f"{site.days[day]}: {type(agent).__name__} after episode {episode} emits "
-        f"{planned.co2_kg.sum():.1f} kg CO2; {told}"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import time
@@ -29,15 +28,32 @@ def main(argv: Sequence[str]) -> int:
             cannot be written; all found before the long part begins.
     """
     began = time.monotonic()
-    options = _parse(argv)
+    parser = Parser(
+        "report",
+        "Write one HTML file that shows runs: learning curves, the comparison on held-out days, "
+        "sessions, every held-out day to look at. It needs no network.",
+        "co2lightning report PPO SAC --output report.html --figures figures",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
+    parser.add_place("--output", default="report.html", help="the report [default: report.html]")
+    parser.add_place(
+        "--figures",
+        metavar="DIR",
+        help="also write the figures there, as PNG and as PDF for papers",
+    )
+    parser.add_directory()
+    parser.add_site("evaluate on this site [default: the one each run was trained on]")
+    options = parser.parse_args(list(argv))
     output = check_output("--output", options.output)
     assert output is not None
     figures = None if options.figures is None else Path(options.figures)
     if figures:
-        _writable_directory(figures)
-    names = list(dict.fromkeys(options.names))
-    found = [find_runs(name, options.directory) for name in names or [None]]
-    runs = [run for some in found for run in some]
+        if os.path.lexists(figures) and not figures.is_dir():
+            raise UserError(f"--figures {figures}: is not a directory")
+        parent = figures if figures.is_dir() else figures.resolve().parent
+        check_directory(f"--figures {figures}", parent)
+    names = list(dict.fromkeys(options.names)) or [None]
+    runs = [run for name in names for run in find_runs(name, options.directory)]
     if not runs:
         raise UserError(
             f"no runs in {options.directory}; co2lightning fit --config ppo.yaml starts one, "
@@ -66,44 +82,10 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if figures:
         say(f"{figures}: {len(files) // 2} figures, each as PNG and as PDF")
-    count = sum(len(result.runs) for result in results)
+    shown = [run for result in results for run in result.runs]
     say(
-        f"{options.output}: {count} run{'' if count == 1 else 's'}, {len(page) / 1e6:.1f} MB, "
-        f"{time.monotonic() - began:.0f} s; open it in a browser"
+        f"{options.output}: {len(shown)} run{'' if len(shown) == 1 else 's'}, "
+        f"{len(page) / 1e6:.1f} MB, {time.monotonic() - began:.0f} s; open it in a browser"
     )
-    return check_bound(
-        [
-            f"{run.name}, {line}"
-            for result in results
-            for run in result.runs
-            for line in violations(run.evaluation)
-        ]
-    )
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        "report",
-        "Write one HTML file that shows runs: learning curves, the comparison on held-out days, "
-        "sessions, every held-out day to look at. It needs no network.",
-        "co2lightning report PPO SAC --output report.html --figures figures",
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="runs [default: all]")
-    parser.add_place("--output", default="report.html", help="the report [default: report.html]")
-    parser.add_place(
-        "--figures",
-        metavar="DIR",
-        help="also write the figures there, as PNG and as PDF for papers",
-    )
-    parser.add_directory()
-    parser.add_site("evaluate on this site [default: the one each run was trained on]")
-    return parser.parse_args(list(argv))
-
-
-def _writable_directory(path: Path) -> None:
-    if path.is_dir():
-        check_directory(f"--figures {path}", path)
-    elif os.path.lexists(path):
-        raise UserError(f"--figures {path}: is not a directory")
-    else:
-        check_directory(f"--figures {path}", path.resolve().parent)
+    broken = [(run.name, line) for run in shown for line in violations(run.evaluation)]
+    return check_bound([f"{name}, {line}" for name, line in broken])

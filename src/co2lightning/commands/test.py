@@ -64,7 +64,7 @@ def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, An
     return {
         "site": evaluation.site,
         "agent": type(agent).__name__,
-        "action": _action(agent),
+        "action": agent.settings.action,
         "episode": episode,
         "days": list(evaluation.days),
         "policies": {
@@ -78,13 +78,8 @@ def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, An
     }
 
 
-def _action(agent: Agent) -> str:
-    """Say how an agent's output is read: as the action, or as a correction of RBC B's."""
-    return agent.settings.action
-
-
 def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
-    correction = " as a correction of RBC B" if _action(agent) == "correction" else ""
+    correction = " as a correction of RBC B" if agent.settings.action == "correction" else ""
     titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
     days = evaluation.days
     return comparison_table(

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.agents.agent import Agent
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
@@ -27,9 +28,6 @@ from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site, named_in
 from co2lightning.site.model import Floats, Site, T
 from co2lightning.site.trained_days import unseen
-
-if TYPE_CHECKING:
-    from co2lightning.agents.agent import Agent
 
 HOURS = 24
 SOC_CLASSES = 20
@@ -110,9 +108,18 @@ class SiteResult:
 class _Loaded(NamedTuple):
     run: TrainingCheckpoint
     agent: Agent
-    checkpoint: dict[str, Any]
+    episode: int
+    facts: dict[str, Any]  # what the checkpoint says of the run
     site: str
     path: Path
+
+    @property
+    def trained_on(self) -> tuple[str, str]:
+        """Name and SHA-256 of a site; what may not be printed, of somebody's file, is "?"."""
+        told = [self.facts["site"].get(key) for key in ("name", "sha256")]
+        good = [isinstance(t, str) and t.isprintable() and len(t) < 80 for t in told]
+        name, sha256 = (text if fine else "?" for text, fine in zip(told, good, strict=True))
+        return name, sha256
 
 
 def collect(
@@ -137,7 +144,7 @@ def collect(
     if not loaded:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
     sites: dict[str, Site] = {}
-    groups: dict[tuple[str, bytes], tuple[Site, list[tuple[_Loaded, tuple[str, str]]]]] = {}
+    groups: dict[tuple[str, bytes], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
         if one.site not in sites:
             with named_in(None if site else one.path):
@@ -145,31 +152,28 @@ def collect(
             for note in sites[one.site].notes:
                 warn(f"{sites[one.site].name}: {note}")
         found = sites[one.site]
-        described = one.checkpoint["run"]["site"]
-        trained_on = _plain(described.get("name")), _plain(described.get("sha256"))
-        if trained_on[1] != found.sha256:
+        name, sha256 = one.trained_on
+        if sha256 != found.sha256:
             warn(
                 f"{one.run.name}: evaluated on {found.name} (sha256 {found.sha256[:12]}), trained "
-                f"on {trained_on[0]} (sha256 {trained_on[1][:12]})"
+                f"on {name} (sha256 {sha256[:12]})"
             )
         try:
-            found, remark = unseen(one.checkpoint["run"], found)
+            found, remark = unseen(one.facts, found)
         except UserError as error:
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
         key = found.sha256, found.held_out.tobytes()
-        groups.setdefault(key, (found, []))[1].append((one, trained_on))
+        groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in groups.values():
         count = len(found.held_out_days)
         echo(f"{found.name}: the rules and the optimum on {count} held-out days")
-        references = evaluate(None, found)
-        shown: list[RunResult] = []
-        for one, trained_on in members:
-            echo(f"{one.run.name}: episode {one.checkpoint['episode']} on these days")
-            shown.append(_evaluated(one, found, references, trained_on))
-        results.append(SiteResult(found, references, shown))
+        results.append(SiteResult(found, evaluate(None, found), []))
+        for one in members:
+            echo(f"{one.run.name}: episode {one.episode} on these days")
+            results[-1].runs.append(_evaluated(one, found, results[-1].references))
     return results
 
 
@@ -194,26 +198,19 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
     wanted = site or checkpoint["run"].get("config", {}).get("env.site")
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
-    return _Loaded(run, agent, checkpoint, wanted, path)
+    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, path)
 
 
-def _plain(value: object) -> str:
-    """Return a name or a hash of somebody's file if it may be printed."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else "?"
-
-
-def _evaluated(
-    one: _Loaded, site: Site, references: Evaluation, trained_on: tuple[str, str]
-) -> RunResult:
+def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
     policy, device = policy_of(one.agent, site), one.agent.device
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
         action=one.agent.settings.action,
-        episode=one.checkpoint["episode"],
+        episode=one.episode,
         file=one.path,
         sha256=files[one.path.name],
-        trained_on=trained_on,
+        trained_on=one.trained_on,
         evaluation=evaluate(policy, site, references, device),
         heat=compare_to_rule(policy, site, device),
     )
@@ -221,37 +218,29 @@ def _evaluated(
 
 def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> Heat:
     """Return what a policy does on held-out days other than RBC B in the same states."""
-    soc: list[Tensor] = []
-    rule_battery_kw: list[Tensor] = []
-    rule_ev_kw: list[Tensor] = []
+    seen: list[Tensor] = []  # of each step [3, B]: SoC and what the rule would do
 
     def watched(model: SiteModel, state: State) -> Tensor:
         _, flows = step(model, state, rbc_b(model, state))
-        soc.append(state.soc)
-        rule_battery_kw.append(flows.battery_kw)
-        rule_ev_kw.append(flows.ev_kw)
+        seen.append(torch.stack([state.soc, flows.battery_kw, flows.ev_kw]))
         return policy(model, state)
 
     own = schedule(priced_model(site, device), watched, site, site.held_out_days.tolist())
-    of_day = np.minimum(_by_day(soc) * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
+    # The steps came T by T, for some days after others.
+    parts = [torch.stack(seen[i : i + T], 2) for i in range(0, len(seen), T)]
+    soc, rule_battery_kw, rule_ev_kw = torch.cat(parts, 1).double().cpu().numpy()
+    of_day = np.minimum(soc * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
     hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
     cell = (hours * SOC_CLASSES + of_day).ravel()
 
     def total(values: Floats) -> Floats:
-        sums = np.zeros(HOURS * SOC_CLASSES)
-        np.add.at(sums, cell, values.ravel())
+        sums = np.bincount(cell, values.ravel(), HOURS * SOC_CLASSES)
         return sums.reshape(HOURS, SOC_CLASSES)
 
     steps = total(np.ones_like(own.soc))
     visited = np.where(steps > 0, steps, np.nan)
     return Heat(
-        battery_kw=total(own.battery_kw - _by_day(rule_battery_kw)) / visited,
-        ev_kw=total(own.ev_kw - _by_day(rule_ev_kw)) / visited,
+        battery_kw=total(own.battery_kw - rule_battery_kw) / visited,
+        ev_kw=total(own.ev_kw - rule_ev_kw) / visited,
         steps=steps,
     )
-
-
-def _by_day(columns: list[Tensor]) -> Floats:
-    """Put steps [B], which came T by T for some days after others, into one table [D, T]."""
-    parts = [torch.stack(columns[i : i + T], 1) for i in range(0, len(columns), T)]
-    return torch.cat(parts).double().cpu().numpy()

@@ -74,8 +74,8 @@ def _learning(result: SiteResult) -> Figure:
         marker = "o" if len(known) < 40 else ""
         look = {"color": _colour(i), "marker": marker, "ms": 3}
         axes.plot(episodes, shares, label=f"{run.title}, training days", **look)
-        own_kg = run.summary.co2_kg
-        axes.plot(run.episode, 100 * own_kg / uncontrolled_kg, "D", ms=6, **_hollow(_colour(i)))
+        share = 100 * run.summary.co2_kg / uncontrolled_kg
+        axes.plot(run.episode, share, "D", ms=6, **_hollow(_colour(i)))
     axes.plot([], [], "D", ms=6, label="the same run, held-out days", **_hollow("#57606a"))
     for name in TITLES:
         share = 100 * summaries[name].co2_kg / uncontrolled_kg
@@ -163,14 +163,8 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
 def _day(result: SiteResult, run: RunResult, colour: str) -> Figure:
     figure = Figure(figsize=(6.3, 6.6))
     at, plans = result.typical_day, run.evaluation.schedules
-    drawn = (
-        ("optimum", TITLES["optimum"], LOOKS["optimum"]),
-        ("rbc_b", TITLES["rbc_b"], LOOKS["rbc_b"]),
-        ("agent", run.title, {"color": colour}),
-    )
-    of_day = [
-        (title, Schedule._make(field[[at]] for field in plans[name]), look)
-        for name, title, look in drawn
-    ]
-    draw_day(figure, result.site, int(result.site.held_out_days[at]), of_day)
+    of_day = {name: Schedule._make(field[[at]] for field in plan) for name, plan in plans.items()}
+    policies = [(TITLES[name], of_day[name], LOOKS[name]) for name in ("optimum", "rbc_b")]
+    policies.append((run.title, of_day["agent"], {"color": colour}))
+    draw_day(figure, result.site, int(result.site.held_out_days[at]), policies)
     return figure

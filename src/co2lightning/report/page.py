@@ -32,7 +32,12 @@ from co2lightning.report.tables import (
 )
 from co2lightning.sim.evaluate import TITLES, Evaluation, mean_interval, summarise
 from co2lightning.sim.schedule import evaluation_soc
-from co2lightning.site.model import Floats, Site
+from co2lightning.site.model import Floats
+
+_SESSION_KEYS = (
+    *("session_timestamp", "duration_seconds", "status", "device"),
+    *("start_episode", "end_episode"),
+)
 
 
 def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
@@ -57,7 +62,7 @@ def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
         "lead": "".join(_lead(result) for result in results),
         "sites": "\n".join(_site(i, result) for i, result in enumerate(results)),
         "training": _training(results),
-        "data": as_json({"sites": [_site_data(result) for result in results]}),
+        "data": _as_json({"sites": [_site_data(result) for result in results]}),
         "command": escape(command),
         "made": escape(made),
         "version": escape(__version__),
@@ -70,7 +75,7 @@ def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
     return page.encode("utf-8", "replace")  # a directory's name may be no text
 
 
-def as_json(data: dict[str, Any]) -> str:
+def _as_json(data: dict[str, Any]) -> str:
     """Return data for a script element: nothing in it can end the element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
@@ -128,12 +133,6 @@ def _run_data(run: RunResult) -> dict[str, Any]:
     }
 
 
-_SESSION_KEYS = (
-    *("session_timestamp", "duration_seconds", "status", "device"),
-    *("start_episode", "end_episode"),
-)
-
-
 def _policy_data(name: str, evaluation: Evaluation) -> dict[str, Any]:
     summaries, plan = summarise(evaluation), evaluation.schedules[name]
     summary = summaries[name]
@@ -184,9 +183,10 @@ def _lead(result: SiteResult) -> str:
         verdict = verdict if abs(difference_kg) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
-        share = in_page(HELD_OUT["gap_closed"], best.gap_closed)
+        share = in_page(HELD_OUT["gap_closed"], best._asdict())
         closed = f" It closes {share} of the gap to the optimum."
-    difference = in_page(HELD_OUT["vs_rbc_b_kg"], difference_kg, interval)
+    paired = {"vs_rbc_b_kg": difference_kg, "vs_rbc_b_kg_interval": interval}
+    difference = in_page(HELD_OUT["vs_rbc_b_kg"], paired)
     return (
         f"<p>On {days} held-out day{'' if days == 1 else 's'} of <b>{escape(result.site.name)}</b>,"
         f" <b>{escape(run.title)}</b> (episode {run.episode}) emits {best.co2_kg:.1f} kg of CO2 a "
@@ -204,13 +204,25 @@ def _site(index: int, result: SiteResult) -> str:
     )
     held_out = f"held-out days of {escape(site.name)} (sha256 {site.sha256[:12]})"
     tested = " ".join(escape(f"co2lightning test {run.name};") for run in result.runs)[:-1]
+    battery = site.battery
+    sockets = ", ".join(f"{s.count} {escape(s.name)} sockets" for s in site.sockets)
+    facts = (
+        f"{site.pv_kwp:g} kWp of PV, battery {battery.capacity_kwh:g} "
+        f"kWh / {battery.power_kw:g} kW, {sockets}; {len(site.days)} days of which"
+    )
+    foreign = "".join(
+        f'<p class="warning">{escape(run.name)} was trained on {escape(run.trained_on[0])} '
+        f"(sha256 {escape(run.trained_on[1][:12])}), not on this site.</p>"
+        for run in result.runs
+        if run.trained_on[1] != site.sha256
+    )
     figure = f'<div class="chart" data-site="{index}" data-chart='
     return f"""
 <section>
 <h2>Site {escape(site.name)}</h2>
-<p class="facts">{_facts(site)} {count} held-out days, {result.references.days[0]} to
+<p class="facts">{facts} {count} held-out days, {result.references.days[0]} to
 {result.references.days[-1]}. sha256 {site.sha256[:12]}.</p>
-{_foreign(result)}
+{foreign}
 <h3>Held-out days: how good is each controller?</h3>
 {_comparison(result)}
 <p class="source">Mean over days ± half its 95 % interval (Student's t). Difference to RBC B: paired
@@ -249,25 +261,6 @@ days. Blank: the run was never there. What lies beyond the scale has the colour 
 cell's own figure shows under the pointer. Source: the files named under the table, {held_out}.
 </figcaption></figure>
 </section>"""
-
-
-def _facts(site: Site) -> str:
-    battery = site.battery
-    sockets = ", ".join(f"{s.count} {escape(s.name)} sockets" for s in site.sockets)
-    return (
-        f"{site.pv_kwp:g} kWp of PV, battery {battery.capacity_kwh:g} "
-        f"kWh / {battery.power_kw:g} kW, {sockets}; {len(site.days)} days of which"
-    )
-
-
-def _foreign(result: SiteResult) -> str:
-    """Say which runs were trained on another site."""
-    return "".join(
-        f'<p class="warning">{escape(run.name)} was trained on {escape(run.trained_on[0])} '
-        f"(sha256 {escape(run.trained_on[1][:12])}), not on this site.</p>"
-        for run in result.runs
-        if run.trained_on[1] != result.site.sha256
-    )
 
 
 def _comparison(result: SiteResult) -> str:

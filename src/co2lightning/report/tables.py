@@ -187,12 +187,11 @@ def _convergence(run: Row) -> list[Row]:
         if means["co2_kg"] is None:
             continue
         before_kg = found[-1]["co2_kg"] if found else None
-        compared = dict[str, float | None].fromkeys(("change_kg", "change_percent"))
-        if before_kg:
-            compared["change_kg"] = means["co2_kg"] - before_kg
-            compared["change_percent"] = 100 * (means["co2_kg"] / before_kg - 1.0)
-        told = {"name": run["name"], "episodes": _episodes(session), "before_kg": before_kg}
-        found.append({**told, **means, **compared, "unmet_kwh": means["unmet_kwh"] or 0.0})
+        row = {**means, "name": run["name"], "episodes": _episodes(session), "before_kg": before_kg}
+        row["unmet_kwh"] = means["unmet_kwh"] or 0.0
+        row["change_kg"] = means["co2_kg"] - before_kg if before_kg else None
+        row["change_percent"] = 100 * (means["co2_kg"] / before_kg - 1.0) if before_kg else None
+        found.append(row)
     return found
 
 
@@ -215,8 +214,7 @@ def in_terminal(table: Table) -> TerminalTable:
         whole = bool(column.tag) or column.key in table.whole
         shown.add_column(heading, justify=justify, no_wrap=whole)
     for row in table.rows:
-        cells = [_cell(column, row) for column in table.columns]
-        shown.add_row(*(_text(*cell, "" if table.boxed else "-") for cell in cells))
+        shown.add_row(*(_text(c, row, "" if table.boxed else "-") for c in table.columns))
     return shown
 
 
@@ -230,7 +228,7 @@ def table_in_page(table: Table) -> str:
     body = "\n".join(
         "<tr>"
         + "".join(
-            f"<td{kind}>{escape(in_page(*_cell(column, row)))}</td>"
+            f"<td{kind}>{escape(in_page(column, row))}</td>"
             for kind, column in zip(kinds, table.columns, strict=True)
         )
         + "</tr>"
@@ -242,20 +240,17 @@ def table_in_page(table: Table) -> str:
     )
 
 
-def in_page(metric: Metric, value: Any, interval: float | None = None) -> str:
-    """Return a value as the page writes it: a true minus, a space before the %."""
-    text = _text(metric, value, interval, "")
-    if isinstance(value, str):
+def in_page(column: Metric, row: Row) -> str:
+    """Return a row's value as the page writes it: a true minus, a space before the %."""
+    text = _text(column, row, "")
+    if isinstance(row.get(column.key), str):
         return text
     return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")
 
 
-def _cell(column: Metric, row: Row) -> tuple[Metric, Any, float | None]:
-    return column, row.get(column.key, ""), row.get(f"{column.key}_interval")
-
-
-def _text(metric: Metric, value: Any, interval: float | None, unknown: str) -> str:
+def _text(column: Metric, row: Row, unknown: str) -> str:
+    value, interval = row.get(column.key, ""), row.get(f"{column.key}_interval")
     if value is None or value == "":
         return unknown if value is None else ""
-    text = (metric.form or "{}").format(value)
+    text = (column.form or "{}").format(value)
     return text if interval is None else f"{text} ± {interval:.1f}"

@@ -144,18 +144,7 @@ class DispatchFigure:
 
 
 def day_image(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
-    """Draw a day beside RBC B's.
-
-    Args:
-        site: The site.
-        day: Index into its days.
-        name: Of the policy.
-        own: What the policy did on this day.
-        rule: What RBC B did.
-
-    Returns:
-        An image, RGB: [height, width, 3].
-    """
+    """Return an image, RGB [height, width, 3], of what a policy and RBC B did on a day."""
     from matplotlib import rc_context  # a second that start-up is spared
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
