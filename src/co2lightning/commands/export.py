@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         ) from None
     output = check_output("--output", arguments.output)
     assert output is not None
-    agent, episode, site, _, run, _ = open_run(arguments, "export")
+    agent, episode, site, _, run, _ = open_run(arguments)
     model = build_onnx(agent, site)
     facts = metadata(agent, site) | {"run": run.name, "episode": episode}
     onnx.helper.set_model_props(

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    agent, episode, site, _, _, facts = open_run(arguments, "predict")
+    agent, episode, site, _, _, facts = open_run(arguments)
     if arguments.day:
         try:
             day = day_index(site, arguments.day)
@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        names = [feature.name for feature in FEATURES]
-        write_atomic(observations, _csv(site, day, names, seen).encode())
+        write_atomic(observations, _csv(site, day, [f.name for f in FEATURES], seen).encode())
     others = reference_schedules(site, [day])
     told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
     say(

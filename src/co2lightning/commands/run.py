@@ -74,6 +74,7 @@ def run_parser(command: str, description: str, example: str) -> Parser:
     """Return the parser of a command that uses one episode of a run, for `open_run`."""
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
+    parser.set_defaults(command=command)
     parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
     parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
     parser.add_directory()
@@ -92,12 +93,8 @@ class Trained(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of the run
 
 
-def open_run(arguments: argparse.Namespace, command: str) -> Trained:
-    """Load the episode and the site that a command was asked for.
-
-    Args:
-        arguments: What a `run_parser` parsed.
-        command: Its name, for the messages.
+def open_run(arguments: argparse.Namespace) -> Trained:
+    """Load the episode and the site that a command was asked for by what a `run_parser` takes.
 
     Raises:
         UserError: There is no such run, the file is no episode, the site cannot be read.
@@ -105,12 +102,12 @@ def open_run(arguments: argparse.Namespace, command: str) -> Trained:
     from co2lightning.agents.load import load_agent
 
     run = TrainingCheckpoint(Path(arguments.directory) / arguments.name)
-    checkpoint, path = _read(run, arguments.ckpt_path, command)
+    checkpoint, path = _read(run, arguments)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
     wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
     if not isinstance(described, dict) or not isinstance(wanted, str):
-        raise UserError(f"{path}: was not trained on a site; {command} is for sites only")
+        raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
         site = load_site(wanted)
     say(*site.notes, err=True)
@@ -132,18 +129,17 @@ def unseen(facts: dict[str, Any], site: Site) -> Site:
     return left
 
 
-def _read(
-    run: TrainingCheckpoint, ckpt_path: str | None, command: str
-) -> tuple[dict[str, Any], Path]:
+def _read(run: TrainingCheckpoint, arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Return the checkpoint that was asked for and its path."""
-    if ckpt_path not in (None, "last"):
-        return TrainingCheckpoint.read(ckpt_path), Path(ckpt_path)
+    given = arguments.ckpt_path
+    if given not in (None, "last"):
+        return TrainingCheckpoint.read(given), Path(given)
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
         place = run.directory.parent
         runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
         known = f"runs there: {', '.join(runs)}" if runs else "co2lightning fit trains one"
-        raise UserError(f"{command} {run.name}: no episode in {run.directory}; {known}")
+        raise UserError(f"{arguments.command} {run.name}: no episode in {run.directory}; {known}")
     newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
     if run.path(episode) != newest:
         say(f"{newest} is damaged: this is episode {episode}", err=True)

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     own_logs = Path(arguments.logs) / arguments.name
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
-    agent, episode, site, path, run, facts = open_run(arguments, "test")
+    agent, episode, site, path, run, facts = open_run(arguments)
     site = unseen(facts, site)
     evaluation = evaluate(policy_of(agent, site), site, device=agent.device)
     if arguments.json:

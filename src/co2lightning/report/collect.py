@@ -235,7 +235,7 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
 
     def total(values: Floats) -> Floats:
         sums = np.bincount(cell, values.ravel(), HOURS * SOC_CLASSES)
-        return sums.reshape(HOURS, SOC_CLASSES)
+        return sums.reshape(HOURS, SOC_CLASSES).astype(float)
 
     steps = total(np.ones_like(own.soc))
     visited = np.where(steps > 0, steps, np.nan)
