@@ -18,12 +18,11 @@ from co2lightning.control.rules import rbc_b
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import evaluate as module
-from co2lightning.sim import schedule
+from co2lightning.sim import optimum, schedule
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.optimum import Optimum
-from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.sim.schedule import Schedule, evaluation_soc, run_days
 from co2lightning.site.load import load_site
 from co2lightning.train.fit import run_fit
 from conftest import tree
@@ -168,7 +167,7 @@ def test_unmet_is_what_charging_on_arrival_would_have_served() -> None:
     nothing = np.zeros((2, 96))
     late = nothing.copy()
     late[0, 50], late[1, 70] = 3.0, 1.0
-    run = schedule.Schedule(*[nothing] * 7)._replace(unmet_kwh=late)
+    run = Schedule(*[nothing] * 7)._replace(unmet_kwh=late)
     left = module._figures(run, np.array([1.0, 1.0]))
     assert left.unmet_kwh.tolist() == [2.0, 0.0]
 
@@ -286,13 +285,13 @@ def test_another_site_is_named_in_one_line(
 def test_a_bound_that_is_none_is_a_defect(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    solve = schedule.optimum
+    solve = optimum.optimum
 
-    def worse(*arguments: Any) -> Optimum:
+    def worse(*arguments: Any) -> Schedule:
         best = solve(*arguments)
         return best._replace(co2_kg=best.co2_kg + 1000.0)
 
-    monkeypatch.setattr(schedule, "optimum", worse)
+    monkeypatch.setattr(optimum, "optimum", worse)
     assert main(["PPO"]) == 1
     error = capsys.readouterr().err
     assert "2025-03-02: agent emits" in error

@@ -5,12 +5,18 @@ import functools
 import pytest
 import torch
 
-from co2lightning.control.rules import RULES, Rule, rbc_a, rbc_b, solar_only, uncontrolled
-from co2lightning.control.state import SiteModel, begin_day
+from co2lightning.control.rules import RULES, Rule, rbc_a, rbc_b, uncontrolled
+from co2lightning.control.state import SiteModel, State, begin_day
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import evaluation_soc, run_days
 from co2lightning.site.model import STEP_H
 from small_site import Row, shipped, small_site
+
+
+def solar_only(model: SiteModel, state: State) -> torch.Tensor:
+    """Charge vehicles as RBC B does, leave the battery idle."""
+    return rbc_b(model, state) * torch.tensor([1.0, 0.0])
+
 
 # Mean kg of 365 days from two models written independently of this one, and how far another
 # random draw of the year may lie.

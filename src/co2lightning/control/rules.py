@@ -17,17 +17,12 @@ from co2lightning.control.state import SiteModel, State
 Rule = Callable[[SiteModel, State], Tensor]
 
 
-def charge_on_arrival(state: State) -> Tensor:
-    """Return the EV action [B] that charges every vehicle as fast as it can take."""
-    return torch.ones_like(state.soc)
-
-
 def solar_share(model: SiteModel, state: State) -> Tensor:
     """Return where [B] load - PV lies between -must (0) and -could (-1); it can lie beyond."""
     return state.need_kw / torch.maximum(state.spread_kw, model.tiny)
 
 
-def solar_following(model: SiteModel, state: State) -> Tensor:
+def _solar_following(model: SiteModel, state: State) -> Tensor:
     """Return the EV action [B] that charges at max(must, PV - load), as far as vehicles allow."""
     return -2.0 * solar_share(model, state).clamp(-1.0, 0.0) - 1.0
 
@@ -40,34 +35,27 @@ def after_solar_kw(model: SiteModel, state: State) -> Tensor:
     return model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
 
 
-def greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
+def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
     """Return the battery action [B] for load + vehicles - PV: store a surplus, serve a deficit."""
     return -(others_kw / model.battery_kw).clamp(-1.0, 1.0)
 
 
 def uncontrolled(model: SiteModel, state: State) -> Tensor:
     """Charge on arrival, leave the battery idle: the site without any control."""
-    action_ev = charge_on_arrival(state)
-    return torch.stack([action_ev, torch.zeros_like(action_ev)], dim=1)
-
-
-def solar_only(model: SiteModel, state: State) -> Tensor:
-    """Charge vehicles from the sun where they can wait, leave the battery idle."""
-    action_ev = solar_following(model, state)
-    return torch.stack([action_ev, torch.zeros_like(action_ev)], dim=1)
+    return torch.stack([torch.ones_like(state.soc), torch.zeros_like(state.soc)], dim=1)
 
 
 def rbc_a(model: SiteModel, state: State) -> Tensor:
     """Charge on arrival, greedy battery."""
-    action_ev = charge_on_arrival(state)
+    action_ev = torch.ones_like(state.soc)
     others_kw = state.net_kw + ev_power_kw(state, action_ev)
-    return torch.stack([action_ev, greedy_battery(model, others_kw)], dim=1)
+    return torch.stack([action_ev, _greedy_battery(model, others_kw)], dim=1)
 
 
 def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
-    action_ev = solar_following(model, state)
-    return torch.stack([action_ev, greedy_battery(model, after_solar_kw(model, state))], dim=1)
+    action_ev = _solar_following(model, state)
+    return torch.stack([action_ev, _greedy_battery(model, after_solar_kw(model, state))], dim=1)
 
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}

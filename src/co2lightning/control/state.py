@@ -243,14 +243,14 @@ def laxity_order(laxity: Tensor) -> Tensor:
         return torch.as_tensor(key.astype(np.int64))
     key = (laxity * per_step).to(torch.int32) << socket_bits
     key = key | torch.arange(n_sockets, dtype=torch.int32, device=laxity.device)
-    rows = sort_rows(key) if key.is_cpu else key.sort(dim=1).values
+    rows = _sort_rows(key) if key.is_cpu else key.sort(dim=1).values
     return (rows & ((1 << socket_bits) - 1)).long()
 
 
 @torch.library.custom_op("co2lightning::sort_rows", mutates_args=())
-def sort_rows(key: Tensor) -> Tensor:
+def _sort_rows(key: Tensor) -> Tensor:
     """Sort each row of integers [B, S] with numpy, which a compiled graph cannot do by itself."""
     return torch.as_tensor(np.sort(key.numpy(), axis=1))
 
 
-sort_rows.register_fake(torch.empty_like)  # pyright: ignore[reportUnknownMemberType]
+_sort_rows.register_fake(torch.empty_like)  # pyright: ignore[reportUnknownMemberType]

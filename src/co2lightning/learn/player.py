@@ -34,7 +34,7 @@ class Actor(Protocol):
     def environment_action(self, obs: Tensor, output: Tensor) -> Tensor: ...
 
 
-Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
+_Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
 """From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
 outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
 
@@ -50,9 +50,9 @@ class Player:
     def __init__(self, env: Environment, agent: Actor) -> None:
         self.env = env
         self.agent = agent
-        self._compiled: Play | None = None
+        self._compiled: _Play | None = None
 
-    def begin(self, obs: Tensor, noise: Tensor) -> Play:
+    def begin(self, obs: Tensor, noise: Tensor) -> _Play:
         """Return what plays the episode that begins with `obs`, by as many steps as `noise` has."""
         if not (self.agent.acts_in_a_graph and isinstance(self.env, SiteDays)):
             return self._one_by_one
@@ -77,7 +77,7 @@ class Player:
         steps = Step(*(torch.stack(column) for column in zip(*results, strict=True)))
         return obs, torch.stack(outputs), steps
 
-    def _compile(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
+    def _compile(self, env: SiteDays, obs: Tensor, noise: Tensor) -> _Play:
         """Return what plays policy and environment as one graph, or eagerly if that fails."""
         self.agent.say("Compiling the rollout (some 20 s, once)")
         try:
@@ -88,7 +88,7 @@ class Player:
                 self.agent.say(f"The rollout cannot be compiled: {why}; training goes on without")
             return self._one_by_one
 
-    def _in_graphs(self, env: SiteDays, obs: Tensor, noise: Tensor) -> Play:
+    def _in_graphs(self, env: SiteDays, obs: Tensor, noise: Tensor) -> _Play:
         """Compile a step for the running day; only the step that ends a day goes on eagerly.
 
         On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.

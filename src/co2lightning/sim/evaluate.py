@@ -21,7 +21,8 @@ from scipy import stats
 from co2lightning.control.rules import RULES, Rule
 from co2lightning.errors import UserError
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import Schedule, optimum_schedule, schedule
+from co2lightning.sim.optimum import optimum_schedule
+from co2lightning.sim.schedule import Schedule, schedule
 from co2lightning.site.model import STEP_H, Floats, Site, T
 
 TITLES = {

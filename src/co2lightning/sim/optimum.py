@@ -14,33 +14,28 @@ each vehicle in each step of its window [K] in kW.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
 from co2lightning.sim.objective import refill_kg_per_kwh
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.sim.schedule import Schedule, evaluation_soc
+from co2lightning.site.model import STEP_H, Site, T
 
 _THROUGHPUT_KG_PER_KWH = 1e-6
 # Tighter than HiGHS's own 1e-7: the bound is compared to the last 1e-6 kg.
 _TOLERANCE = 1e-9
 
 
-class Optimum(NamedTuple):
-    """The best day there could have been. Signs as in the physics."""
-
-    co2_kg: float  # of the metric: import plus the battery's settlement, no throughput cost
-    ev_kw: Floats  # [T]
-    battery_kw: Floats  # [T] at the AC side, charging positive
-    grid_import_kw: Floats  # [T]
-    soc: Floats  # [T + 1] 0-1, from midnight to midnight
-    curtailed_kwh: Floats  # [T]
+def optimum_schedule(site: Site, days: list[int]) -> Schedule:
+    """Return the perfect-foresight optimum of days [D] as evaluation starts them."""
+    soc_start = evaluation_soc(site).tolist()
+    best = [optimum(site, day, soc_start[day]) for day in days]
+    return Schedule(*map(np.stack, zip(*best, strict=True)))
 
 
-def optimum(site: Site, day: int, soc_start: float) -> Optimum:
-    """Solve one day.
+def optimum(site: Site, day: int, soc_start: float) -> Schedule:
+    """Solve one day; return the best that could have been done, every field [T].
 
     Args:
         site: The site.
@@ -112,11 +107,14 @@ def optimum(site: Site, day: int, soc_start: float) -> Optimum:
     if result.status != 0:
         raise RuntimeError(f"the optimum of {site.days[day]} was not found: {result.message}")
     grid_kw, charge_kw, discharge_kw, curtailed_kw, stored_kwh = result.x[: 5 * T].reshape(5, T)
-    return Optimum(
-        co2_kg=float(STEP_H * grid_kw @ carbon + cost[5 * T] * result.x[5 * T]),
+    co2_kg = STEP_H * grid_kw * carbon
+    co2_kg[-1] += STEP_H * grid_kw @ carbon + cost[5 * T] * result.x[5 * T] - co2_kg.sum()
+    return Schedule(
         ev_kw=in_step @ result.x[5 * T + 1 :],
         battery_kw=charge_kw - discharge_kw,
         grid_import_kw=grid_kw,
-        soc=np.concatenate([[soc_start], stored_kwh / battery.capacity_kwh]),
         curtailed_kwh=STEP_H * curtailed_kw,
+        unmet_kwh=np.zeros(T),
+        soc=stored_kwh / battery.capacity_kwh,
+        co2_kg=co2_kg,
     )

@@ -14,9 +14,8 @@ from torch import Tensor
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import SiteModel, begin_day
 from co2lightning.sim.objective import Booked, book, settle
-from co2lightning.sim.optimum import optimum
 from co2lightning.sim.physics import Flows, step
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import Floats, Site, T
 
 
 def evaluation_soc(site: Site) -> Tensor:
@@ -92,20 +91,3 @@ def schedule(model: SiteModel, rule: Rule, site: Site, days: list[int]) -> Sched
         trace = run_days(model, rule, some, soc_start[some])
         columns.append([by_day(trace.each(name)) for name in Schedule._fields])
     return Schedule(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
-
-
-def optimum_schedule(site: Site, days: list[int]) -> Schedule:
-    """Return the perfect-foresight optimum of days [D] as evaluation starts them."""
-    soc_start = evaluation_soc(site).tolist()
-    best = [optimum(site, day, soc_start[day]) for day in days]
-    co2_kg = np.stack([day.grid_import_kw for day in best]) * site.carbon_kg_per_kwh[days] * STEP_H
-    co2_kg[:, -1] += [day.co2_kg for day in best] - co2_kg.sum(1)
-    return Schedule(
-        ev_kw=np.stack([day.ev_kw for day in best]),
-        battery_kw=np.stack([day.battery_kw for day in best]),
-        grid_import_kw=np.stack([day.grid_import_kw for day in best]),
-        curtailed_kwh=np.stack([day.curtailed_kwh for day in best]),
-        unmet_kwh=np.zeros_like(co2_kg),
-        soc=np.stack([day.soc[1:] for day in best]),
-        co2_kg=co2_kg,
-    )
