@@ -14,7 +14,7 @@ from rich.table import Table as TerminalTable
 from co2lightning.metrics import HELD_OUT, TRAINING, Metric
 from co2lightning.runs.run import TrainingCheckpoint
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 
 _RUN = Metric("name", "run")
 _SESSION = (
@@ -27,14 +27,14 @@ _SESSION = (
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
 
 
-def summarize(run: TrainingCheckpoint) -> Row:
+def summarize(run: TrainingCheckpoint) -> _Row:
     """Return what there is to tell of a run, as plain data.
 
     `last` and `best` are the metrics of an episode, empty where there is none; the best episode
     is the one with the lowest share of its own days' uncontrolled CO2.
     """
     history, metadata = run.load_history(), run.load_metadata()
-    sessions: list[Row] = history["trainings"]
+    sessions: list[_Row] = history["trainings"]
     living = run.is_running()
     for session in sessions:
         if session["status"] == "running" and not (living and session is sessions[-1]):
@@ -69,14 +69,14 @@ class Table(NamedTuple):
     """
 
     columns: Sequence[Metric]
-    rows: Sequence[Row]
+    rows: Sequence[_Row]
     title: str | None = None
     caption: str | None = None
     boxed: bool = False
     whole: Sequence[str] = ()
 
 
-def runs_table(runs: Iterable[Row]) -> Table:
+def runs_table(runs: Iterable[_Row]) -> Table:
     """Return the table of runs, each as `summarize` tells it."""
     columns = (
         _RUN,
@@ -88,7 +88,7 @@ def runs_table(runs: Iterable[Row]) -> Table:
         Metric("number", "sessions", "{}"),
         Metric("status", "status"),
     )
-    rows: list[Row] = []
+    rows: list[_Row] = []
     for run in runs:
         last, best = run["last"], run["best"]
         shown = {"episode": f"last {last.get('episode', '-')}", "number": len(run["sessions"])}
@@ -99,19 +99,19 @@ def runs_table(runs: Iterable[Row]) -> Table:
     return Table(columns, rows, caption=caption, whole=("total_episodes", "episode"))
 
 
-def sessions_table(run: Row) -> Table:
+def sessions_table(run: _Row) -> Table:
     """Return the sessions of one run with the figures of their last episodes."""
     columns = (*_SESSION, Metric("status", "status"), *_FIGURES)
     return Table(columns, _sessions(run), title="\nsessions")
 
 
-def all_sessions_table(runs: Iterable[Row]) -> Table:
+def all_sessions_table(runs: Iterable[_Row]) -> Table:
     """Return the sessions of several runs."""
     columns = (_RUN, *_SESSION, Metric("status", "ended"))
     return Table(columns, [session for run in runs for session in _sessions(run)])
 
 
-def convergence_table(runs: Iterable[Row]) -> Table:
+def convergence_table(runs: Iterable[_Row]) -> Table:
     """Return the mean figures of all sessions, each against the session before it."""
     co2, share, unmet = (TRAINING[key] for key in ("co2_kg", "co2_vs_uncontrolled", "unmet_kwh"))
     columns = (
@@ -123,7 +123,7 @@ def convergence_table(runs: Iterable[Row]) -> Table:
     return Table(columns, [means for run in runs for means in _convergence(run)])
 
 
-def newest_sessions_table(runs: Iterable[Row]) -> Table:
+def newest_sessions_table(runs: Iterable[_Row]) -> Table:
     """Return the mean CO2 of each run's newest session against the session before it."""
     columns = (
         _RUN,
@@ -137,7 +137,7 @@ def newest_sessions_table(runs: Iterable[Row]) -> Table:
     return Table(columns, rows, title="\nmean CO2 of a session's episodes, kg")
 
 
-def comparison_table(policies: Iterable[Row], title: str | None = None) -> Table:
+def comparison_table(policies: Iterable[_Row], title: str | None = None) -> Table:
     """Return policies side by side on held-out days.
 
     Args:
@@ -158,11 +158,11 @@ def comparison_table(policies: Iterable[Row], title: str | None = None) -> Table
     )
 
 
-def _figures(metrics: Row) -> Row:
+def _figures(metrics: _Row) -> _Row:
     return {metric.key: metrics.get(metric.key) for metric in _FIGURES}
 
 
-def _sessions(run: Row) -> list[Row]:
+def _sessions(run: _Row) -> list[_Row]:
     return [
         {
             **session,
@@ -174,14 +174,14 @@ def _sessions(run: Row) -> list[Row]:
     ]
 
 
-def _episodes(session: Row) -> str | None:
+def _episodes(session: _Row) -> str | None:
     first, last = session["start_episode"], session["end_episode"]
     return f"{first}-{last}" if last >= first else None
 
 
-def _convergence(run: Row) -> list[Row]:
+def _convergence(run: _Row) -> list[_Row]:
     """Return the means over each session's episodes, of the sessions that know a CO2."""
-    found: list[Row] = []
+    found: list[_Row] = []
     for session in run["sessions"]:
         means = {key: _mean(session["metrics"], key) for key in TRAINING}
         if means["co2_kg"] is None:
@@ -195,7 +195,7 @@ def _convergence(run: Row) -> list[Row]:
     return found
 
 
-def _mean(metrics: list[Row], key: str) -> float | None:
+def _mean(metrics: list[_Row], key: str) -> float | None:
     values = [row[key] for row in metrics if row.get(key) is not None]
     return sum(values) / len(values) if values else None
 
@@ -240,7 +240,7 @@ def table_in_page(table: Table) -> str:
     )
 
 
-def in_page(column: Metric, row: Row) -> str:
+def in_page(column: Metric, row: _Row) -> str:
     """Return a row's value as the page writes it: a true minus, a space before the %."""
     text = _text(column, row, "")
     if isinstance(row.get(column.key), str):
@@ -248,7 +248,7 @@ def in_page(column: Metric, row: Row) -> str:
     return text.replace("-", "\N{MINUS SIGN}").replace("%", " %")
 
 
-def _text(column: Metric, row: Row, unknown: str) -> str:
+def _text(column: Metric, row: _Row, unknown: str) -> str:
     value, interval = row.get(column.key, ""), row.get(f"{column.key}_interval")
     if value is None or value == "":
         return unknown if value is None else ""
