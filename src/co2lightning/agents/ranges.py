@@ -92,7 +92,7 @@ def check_types(stored: Mapping[Any, Any], kinds: Mapping[str, Kind], origin: st
         if key not in kinds:
             raise UserError(f"{origin}: {show(key)} is not a setting")
         wanted, allowed = kinds[key]
-        if not _is(value, wanted):
+        if not _fits(value, wanted):
             # Nothing deeper is shown: a list may hold itself.
             shown = f" {show(value)}" if isinstance(value, str | int | float) else ""
             raise UserError(f"{origin}: {key}{shown}: must be {in_words(wanted)}")
@@ -101,11 +101,11 @@ def check_types(stored: Mapping[Any, Any], kinds: Mapping[str, Kind], origin: st
     return checked
 
 
-def _is(value: object, wanted: Any) -> bool:
+def _fits(value: object, wanted: Any) -> bool:
     """Say whether a value is of a type that the settings of a run have."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return any(_is(value, one) for one in inner)
+        return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin is tuple:

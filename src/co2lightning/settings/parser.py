@@ -82,7 +82,7 @@ class _Help(DefaultHelpFormatter):
 
 
 @functools.cache
-def build_parser(agent: str) -> ArgumentParser:
+def _build_parser(agent: str) -> ArgumentParser:
     """Return the parser of `fit` for one agent."""
     from lightning.pytorch import Trainer
 
@@ -142,11 +142,11 @@ def print_help(agent: str, recipe: str | None) -> None:
     """Print the help of `fit`; its defaults are those of a recipe, if one is named."""
     if recipe:
         agent, settings = read_recipe(recipe)
-        parser = build_parser.__wrapped__(agent)  # for this help alone
+        parser = _build_parser.__wrapped__(agent)  # for this help alone
         parser.set_defaults(check_settings(settings, agent, recipe))
         parser.description = f"{parser.description} They are those of {recipe}."
     else:
-        parser = build_parser(agent)
+        parser = _build_parser(agent)
     parser.print_help()
 
 
@@ -182,7 +182,7 @@ def parse_flags(arguments: list[str], agent: str) -> Settings:
         if flag.removeprefix("--") in GROUPS and flag.startswith("--"):
             inner = next(key for key in _kinds(agent) if key.startswith(f"{flag[2:]}."))
             raise UserError(f"{flag} is a group of flags, such as --{inner}")
-    parser = build_parser(agent)
+    parser = _build_parser(agent)
     try:
         return _checked(lambda: parser.parse_args(arguments, defaults=False), agent, "--")
     except OverflowError:  # of a whole number where one with a fraction may stand
@@ -196,7 +196,7 @@ def check_settings(settings: Settings, agent: str, origin: str) -> Settings:
     for key in unknown_settings(settings, agent):
         hint = closest(key, _kinds(agent))
         raise UserError(f"{origin}: {key} is not a setting of {agent}{hint}")
-    parser = build_parser(agent)
+    parser = _build_parser(agent)
     try:
         return _checked(
             lambda: parser.parse_object(nest(settings), defaults=False), agent, f"{origin}: "
@@ -229,7 +229,7 @@ def _kinds(agent: str) -> dict[str, Kind]:
     """Return the type and the range of every setting of `fit`."""
     own = kinds_of(agent_class(agent).settings_class)
     ranges = _RANGES | {f"model.{key}": allowed for key, (_, allowed) in own.items()}
-    return {key: (wanted, ranges.get(key)) for key, wanted in _types(build_parser(agent)).items()}
+    return {key: (wanted, ranges.get(key)) for key, wanted in _types(_build_parser(agent)).items()}
 
 
 def _types(parser: ArgumentParser) -> dict[str, Any]:
@@ -268,12 +268,12 @@ def complete(settings: Settings, agent: str) -> Settings:
 
 @functools.cache
 def _defaults(agent: str) -> Settings:
-    return flatten(build_parser(agent).get_defaults().as_dict(), "")
+    return flatten(_build_parser(agent).get_defaults().as_dict(), "")
 
 
 def instantiate_trainer_settings(settings: Settings, agent: str) -> dict[str, Any]:
     """Return the Trainer's keyword arguments, classes among them instantiated."""
-    parser = build_parser(agent)
+    parser = _build_parser(agent)
     namespace = parser.parse_object(nest(settings))
     try:
         return dict(vars(parser.instantiate(namespace).trainer))
