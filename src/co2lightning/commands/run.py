@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from co2lightning.errors import UserError
 from co2lightning.places import local
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.site import trained_days
-from co2lightning.site.load import load_site, named_in
-from co2lightning.site.model import Site
 from co2lightning.terminal import say
 
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
+    from co2lightning.site.model import Site
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +98,7 @@ def open_run(arguments: argparse.Namespace) -> Trained:
         UserError: There is no such run, the file is no episode, the site cannot be read.
     """
     from co2lightning.agents.load import load_agent
+    from co2lightning.site.load import load_site, named_in
 
     run = TrainingCheckpoint(Path(arguments.directory) / arguments.name)
     checkpoint, path = _read(run, arguments)
@@ -123,6 +122,8 @@ def open_run(arguments: argparse.Namespace) -> Trained:
 
 def unseen(facts: dict[str, Any], site: Site) -> Site:
     """Return a site whose held-out days a run was not trained on; say what is left out."""
+    from co2lightning.site import trained_days  # `history` starts without it
+
     left, remark = trained_days.unseen(facts, site)
     if remark:
         say(remark, err=True)

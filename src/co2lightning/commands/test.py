@@ -92,9 +92,7 @@ def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
     )
 
 
-def _write_scalars(
-    logs: Path, evaluation: Evaluation, episode: int, run: TrainingCheckpoint
-) -> None:
+def _write_scalars(logs: Path, found: Evaluation, episode: int, run: TrainingCheckpoint) -> None:
     """Write `test/*` of an episode for TensorBoard, and the rules' and the optimum's lines.
 
     In a directory of its own below the run's: there TensorBoard reads the newest file and never
@@ -103,7 +101,7 @@ def _write_scalars(
     """
     from co2lightning.train.board import replace_scalars, write_references
 
-    summaries = {name: summary._asdict() for name, summary in summarise(evaluation).items()}
+    summaries = {name: summary._asdict() for name, summary in summarise(found).items()}
     own = {f"test/{name}": value for name, value in summaries.pop("agent").items()}
     replace_scalars(logs / run.name / "test", own, [episode], f"{episode:04d}")
-    write_references(logs, evaluation.site, summaries, run.get_next_episode() - 1)
+    write_references(logs, found.site, summaries, run.get_next_episode() - 1)
