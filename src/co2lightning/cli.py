@@ -3,8 +3,6 @@
 Imports are lazy: `--help` and `history` need neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gc

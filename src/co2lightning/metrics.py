@@ -3,8 +3,6 @@
 A new figure is one line here and the place that works it out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: n steps of a rollout, B environments.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

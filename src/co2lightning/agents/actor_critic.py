@@ -3,8 +3,6 @@
 Shapes: n steps of a rollout, B environments, O features, A actions.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: N transitions of a rollout, M of a minibatch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a setting may be: its range beside its default, its type in words, and the check of both."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

@@ -3,8 +3,6 @@
 Shapes: C transitions of capacity, M of a minibatch, O features, A actions.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

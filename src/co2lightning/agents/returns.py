@@ -4,8 +4,6 @@ Shapes: n steps, B environments. A step that terminates has no future; one that 
 truncated bootstraps from the value of the state it stopped in.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

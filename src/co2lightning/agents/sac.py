@@ -3,8 +3,6 @@
 Shapes: M transitions of a minibatch, O features, A actions.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """`co2lightning fit-all`: every agent in a process of its own, then the tables."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

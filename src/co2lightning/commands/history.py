@@ -3,8 +3,6 @@
 Needs neither torch nor Lightning: what the tables show stands in history.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Shapes: T = 96 steps, O features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 from zoneinfo import ZoneInfo

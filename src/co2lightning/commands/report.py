@@ -1,7 +1,5 @@
 """The command `co2lightning report`: what it takes, what it refuses, what it writes."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import time

@@ -7,8 +7,6 @@ and the usual intensity by time of day, which serve as forecasts.
 Shapes: T = 96 steps a day, D days of the site, B days at once, O = 29 features.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

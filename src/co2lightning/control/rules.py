@@ -4,8 +4,6 @@ Shapes: B days at once, A = 2 actions. Every rule maps (model, state) to an acti
 no more than a controller does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What the shield makes of wishes: powers that serve what must be served and break no limit."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ Shapes: T = 96 steps a day, D days of the site, P = T * D + 1 places in the tabl
 S sockets, K prices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

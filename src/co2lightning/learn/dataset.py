@@ -3,8 +3,6 @@
 Shapes: n steps of a segment, B environments, O features, A actions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: none of its own; gradients have the shapes of the parameters.
 """
 
-from __future__ import annotations
-
 # pyright: reportPrivateImportUsage=false
 # torch's foreach functions bear underscores, and are in its documentation.
 import math

@@ -1,7 +1,5 @@
 """Functions as compiled graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any

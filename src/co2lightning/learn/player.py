@@ -3,8 +3,6 @@
 Shapes: n steps, B environments, O features, K more that only critics see, A actions.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Protocol

@@ -8,8 +8,6 @@ update asks autograd for the gradients alone.
 Every function that sends waits for all ranks, which therefore must all call it.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The seed of every draw: (seed, episode, rank)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

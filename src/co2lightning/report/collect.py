@@ -3,8 +3,6 @@
 Shapes: D held-out days, T = 96 steps a day, H = 24 hours, K classes of SoC.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: D held-out days.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

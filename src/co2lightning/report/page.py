@@ -4,8 +4,6 @@ Whatever comes from a file is escaped where it enters the page, and the page's o
 other script run than report.js, nor anything be fetched.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Needs no torch: `history` starts without it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple

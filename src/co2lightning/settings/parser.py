@@ -6,8 +6,6 @@ from the signatures of Lightning's Trainer, the agent and the environment, types
 and writes the help.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import typing

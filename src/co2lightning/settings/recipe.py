@@ -1,7 +1,5 @@
 """A recipe: settings in groups, in a file; here under dotted keys, as `model.learning_rate`."""
 
-from __future__ import annotations
-
 import os
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a user did wrong, in one line that says what would be right."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -6,8 +6,6 @@ environment is its B = 1 case. One episode is one day, 00:00-24:00 local, 96 ste
 Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O features.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

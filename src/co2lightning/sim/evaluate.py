@@ -9,8 +9,6 @@ day, so the optimum may lie above a policy by rounding only: `tolerance_kg` says
 Shapes: D held-out days.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Shapes: B environments, O features, A actions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import gymnasium as gym

@@ -3,8 +3,6 @@
 The single environment is the B = 1 case of the vector one.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ than its actor: Pinto et al. 2017 (arXiv:1710.06542).
 Shapes: T = 96 steps a day, D days of the site, K = 11 features.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -3,8 +3,6 @@
 Shapes: B copies at once, A actions, O features, K more that only critics see, n steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 

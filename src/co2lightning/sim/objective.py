@@ -15,8 +15,6 @@ whatever the hour.
 Shapes: T = 96 steps a day, D days of the site, B days at once.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

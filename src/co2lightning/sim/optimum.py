@@ -12,8 +12,6 @@ stored energy [T] at the end of each step in kWh, energy missing at midnight [1]
 each vehicle in each step of its window [K] in kW.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog

@@ -9,8 +9,6 @@ Shapes: B days at once, S sockets, A = 2 actions.
 Signs: grid import and battery charging are positive. Units are in the names.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Read `site.yaml`: place, battery, sockets, and which days are kept for testing."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

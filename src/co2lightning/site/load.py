@@ -5,8 +5,6 @@ docs/site-format.md. Folders come from strangers: nothing in them is run, sizes 
 whatever is wrong becomes one line that names file, row, column or key and what would be right.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -3,8 +3,6 @@
 Shapes: T = 96 steps a day, D days.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Read YAML that holds plain data and means what it says: recipes, `site.yaml`."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import Any
 

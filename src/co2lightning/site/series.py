@@ -4,8 +4,6 @@ Shapes: D days, T = 96 steps of 15 min a day. Steps and days are local; a time i
 beginning of its step. Inside, times are whole seconds since 1970 UTC.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta

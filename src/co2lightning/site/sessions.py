@@ -4,8 +4,6 @@ Shapes: N rows of the file, then one each for the pieces of them that lie on day
 those of the day, 0 to 96; times are whole seconds since 1970 UTC.
 """
 
-from __future__ import annotations
-
 import heapq
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Read a CSV file strictly: its columns, and every mistake in it told at once."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

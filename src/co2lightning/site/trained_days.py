@@ -5,8 +5,6 @@ such as "2025-01-01/2025-01-05"; null where an earlier version trained and did n
 A day that `held_out` names only since then is not held out for this run.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,8 +7,6 @@ again gives the same files. It needs pvlib (the extra `site`); reading a site do
 Shapes: D days, T = 96 steps of 15 min a day. Hours are local and taken at the middle of a step.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import sys

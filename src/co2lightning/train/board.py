@@ -3,8 +3,6 @@
 Shapes: T = 96 steps; a schedule's fields are [1, T].
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -5,8 +5,6 @@ and takes a step that comes after a later one for a restart. So files of earlier
 names that keep their order, and what they lack of the run's history gets files in its place.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -4,8 +4,6 @@ Everything that can be refused is refused before anything on disk changes (`plan
 process holds the run's lock from its first change to its last.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -8,8 +8,6 @@
 Each of these steps refuses what cannot be, and none changes anything on disk.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the terminal shows while training runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The order at an episode's end is the agent's metrics (written and flushed to Ten
 the checkpoint: a file on disk never knows of an episode its curves do not show.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version

@@ -11,8 +11,6 @@ Nothing is raised inside a save: the handler only sets a flag. Ranks tell each o
 signal to one of them ends all at the same segment.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from functools import partial

@@ -1,7 +1,5 @@
 """The Lightning Trainer that episodes run under, made from the user's `--trainer` flags."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
