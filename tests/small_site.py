@@ -15,7 +15,6 @@ from torch import Tensor
 from co2lightning.control.state import State, begin_day
 from co2lightning.sim.objective import Booked, book, priced_model, settle
 from co2lightning.sim.physics import Flows, step
-from co2lightning.sim.schedule import Trace
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
 
@@ -139,7 +138,8 @@ class Played(NamedTuple):
 
     def each(self, name: str) -> list[Tensor]:
         """Return one of the figures of all steps, each [B]."""
-        return Trace(self.flows, self.booked).each(name)
+        steps = self.booked if name in Booked._fields else self.flows
+        return [getattr(step, name) for step in steps]
 
     def figures(self, name: str) -> np.ndarray:
         """Return a figure of all steps of a single day."""

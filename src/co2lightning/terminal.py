@@ -79,18 +79,18 @@ def acknowledge(line: str) -> None:
         os.write(descriptor, f"{begin}{line}\n".encode("ascii"))
 
 
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 """What ends a program; Windows has no SIGHUP."""
 
 
 def take_signals(action: Any) -> dict[int, Any]:
-    """Let `action` be what happens at `SIGNALS`; return what happened before.
+    """Let `action` be what happens at SIGINT, SIGTERM, SIGHUP; return what happened before.
 
     One that we were started to ignore, as by nohup or by & in a script, stays ignored.
     """
     return {
         signum: signal.signal(signum, action)
-        for signum in SIGNALS
+        for signum in _SIGNALS
         if signal.getsignal(signum) is not signal.SIG_IGN
     }
 

@@ -20,7 +20,7 @@ from co2lightning.errors import UserError
 from co2lightning.learn.dataset import Rollout, RolloutDataset
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import check_settings, complete, parse_flags
-from co2lightning.settings.recipe import Settings, find_recipe, read_recipe
+from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.train.curves import Curves
 from conftest import TINY, Outcome, tree
 from small_site import write_site
@@ -33,7 +33,7 @@ def shipped() -> list[str]:
     names: list[str] = []
     for name in AGENTS:
         try:
-            find_recipe(f"{name.lower()}.yaml")
+            read_recipe(f"{name.lower()}.yaml")
         except UserError:
             continue
         names.append(name)

@@ -20,7 +20,7 @@ from co2lightning.agents import AGENTS
 from co2lightning.cli import main
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.settings.recipe import find_recipe
+from co2lightning.settings.recipe import read_recipe
 from co2lightning.train.curves import Curves
 from conftest import Outcome, pruned
 
@@ -33,7 +33,7 @@ def shipped() -> list[str]:
     names: list[str] = []
     for name in AGENTS:
         try:
-            find_recipe(f"{name.lower()}.yaml")
+            read_recipe(f"{name.lower()}.yaml")
         except UserError:
             continue
         names.append(name)

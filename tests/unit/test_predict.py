@@ -12,7 +12,6 @@ from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
-from co2lightning.commands.predict import COLUMNS
 from co2lightning.control.observation import FEATURES
 from co2lightning.sim.evaluate import evaluate
 from co2lightning.sim.objective import priced_model
@@ -20,6 +19,8 @@ from co2lightning.site.load import load_site
 from co2lightning.site.model import STEP_H
 
 Run = pytest.CaptureFixture[str]
+
+COLUMNS = ["time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg"]
 
 
 def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -35,7 +36,7 @@ def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> N
     assert main(["predict", "PPO"]) == 0
     printed = capsys.readouterr()
     header, times, values = rows_of(printed.out)
-    assert header == list(COLUMNS)
+    assert header == COLUMNS
     begin = datetime.fromisoformat("2025-03-02T00:00:00+00:00")
     assert times == [(begin + timedelta(minutes=15 * step)).isoformat() for step in range(96)]
     ev_kw, battery_kw, grid_kw, soc, co2_kg = values.T
@@ -65,7 +66,7 @@ def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
     assert printed.out == ""
     assert printed.err.startswith("2025-03-03 is a training day of village")
     header, times, _ = rows_of(output.read_text())
-    assert header == list(COLUMNS)
+    assert header == COLUMNS
     assert times[0] == "2025-03-03T00:00:00+00:00"
     header, _, values = rows_of(seen.read_text())
     assert header == ["time", *(feature.name for feature in FEATURES)]

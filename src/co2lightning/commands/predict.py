@@ -26,7 +26,7 @@ from co2lightning.site import trained_days
 from co2lightning.site.model import STEP_H, Floats, Site, T
 from co2lightning.terminal import say
 
-COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
+_COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     planned, seen = day_schedule(agent, site, day)
     grid_kw = planned.grid_import_kw - planned.curtailed_kwh / STEP_H
     columns = [planned.ev_kw, planned.battery_kw, grid_kw, planned.soc, planned.co2_kg]
-    text = _csv(site, day, COLUMNS[1:], np.concatenate(columns).T)
+    text = _csv(site, day, _COLUMNS[1:], np.concatenate(columns).T)
     if output is None:
         say(*text.splitlines())
     else:

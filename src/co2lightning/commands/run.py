@@ -80,7 +80,7 @@ def run_parser(command: str, description: str, example: str) -> Parser:
     return parser
 
 
-class Trained(NamedTuple):
+class _Trained(NamedTuple):
     """An episode of a run, ready to act on its site."""
 
     agent: Agent
@@ -91,7 +91,7 @@ class Trained(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of the run
 
 
-def open_run(arguments: argparse.Namespace) -> Trained:
+def open_run(arguments: argparse.Namespace) -> _Trained:
     """Load the episode and the site that a command was asked for by what a `run_parser` takes.
 
     Raises:
@@ -117,7 +117,7 @@ def open_run(arguments: argparse.Namespace) -> Trained:
             f"have sha256 {site.sha256[:12]}",
             err=True,
         )
-    return Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
+    return _Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
 
 
 def unseen(facts: dict[str, Any], site: Site) -> Site:

@@ -18,7 +18,7 @@ from co2lightning.control.state import SiteModel, State
 from co2lightning.site.model import STEP_H, Site, T
 
 
-class Feature(NamedTuple):
+class _Feature(NamedTuple):
     name: str
     meaning: str
     unit: str
@@ -32,40 +32,40 @@ ENERGY_SCALE_H = 2.0
 
 # Known from the clock, the meter's history and the training days; a table row per (day, step).
 _EXOGENOUS = (
-    Feature("hour_sin", "sine of the time of day", "-", -1, 1),
-    Feature("hour_cos", "cosine of the time of day", "-", -1, 1),
-    Feature("half_day_sin", "sine of twice the time of day", "-", -1, 1),
-    Feature("half_day_cos", "cosine of twice the time of day", "-", -1, 1),
-    Feature("pv", "PV power now", _P, 0, 4),
-    Feature("load", "building load now", _P, 0, 4),
-    Feature("carbon", "intensity now / usual mean - 1", "-", -2, 4),
-    Feature("carbon_next_hour", "usual intensity of the next hour, against now", "-", -4, 4),
-    Feature("carbon_next_3_h", "usual intensity of the next 3 hours, against now", "-", -4, 4),
-    Feature("carbon_next_6_h", "usual intensity of the next 6 hours, against now", "-", -4, 4),
-    Feature("carbon_peak_ahead", "highest usual intensity left today, against now", "-", -4, 4),
-    Feature("pv_recent", "PV of the last hour / usual PV of it, 1 at night", "-", 0, 4),
-    Feature("pv_outlook", "PV expected for the rest of the day / usual PV of it", "-", 0, 4),
-    Feature("surplus_ahead", "PV above load expected until midnight", _E, 0, 20),
-    Feature("deficit_ahead", "load above PV expected until midnight", _E, 0, 20),
+    _Feature("hour_sin", "sine of the time of day", "-", -1, 1),
+    _Feature("hour_cos", "cosine of the time of day", "-", -1, 1),
+    _Feature("half_day_sin", "sine of twice the time of day", "-", -1, 1),
+    _Feature("half_day_cos", "cosine of twice the time of day", "-", -1, 1),
+    _Feature("pv", "PV power now", _P, 0, 4),
+    _Feature("load", "building load now", _P, 0, 4),
+    _Feature("carbon", "intensity now / usual mean - 1", "-", -2, 4),
+    _Feature("carbon_next_hour", "usual intensity of the next hour, against now", "-", -4, 4),
+    _Feature("carbon_next_3_h", "usual intensity of the next 3 hours, against now", "-", -4, 4),
+    _Feature("carbon_next_6_h", "usual intensity of the next 6 hours, against now", "-", -4, 4),
+    _Feature("carbon_peak_ahead", "highest usual intensity left today, against now", "-", -4, 4),
+    _Feature("pv_recent", "PV of the last hour / usual PV of it, 1 at night", "-", 0, 4),
+    _Feature("pv_outlook", "PV expected for the rest of the day / usual PV of it", "-", 0, 4),
+    _Feature("surplus_ahead", "PV above load expected until midnight", _E, 0, 20),
+    _Feature("deficit_ahead", "load above PV expected until midnight", _E, 0, 20),
 )
 # The state of the site.
 _ENDOGENOUS = (
-    Feature("soc", "battery state of charge", "0-1", 0, 1),
-    Feature("soc_gain", "state of charge above the day's start", "0-1", -1, 1),
-    Feature("charge_limit", "power the battery can take", _P, 0, 1),
-    Feature("discharge_limit", "power the battery can give", _P, 0, 1),
-    Feature("must", "EV power the shield demands", _P, 0, 1),
-    Feature("could", "EV power the vehicles can take", _P, 0, 1),
-    Feature("surplus", "PV - load - must", _P, -8, 4),
-    Feature("owed", "energy owed to the vehicles present", _E, 0, 20),
-    Feature("owed_2_h", "part of it that cannot wait 2 hours", _E, 0, 20),
-    Feature("owed_5_h", "part of it that cannot wait 5 hours", _E, 0, 20),
-    Feature("spare_surplus", "surplus_ahead - owed - room in the battery", _E, -40, 20),
-    Feature("spare_store", "energy in the battery - deficit_ahead - owed", _E, -40, 20),
-    Feature("rule_ev", "EV action of solar-following", "action", -1, 1),
-    Feature("rule_battery", "battery action of greedy after it", "action", -1, 1),
+    _Feature("soc", "battery state of charge", "0-1", 0, 1),
+    _Feature("soc_gain", "state of charge above the day's start", "0-1", -1, 1),
+    _Feature("charge_limit", "power the battery can take", _P, 0, 1),
+    _Feature("discharge_limit", "power the battery can give", _P, 0, 1),
+    _Feature("must", "EV power the shield demands", _P, 0, 1),
+    _Feature("could", "EV power the vehicles can take", _P, 0, 1),
+    _Feature("surplus", "PV - load - must", _P, -8, 4),
+    _Feature("owed", "energy owed to the vehicles present", _E, 0, 20),
+    _Feature("owed_2_h", "part of it that cannot wait 2 hours", _E, 0, 20),
+    _Feature("owed_5_h", "part of it that cannot wait 5 hours", _E, 0, 20),
+    _Feature("spare_surplus", "surplus_ahead - owed - room in the battery", _E, -40, 20),
+    _Feature("spare_store", "energy in the battery - deficit_ahead - owed", _E, -40, 20),
+    _Feature("rule_ev", "EV action of solar-following", "action", -1, 1),
+    _Feature("rule_battery", "battery action of greedy after it", "action", -1, 1),
 )
-FEATURES: tuple[Feature, ...] = _EXOGENOUS + _ENDOGENOUS
+FEATURES: tuple[_Feature, ...] = _EXOGENOUS + _ENDOGENOUS
 RULE_FEATURES = (len(FEATURES) - 2, len(FEATURES) - 1)
 """Where RBC B's own action [2] stands in an observation."""
 

@@ -25,7 +25,7 @@ def worth_compiling(updates: int) -> bool:
     return updates * _SAVED_SECONDS >= 2.0 * _WARM_UP_SECONDS
 
 
-class Learner(Protocol):
+class _Learner(Protocol):
     """What is needed of an agent."""
 
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]: ...
@@ -56,7 +56,7 @@ class Descent:
 
     def __init__(
         self,
-        agent: Learner,
+        agent: _Learner,
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None,

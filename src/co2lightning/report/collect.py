@@ -31,7 +31,7 @@ HOURS = 24
 SOC_CLASSES = 20
 
 
-class Heat(NamedTuple):
+class _Heat(NamedTuple):
     """What an agent does other than RBC B in the very same state; every field is [H, K].
 
     Means over the steps that the agent itself came to, by the hour and the SoC at their beginning.
@@ -64,7 +64,7 @@ class RunResult:
     sha256: str
     trained_on: tuple[str, str]
     evaluation: Evaluation
-    heat: Heat
+    heat: _Heat
 
     @property
     def name(self) -> str:
@@ -214,7 +214,7 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
     )
 
 
-def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> Heat:
+def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> _Heat:
     """Return what a policy does on held-out days other than RBC B in the same states."""
     seen: list[Tensor] = []  # of each step [3, B]: SoC and what the rule would do
 
@@ -237,7 +237,7 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
 
     steps = total(np.ones_like(own.soc))
     visited = np.where(steps > 0, steps, np.nan)
-    return Heat(
+    return _Heat(
         battery_kw=total(own.battery_kw - rule_battery_kw) / visited,
         ev_kw=total(own.ev_kw - rule_ev_kw) / visited,
         steps=steps,

@@ -25,7 +25,7 @@ STATUSES = ("running", "completed", "interrupted", "failed", "killed")
 _BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
 
 Row = dict[str, Any]
-Metrics = dict[str, float | None]
+_Metrics = dict[str, float | None]
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ class Episode:
     """One row of `checkpoints` and, unless history was lost after pruning, one of `metrics`."""
 
     session: Session
-    metrics: Metrics | None
+    metrics: _Metrics | None
     file: Row
     text: tuple[str, str] = "", ""  # both rows encoded: a long run encodes each once
 
@@ -251,7 +251,7 @@ def rebuild(
     return ledger
 
 
-def score(metrics: Metrics | None) -> tuple[int, float]:
+def score(metrics: _Metrics | None) -> tuple[int, float]:
     """Rank an episode, lower is better; the reward decides only where the share is unknown."""
     share, reward = ((metrics or {}).get(key) for key in (_BEST_METRIC, "reward"))
     if share is not None:
@@ -269,7 +269,7 @@ def parse_history(data: Row) -> Ledger:
         raise ValueError("unknown schema_version")
     ledger = Ledger(_parse_text(data, "agent"))
     ledger.replay_pruned_to = parse_count(data, "replay_pruned_to", 0, most=MAX_EPISODES)
-    metrics: dict[int, tuple[Session, Metrics]] = {}
+    metrics: dict[int, tuple[Session, _Metrics]] = {}
     counts: list[tuple[int, int]] = []
     for row in _rows(data, "trainings"):
         session = _parse_session(row, _parse_text(row, "status"))
@@ -350,7 +350,7 @@ def _parse_session(row: Row, status: str) -> Session:
     return Session(timestamp, start, device, duration, status)
 
 
-def _parse_metrics(row: Row) -> Metrics:
+def _parse_metrics(row: Row) -> _Metrics:
     for name, value in row.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and abs(value) < 1e300):

@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 
 from co2lightning.runs.files import now, write_atomic
-from co2lightning.runs.ledger import Episode, Ledger, Metrics, Row, Session, score
+from co2lightning.runs.ledger import Episode, Ledger, Row, Session, score
 from co2lightning.runs.pieces import prune_pieces, save_piece
 from co2lightning.runs.reading import Layout, file_row, metadata_of, plain, read_ledger, stored_run
 from co2lightning.runs.seal import seal_checkpoint, seal_json
@@ -82,7 +82,7 @@ class Writer:
         if episode != ledger.last + 1:
             raise ValueError(f"episode {episode}, but {ledger.last + 1} is next")
         duration = round(time.monotonic() - self._started, 3)
-        values: Metrics = {"episode": episode}
+        values: dict[str, float | None] = {"episode": episode}
         for key, value in metrics.items():
             if key != "episode":
                 values[key] = float(value) if math.isfinite(value) else None

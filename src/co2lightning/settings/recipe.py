@@ -24,7 +24,7 @@ def read_recipe(name: str) -> tuple[str, Settings]:
     Returns:
         The agent's name and the settings, flat and unchecked.
     """
-    path = find_recipe(name)
+    path = _find_recipe(name)
     try:
         content = parse_yaml(path.read_bytes(), name, "ppo.yaml")
     except OSError as error:
@@ -40,7 +40,7 @@ def read_recipe(name: str) -> tuple[str, Settings]:
     return check_agent(agent, f"{name}: agent"), flatten(content, f"{name}: ")
 
 
-def find_recipe(name: str) -> Path:
+def _find_recipe(name: str) -> Path:
     """Return the path of a recipe."""
     packaged = Path(str(resources.files("co2lightning"))) / "configs"
     if not packaged.is_dir():  # an editable install

@@ -28,7 +28,7 @@ def evaluation_soc(site: Site) -> Tensor:
 
 
 @torch.inference_mode()
-def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Trace:
+def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> _Trace:
     """Run a rule, or any policy in its form, through whole days.
 
     Args:
@@ -36,7 +36,7 @@ def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Tr
         day: [B] indices of the days to run, each once.
         soc_start: [B] state of charge where they begin.
     """
-    trace = Trace([], [])
+    trace = _Trace([], [])
     following = begin_day(model, day.to(model.device), soc_start.to(model.device))
     for ahead in reversed(range(T)):
         state = following
@@ -47,7 +47,7 @@ def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> Tr
     return trace
 
 
-class Trace(NamedTuple):
+class _Trace(NamedTuple):
     """Days as they went, in each of the T steps."""
 
     flows: list[Flows]

@@ -29,7 +29,7 @@ _File = tuple[str, bytes]
 """A file's name, and its content as it lies there."""
 
 
-def shipped_sites() -> list[str]:
+def _shipped_sites() -> list[str]:
     """List the names of the sites that come with the package."""
     return sorted(p.parent.name for p in _SHIPPED.glob("*/site.yaml"))
 
@@ -101,7 +101,7 @@ def _read_site(
 
 def _locate(site: str | Path) -> tuple[Path, list[str]]:
     """Return the folder, and a remark where the name could have meant another."""
-    text, shipped = str(site), shipped_sites()
+    text, shipped = str(site), _shipped_sites()
     if isinstance(site, str) and site in shipped:
         other = f"site {site}: read the shipped site; write ./{site} for the folder here"
         return _SHIPPED / site, [other] if Path(site).is_dir() else []

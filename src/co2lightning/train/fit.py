@@ -46,7 +46,7 @@ _VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
 
 
 @dataclass(frozen=True)
-class FitResult:
+class _FitResult:
     """What a session left behind."""
 
     agent: str
@@ -97,7 +97,7 @@ def run_fit(
     config: str | None = None,
     signals: Signals | None = None,
     echo: Callable[[str], None] = tell,
-) -> FitResult:
+) -> _FitResult:
     """Train, from a new start or a checkpoint.
 
     Args:
@@ -136,7 +136,7 @@ def run_fit(
     if session["print_config"]:
         for line in as_recipe(built.settings, agent, complete({}, agent)).splitlines():
             echo(line)
-        return FitResult(agent, name, planned.done + 1, planned.done, None, {})
+        return _FitResult(agent, name, planned.done + 1, planned.done, None, {})
     if signals:
         signals.install(speaks=rank.number == 0)
     signals = signals or Signals()
@@ -237,7 +237,7 @@ def _train(
     trainer: pl.Trainer,
     signals: Signals,
     echo: Callable[[str], None],
-) -> FitResult:
+) -> _FitResult:
     """Carry a plan out."""
     start, target, done = built.plan.start, built.plan.target, built.plan.done
     learner, settings = built.learner, built.settings
@@ -248,7 +248,7 @@ def _train(
             echo(f"{agent} was ended at episode {done} by {by}; --episodes N trains on")
         else:
             echo(f"{agent} stands at episode {done}; {_count(target)} in total are done")
-        return FitResult(agent, run.name, done + 1, done, start.path, {})
+        return _FitResult(agent, run.name, done + 1, done, start.path, {})
     if built.rank.number == 0:
         _prepare_run(run, built, echo)
     site_days = built.environment if isinstance(built.environment, SiteDays) else None
@@ -303,7 +303,7 @@ def _train(
     if trainer.should_stop:
         echo(f"Ended at episode {last} of {target} by {_who(who_stopped(trainer))}")
     echo(f"{_count(last)} in {run.directory}; {curves}")
-    return FitResult(agent, run.name, done + 1, last, run.path(last), dict(learner.metrics))
+    return _FitResult(agent, run.name, done + 1, last, run.path(last), dict(learner.metrics))
 
 
 def _say_what_failed(
