@@ -7,31 +7,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from co2lightning.agents.actor_critic import ActorCritic, ActorCriticSettings, weighted_mean
+from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
 from co2lightning.agents.networks import gaussian_entropy
 from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, setting
 from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.interface import Environment
 
 
-@dataclass(kw_only=True)
-class A2CSettings(ActorCriticSettings):
-    """What can be set of A2C.
-
-    Args:
-        gae_lambda: 1 is the n-step return of the paper, 0 trusts the value function.
-    """
-
-    n_steps: int = setting(8, COUNT_OR_NONE)
-    learning_rate: float = setting(7e-4, POSITIVE)
-    gae_lambda: float = setting(1.0, SHARE)
-    normalize_advantage: bool = False
-
-
 class A2C(ActorCritic):
     """A2C: one gradient step for every n_steps of the episode."""
 
-    settings_class = A2CSettings
+    @dataclass(kw_only=True)
+    class Settings(ActorCritic.Settings):
+        """What can be set of A2C.
+
+        Args:
+            gae_lambda: 1 is the n-step return of the paper, 0 trusts the value function.
+        """
+
+        n_steps: int = setting(8, COUNT_OR_NONE)
+        learning_rate: float = setting(7e-4, POSITIVE)
+        gae_lambda: float = setting(1.0, SHARE)
+        normalize_advantage: bool = False
 
     def loss(self, rollout: Rollout, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a rollout and its parts: section 4 of the paper."""

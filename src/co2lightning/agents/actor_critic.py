@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from co2lightning.agents.agent import Agent, AgentSettings
+from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP, gaussian_log_prob
 from co2lightning.agents.ranges import (
     COUNT_OR_NONE,
     POSITIVE,
     SHARE,
-    WEIGHT,
     Range,
     setting,
 )
@@ -22,33 +21,32 @@ from co2lightning.agents.returns import gae
 from co2lightning.learn.dataset import Rollout
 
 
-@dataclass(kw_only=True)
-class ActorCriticSettings(AgentSettings):
-    """What can be set of an on-policy agent.
-
-    Args:
-        n_steps: Steps of the episode between two updates; 0 is the whole episode.
-        gae_lambda: 0 trusts the value function, 1 the rollout.
-        normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
-        ent_coef: Weight of the entropy bonus.
-        vf_coef: Weight of the value loss.
-        max_grad_norm: The gradient's norm is clipped to this.
-        log_std_init: Logarithm of the first standard deviation of an action.
-    """
-
-    n_steps: int = setting(0, COUNT_OR_NONE)
-    gae_lambda: float = setting(0.95, SHARE)
-    normalize_advantage: bool = True
-    ent_coef: float = setting(0.0, WEIGHT)
-    vf_coef: float = setting(0.5, WEIGHT)
-    max_grad_norm: float = setting(0.5, POSITIVE)
-    log_std_init: float = setting(0.0, Range(-20, 2))
-
-
 class ActorCritic(Agent):
     """A Gaussian policy with a learned standard deviation, and a value function beside it."""
 
-    settings: ActorCriticSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+    @dataclass(kw_only=True)
+    class Settings(Agent.Settings):
+        """What can be set of an on-policy agent.
+
+        Args:
+            n_steps: Steps of the episode between two updates; 0 is the whole episode.
+            gae_lambda: 0 trusts the value function, 1 the rollout.
+            normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
+            ent_coef: Weight of the entropy bonus.
+            vf_coef: Weight of the value loss.
+            max_grad_norm: The gradient's norm is clipped to this.
+            log_std_init: Logarithm of the first standard deviation of an action.
+        """
+
+        n_steps: int = setting(0, COUNT_OR_NONE)
+        gae_lambda: float = setting(0.95, SHARE)
+        normalize_advantage: bool = True
+        ent_coef: float = setting(0.0, Range(0))
+        vf_coef: float = setting(0.5, Range(0))
+        max_grad_norm: float = setting(0.5, POSITIVE)
+        log_std_init: float = setting(0.0, Range(-20, 2))
+
+    settings: Settings  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self) -> None:
         shape = self.shape_of_networks()

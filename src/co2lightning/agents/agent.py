@@ -34,33 +34,6 @@ from co2lightning.sim.interface import Environment
 _MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
 
 
-@dataclass(kw_only=True)
-class AgentSettings:
-    """What can be set of every agent.
-
-    Args:
-        action: direct, or correction: what is added to the action of the rule RBC B.
-        learning_rate: Of Adam, at episode 1.
-        anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
-        anneal_to: Share of the learning rate that is left after them.
-        gamma: Discount per step.
-        hidden: Width of each hidden layer, of actor and critic alike.
-        activation: tanh, relu or silu.
-        reward_scale: Factor on rewards before they reach a critic.
-        compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
-    """
-
-    action: Literal["direct", "correction"] = "direct"
-    learning_rate: float = setting(3e-4, POSITIVE)
-    anneal_episodes: int = setting(0, COUNT_OR_NONE)
-    anneal_to: float = setting(0.1, SHARE)
-    gamma: float = setting(0.99, SHARE)
-    hidden: tuple[int, ...] = setting((64, 64), WIDTH)
-    activation: str = setting("tanh", ACTIVATIONS)
-    reward_scale: float = setting(1.0, POSITIVE)
-    compile: bool | Literal["auto"] = "auto"
-
-
 class Agent(pl.LightningModule):
     """An agent that learns episode by episode under Lightning's Trainer.
 
@@ -73,11 +46,36 @@ class Agent(pl.LightningModule):
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
         hindsight_dim: K, what only critics observe; set by the environment.
-        settings: Those of `settings_class`.
+        settings: Those of `Settings`.
     """
 
-    settings_class: type[AgentSettings]
-    settings: AgentSettings
+    @dataclass(kw_only=True)
+    class Settings:
+        """What can be set of every agent.
+
+        Args:
+            action: direct, or correction: what is added to the action of the rule RBC B.
+            learning_rate: Of Adam, at episode 1.
+            anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
+            anneal_to: Share of the learning rate that is left after them.
+            gamma: Discount per step.
+            hidden: Width of each hidden layer, of actor and critic alike.
+            activation: tanh, relu or silu.
+            reward_scale: Factor on rewards before they reach a critic.
+            compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
+        """
+
+        action: Literal["direct", "correction"] = "direct"
+        learning_rate: float = setting(3e-4, POSITIVE)
+        anneal_episodes: int = setting(0, COUNT_OR_NONE)
+        anneal_to: float = setting(0.1, SHARE)
+        gamma: float = setting(0.99, SHARE)
+        hidden: tuple[int, ...] = setting((64, 64), WIDTH)
+        activation: str = setting("tanh", ACTIVATIONS)
+        reward_scale: float = setting(1.0, POSITIVE)
+        compile: bool | Literal["auto"] = "auto"
+
+    settings: Settings
     fixed_settings = ("hidden", "activation", "log_std_init")
     """What a resume cannot change: it is in the weights."""
 
@@ -94,7 +92,7 @@ class Agent(pl.LightningModule):
         self.action_dim = action_dim
         self.seed = seed
         self.hindsight_dim = hindsight_dim
-        self.settings = self.settings_class(**settings)
+        self.settings = self.Settings(**settings)
         self.save_hyperparameters(self.hyperparameters())  # for the loggers
         self.automatic_optimization = False
         self.env: Environment | None = None

@@ -65,7 +65,7 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
         UserError: It is nothing that an agent can be made of; `origin` names the file.
     """
     kinds: dict[str, Kind] = dict.fromkeys(SIZES, (int, COUNT_OR_NONE))
-    settings_class = agent_class(agent_of(content, origin)).settings_class
+    settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
     return check_types(content["hyper_parameters"], kinds, str(origin))
 

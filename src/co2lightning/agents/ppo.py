@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from co2lightning.agents.actor_critic import ActorCritic, ActorCriticSettings, weighted_mean
+from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
 from co2lightning.agents.networks import gaussian_entropy
 from co2lightning.agents.ranges import COUNT, POSITIVE, setting
 from co2lightning.learn.dataset import Rollout
@@ -27,28 +27,26 @@ class Samples(NamedTuple):
     weight: Tensor  # [N] 1.0, or 0.0 where the step was only a reset
 
 
-@dataclass(kw_only=True)
-class PPOSettings(ActorCriticSettings):
-    """What can be set of PPO.
-
-    Args:
-        n_epochs: Passes over a rollout.
-        batch_size: Transitions of a minibatch.
-        anneal_episodes: Episodes over which learning rate and clip range shrink; 0 keeps them.
-        anneal_to: Share of them that is left then.
-        clip_range: How far the probability ratio may move from 1, at episode 1.
-    """
-
-    n_epochs: int = setting(10, COUNT)
-    batch_size: int = setting(256, COUNT)
-    clip_range: float = setting(0.2, POSITIVE)
-
-
 class PPO(ActorCritic):
     """PPO with the clipped objective and generalised advantage estimation."""
 
-    settings_class = PPOSettings
-    settings: PPOSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+    @dataclass(kw_only=True)
+    class Settings(ActorCritic.Settings):
+        """What can be set of PPO.
+
+        Args:
+            n_epochs: Passes over a rollout.
+            batch_size: Transitions of a minibatch.
+            anneal_episodes: Episodes over which learning rate and clip range shrink; 0 keeps them.
+            anneal_to: Share of them that is left then.
+            clip_range: How far the probability ratio may move from 1, at episode 1.
+        """
+
+        n_epochs: int = setting(10, COUNT)
+        batch_size: int = setting(256, COUNT)
+        clip_range: float = setting(0.2, POSITIVE)
+
+    settings: Settings  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self) -> None:
         super().build()

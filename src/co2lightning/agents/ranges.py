@@ -33,7 +33,6 @@ class Range(NamedTuple):
 COUNT = Range(1, 10_000_000)
 COUNT_OR_NONE = Range(0, 10_000_000)
 POSITIVE = Range(0, above=True)
-WEIGHT = Range(0)
 SHARE = Range(0, 1)
 SEED = Range(0, 2**63 - 1)
 WIDTH = Range(1, 16_384)  # of a hidden layer

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from co2lightning.agents.agent import Agent, AgentSettings
+from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import ACTIVATIONS, MLP, TwinCritic, squashed_gaussian
-from co2lightning.agents.ranges import COUNT, POSITIVE, WEIGHT, WIDTH, Range, setting
+from co2lightning.agents.ranges import COUNT, POSITIVE, WIDTH, Range, setting
 from co2lightning.agents.replay import Replay, ReplayBatch
 from co2lightning.learn import ranks
 from co2lightning.learn.dataset import Rollout
@@ -27,40 +27,38 @@ class Update(NamedTuple):
     next_noise: Tensor  # [M, A]
 
 
-@dataclass(kw_only=True)
-class SACSettings(AgentSettings):
-    """What can be set of SAC.
-
-    Args:
-        train_freq: Steps of the episode between two rounds of updates.
-        gradient_steps: Updates in a round.
-        learning_starts: Transitions acted at random before the first update.
-        buffer_size: Transitions the replay buffer holds.
-        batch_size: Transitions of a minibatch.
-        learning_rate: Of Adam for actor, critics and temperature, at episode 1.
-        tau: Share by which the target critics follow the critics at each update.
-        ent_coef_init: First temperature.
-        target_entropy: Entropy the temperature aims for, in nats; null is minus the number of
-            actions.
-    """
-
-    train_freq: int = setting(4, COUNT)
-    gradient_steps: int = setting(16, COUNT)
-    learning_starts: int = setting(1536, WEIGHT)
-    buffer_size: int = setting(300_000, Range(1, 100_000_000))
-    batch_size: int = setting(256, COUNT)
-    tau: float = setting(0.005, Range(0, 1, above=True))
-    ent_coef_init: float = setting(1.0, POSITIVE)
-    target_entropy: float | None = None
-    hidden: tuple[int, ...] = setting((256, 256), WIDTH)
-    activation: str = setting("relu", ACTIVATIONS)
-
-
 class SAC(Agent):
     """SAC with twin critics, a squashed Gaussian policy and a replay buffer."""
 
-    settings_class = SACSettings
-    settings: SACSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+    @dataclass(kw_only=True)
+    class Settings(Agent.Settings):
+        """What can be set of SAC.
+
+        Args:
+            train_freq: Steps of the episode between two rounds of updates.
+            gradient_steps: Updates in a round.
+            learning_starts: Transitions acted at random before the first update.
+            buffer_size: Transitions the replay buffer holds.
+            batch_size: Transitions of a minibatch.
+            learning_rate: Of Adam for actor, critics and temperature, at episode 1.
+            tau: Share by which the target critics follow the critics at each update.
+            ent_coef_init: First temperature.
+            target_entropy: Entropy the temperature aims for, in nats; null is minus the number of
+                actions.
+        """
+
+        train_freq: int = setting(4, COUNT)
+        gradient_steps: int = setting(16, COUNT)
+        learning_starts: int = setting(1536, Range(0))
+        buffer_size: int = setting(300_000, Range(1, 100_000_000))
+        batch_size: int = setting(256, COUNT)
+        tau: float = setting(0.005, Range(0, 1, above=True))
+        ent_coef_init: float = setting(1.0, POSITIVE)
+        target_entropy: float | None = None
+        hidden: tuple[int, ...] = setting((256, 256), WIDTH)
+        activation: str = setting("relu", ACTIVATIONS)
+
+    settings: Settings  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self) -> None:
         shape = self.shape_of_networks()

@@ -119,7 +119,7 @@ def _build_parser(agent: str) -> ArgumentParser:
     drawn = "draw a held-out day for TensorBoard after every so many episodes; 0 never"
     add("--figures_every", type=int, default=10, help=drawn)
     parser.add_function_arguments(make_environment, "env")
-    parser.add_class_arguments(agent_class(agent).settings_class, "model", instantiate=False)
+    parser.add_class_arguments(agent_class(agent).Settings, "model", instantiate=False)
     own: set[str | int] = set(INSTEAD)
     parser.add_class_arguments(Trainer, "trainer", instantiate=False, skip=own)
     titles = {"env": "environment", "model": agent, "trainer": "Lightning's Trainer"}
@@ -225,7 +225,7 @@ def _checked(parse: Callable[[], Namespace], agent: str, prefix: str) -> Setting
 @functools.cache
 def _kinds(agent: str) -> dict[str, Kind]:
     """Return the type and the range of every setting of `fit`."""
-    own = kinds_of(agent_class(agent).settings_class)
+    own = kinds_of(agent_class(agent).Settings)
     ranges = _RANGES | {f"model.{key}": allowed for key, (_, allowed) in own.items()}
     return {key: (wanted, ranges.get(key)) for key, wanted in _types(_build_parser(agent)).items()}
 
