@@ -58,7 +58,8 @@ class BareLoop:
         """Play one episode and learn from it."""
         self.agent.on_train_epoch_start()
         for rollout in self.dataset.play():
-            self.agent.learn(rollout)
+            for minibatch in self.agent.minibatches(rollout):
+                self.agent.descent(minibatch)
         self.trainer.current_epoch += 1
 
 

@@ -223,13 +223,16 @@ def test_prepared_directories_are_used_and_links_stay(fit: Fit, place: Path) -> 
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Record the rate of every optimizer when a segment is learned."""
     seen: list[float] = []
-    learn = Agent.take_in
 
-    def watch(self: Agent, rollout: Rollout) -> Any:
-        seen.extend(g["lr"] for o in self.trainer.optimizers for g in o.param_groups)
-        return learn(self, rollout)
+    def watched(learn: Any) -> Any:
+        def watch(self: Agent, rollout: Rollout) -> Any:
+            seen.extend(g["lr"] for o in self.trainer.optimizers for g in o.param_groups)
+            return learn(self, rollout)
 
-    monkeypatch.setattr(Agent, "take_in", watch)
+        return watch
+
+    for made in map(agents.agent_class, AGENTS):
+        monkeypatch.setattr(made, "minibatches", watched(made.minibatches))
     return seen
 
 
@@ -489,7 +492,8 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     """Each segment is played by the policy that is about to learn from it."""
     played: list[int] = []
     learned: list[bool] = []
-    play, learn = RolloutDataset.play, Agent.take_in
+    made = agents.agent_class(agent)
+    play, learn = RolloutDataset.play, made.minibatches
 
     def watch_play(self: RolloutDataset) -> Any:
         for rollout in play(self):
@@ -504,7 +508,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
         return learn(self, rollout)
 
     monkeypatch.setattr(RolloutDataset, "play", watch_play)
-    monkeypatch.setattr(Agent, "take_in", watch_learn)
+    monkeypatch.setattr(made, "minibatches", watch_learn)
     first_ratios: list[float] = []
     if agent == "PPO":
         loss = PPO.loss
@@ -531,7 +535,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
 def test_an_episode_without_a_gradient_step_is_saved_too(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, agent: str
 ) -> None:
-    monkeypatch.setattr(agents.agent_class(agent), "learn", lambda self, rollout: {})
+    monkeypatch.setattr(agents.agent_class(agent), "minibatches", lambda self, rollout: ())
     fit(agent, "--episodes", "2")
     assert done(agent) == 2
 

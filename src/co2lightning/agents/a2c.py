@@ -3,6 +3,7 @@
 Shapes: n steps of a rollout, B environments.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,10 +48,9 @@ class A2C(ActorCritic):
             "explained_variance": explained_variance,
         }
 
-    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Take one gradient step on a rollout."""
-        self.descend(rollout)
-        return {}
+    def minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
+        """Hand out a rollout as it is."""
+        yield rollout
 
     def updates_per_episode(self, env: Environment) -> int:
         return -(-env.horizon // self.segment_steps(env.horizon))

@@ -67,9 +67,6 @@ class ActorCritic(Agent):
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)) + self.log_std.exp() * noise
 
-    def policy_mean(self, obs: Tensor) -> Tensor:
-        return self.actor(self.policy_obs(obs))
-
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
         return gaussian_log_prob(action, self.actor(self.policy_obs(obs)), self.log_std)

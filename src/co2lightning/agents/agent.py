@@ -18,7 +18,7 @@ from torch import Tensor
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.load import agent_of, not_finite, restore_agent, stored_settings
-from co2lightning.agents.networks import ACTIVATIONS
+from co2lightning.agents.networks import ACTIVATIONS, MLP
 from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTH, setting
 from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
@@ -122,10 +122,6 @@ class Agent(pl.LightningModule):
         """Return the policy's output [B, A] for obs [B, O], with standard normal noise [B, A]."""
         raise NotImplementedError
 
-    def policy_mean(self, obs: Tensor) -> Tensor:
-        """Return the policy's deterministic output [..., A] for obs [..., O]."""
-        raise NotImplementedError
-
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a minibatch and its figures; a compiled update runs it too."""
         raise NotImplementedError
@@ -133,8 +129,8 @@ class Agent(pl.LightningModule):
     def follow(self) -> None:
         """Move what follows the weights after each step of the optimizer."""
 
-    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Run all updates of one segment; return its figures beside the loss's, on the device."""
+    def minibatches(self, rollout: Rollout) -> Iterator[Any]:
+        """Hand out what a segment teaches, each to be descended before the next is asked for."""
         raise NotImplementedError
 
     def updates_per_episode(self, env: Environment) -> int:
@@ -142,6 +138,18 @@ class Agent(pl.LightningModule):
         raise NotImplementedError
 
     # -- acting ---------------------------------------------------------------------------------
+
+    actor: MLP
+    squashed = False
+    """Whether tanh keeps the policy's output in (-1, 1)."""
+
+    def policy_mean(self, obs: Tensor) -> Tensor:
+        """Return the policy's deterministic output [..., A] for obs [..., O]: the actor's first A.
+
+        Another agent's may not be anything else: `export` writes this down as a graph.
+        """
+        mean = self.actor(self.policy_obs(obs))[..., : self.action_dim]
+        return mean.tanh() if self.squashed else mean
 
     def policy_obs(self, obs: Tensor) -> Tensor:
         """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
@@ -250,7 +258,7 @@ class Agent(pl.LightningModule):
         """Start an episode's clock and notes and set its learning rate."""
         self._began = time.perf_counter()
         self._outcomes: list[tuple[Tensor, ...]] = []
-        self._learned: list[dict[str, Tensor]] = []
+        self._notes: dict[str, list[Tensor]] = {}
         self.update_generator = self.episode_generator("updates")
         self.descent.begin(self.annealed(self.settings.learning_rate))
 
@@ -258,27 +266,27 @@ class Agent(pl.LightningModule):
         """Learn from one episode, segment by segment."""
         for rollout in episode:
             self.between_segments()
-            self.take_in(rollout)
+            self.env_steps += rollout.reward.numel() * self.world_size
+            self._outcomes.append(
+                (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+            )
+            for minibatch in self.minibatches(rollout):
+                self.descent(minibatch)
+                self.updates += 1
 
     def between_segments(self) -> None:
         """Do nothing; a callback may put in its place what raises, to end training."""
 
-    def take_in(self, rollout: Rollout) -> None:
-        """Count a segment and learn from it."""
-        self.env_steps += rollout.reward.numel() * self.world_size
-        self._outcomes.append(
-            (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
-        )
-        self._learned.append(self.learn(rollout))
+    def note(self, name: str, figure: Tensor) -> None:
+        """Note a figure of a segment beside the loss's; the episode's is their mean."""
+        self._notes.setdefault(name, []).append(figure)
 
     def on_train_epoch_end(self) -> None:
         """Work out the episode's metrics, means over the ranks, and write them, flushed."""
         assert self.env is not None
         mean = ranks.average if self.world_size > 1 else torch.clone
-        learned = [figures for figures in self._learned if figures]
         figures = self.descent.end()
-        for name in learned[0] if learned else ():
-            figures[name] = torch.stack([segment[name] for segment in learned]).mean()
+        figures |= {name: torch.stack(noted).mean() for name, noted in self._notes.items()}
         columns = zip(*self._outcomes, strict=True)
         reward, terminated, truncated, valid = (torch.cat(column) for column in columns)
         ended = (terminated + truncated).clamp(max=1.0)
@@ -332,11 +340,6 @@ class Agent(pl.LightningModule):
         """Restore the counters."""
         self.env_steps = parse_count(checkpoint["counters"], "env_steps")
         self.updates = parse_count(checkpoint["counters"], "updates")
-
-    def descend(self, batch: Any) -> None:
-        """Take one gradient step on a minibatch."""
-        self.descent(batch)
-        self.updates += 1
 
     @classmethod
     def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -3,6 +3,7 @@
 Shapes: N transitions of a rollout, M of a minibatch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,20 +79,19 @@ class PPO(ActorCritic):
             }
         return loss, figures
 
-    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Run n_epochs passes of minibatches over a rollout."""
+    def minibatches(self, rollout: Rollout) -> Iterator[Samples]:
+        """Hand out n_epochs passes over a rollout."""
         with torch.no_grad():
             advantage, target, explained_variance = self.judge(rollout, self.values(rollout))
             obs, action = rollout.obs.flatten(0, 1), rollout.action.flatten(0, 1)
             log_prob = self.log_prob(obs, action)
+        self.note("explained_variance", explained_variance)
         judged = advantage.flatten(), target.flatten(), rollout.valid.flatten()
         samples = Samples(obs, action, log_prob, *judged)
         for _ in range(self.settings.n_epochs):
             order = torch.randperm(len(obs), generator=self.update_generator, device=self.device)
             shuffled = (column[order].split(self.settings.batch_size) for column in samples)
-            for minibatch in zip(*shuffled, strict=True):
-                self.descend(Samples(*minibatch))
-        return {"explained_variance": explained_variance}
+            yield from map(Samples._make, zip(*shuffled, strict=True))
 
     def on_train_epoch_start(self) -> None:
         """Set the episode's clip range too."""

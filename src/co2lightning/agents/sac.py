@@ -4,6 +4,7 @@ Shapes: M transitions of a minibatch, O features, A actions.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class SAC(Agent):
         activation: str = setting("relu", ACTIVATIONS)
 
     settings: Settings  # pyright: ignore[reportIncompatibleVariableOverride]
+    squashed = True
 
     def build(self) -> None:
         shape = self.shape_of_networks()
@@ -89,9 +91,6 @@ class SAC(Agent):
     @property
     def acts_in_a_graph(self) -> bool:
         return super().acts_in_a_graph and self.env_steps >= self.settings.learning_starts
-
-    def policy_mean(self, obs: Tensor) -> Tensor:
-        return self.actor(self.policy_obs(obs)).chunk(2, dim=-1)[0].tanh()
 
     def loss(self, update: Update, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
@@ -127,17 +126,20 @@ class SAC(Agent):
             "ent_coef": ent_coef,
         }
 
-    def learn(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Keep the segment, then run its share of updates."""
+    def minibatches(self, rollout: Rollout) -> Iterator[Update]:
+        """Keep the segment, then hand out its share of updates, all drawn at once."""
         if self.replay is None:
             self.replay = self._empty_replay()
         assert self.env is not None
         self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.settings.learning_starts:
-            return {}
-        for update in self._updates():
-            self.descend(update)
-        return {}
+            return
+        count, size = self.settings.gradient_steps, self.settings.batch_size
+        batches = self.replay.sample(count, size, self.update_generator)
+        shape = (count, 2, size, self.action_dim)
+        noise = torch.randn(shape, generator=self.update_generator, device=self.device)
+        for batch, (own, following) in zip(batches, noise.unbind(0), strict=True):
+            yield Update(batch, own, following)
 
     def follow(self) -> None:
         """Let the target critics follow the critics."""
@@ -145,16 +147,6 @@ class SAC(Agent):
 
     def updates_per_episode(self, env: Environment) -> int:
         return -(-env.horizon // self.segment_steps(env.horizon)) * self.settings.gradient_steps
-
-    def _updates(self) -> list[Update]:
-        """Draw the minibatches and the noise of a round at once."""
-        assert self.replay is not None
-        count, size = self.settings.gradient_steps, self.settings.batch_size
-        generator = self.update_generator
-        batches = self.replay.sample(count, size, generator)
-        shape = (count, 2, size, self.action_dim)
-        noise = torch.randn(shape, generator=generator, device=self.device)
-        return [Update(b, n[0], n[1]) for b, n in zip(batches, noise.unbind(0), strict=True)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this episode put into the replay buffer; it is stored beside the weights."""

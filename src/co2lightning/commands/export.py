@@ -19,7 +19,6 @@ from torch import Tensor
 from co2lightning import __version__
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP
-from co2lightning.agents.sac import SAC
 from co2lightning.commands.run import open_run, run_parser
 from co2lightning.control.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
 from co2lightning.errors import UserError
@@ -112,9 +111,10 @@ def metadata(agent: Agent, site: Site) -> dict[str, Any]:
 def build_onnx(agent: Agent, site: Site) -> onnx.ModelProto:
     """Return the graph of an agent's deterministic policy, `Agent.act`, and its power in kW."""
     graph = _Graph()
-    mean = _mlp(graph, agent.get_submodule("actor"), agent.settings.activation)
-    if isinstance(agent, SAC):  # the head's other half is the spread
-        mean = graph.add("Tanh", graph.columns(mean, 0, len(_ACTIONS)))
+    mean = _mlp(graph, agent.actor, agent.settings.activation)
+    mean = graph.columns(mean, 0, len(_ACTIONS))
+    if agent.squashed:
+        mean = graph.add("Tanh", mean)
     if agent.settings.action == "correction":
         rule = graph.columns("observation", RULE_FEATURES[0], RULE_FEATURES[-1] + 1)
         mean = graph.add("Add", mean, rule)
@@ -175,9 +175,8 @@ class _Graph:
         )
 
 
-def _mlp(graph: _Graph, network: object, activation: str) -> str:
+def _mlp(graph: _Graph, network: MLP, activation: str) -> str:
     """Add a multilayer perceptron on the observations; mirrors `MLP.forward`."""
-    assert isinstance(network, MLP)
     output = "observation"
     for weight, bias in network.layers:
         output = _activation(graph, activation, _linear(graph, output, weight, bias))
