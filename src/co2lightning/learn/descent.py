@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adam import adam
 
 from co2lightning.learn.graphs import as_graph, why_not
 
@@ -40,10 +41,9 @@ class Descent:
     is decided on the device, and from the ranks' mean: nothing waits for it, all decide alike.
 
     Eager and compiled run the same lines but for Adam's: eager, that is torch's fused kernel;
-    compiled, the formula stands here, since the kernel would be a call out of the graph. Both move
-    the parameters and the optimizer's own state in place, so a checkpoint does not know which
-    it was. What changes from episode to episode is a tensor, for a graph takes numbers for
-    constants.
+    compiled, torch's formula, since the kernel would be a call out of the graph. Both move the
+    parameters and the optimizer's own state in place, so a checkpoint does not know which it was.
+    What changes from episode to episode is a tensor, for a graph takes numbers for constants.
 
     Args:
         agent: Has the loss, and `follow`, which is called after each step.
@@ -67,7 +67,7 @@ class Descent:
         self.agent = agent
         self.optimizer = optimizer
         (self.group,) = optimizer.param_groups
-        self.parameters: list[nn.Parameter] = self.group["params"]
+        self.parameters: list[Tensor] = self.group["params"]
         self.max_norm = max_norm
         self.compiled = compiled
         self.average = average
@@ -91,9 +91,6 @@ class Descent:
 
         They are means over the updates that were taken, and how many were skipped.
         """
-        if self.compiled:
-            for step in self._steps[1:]:
-                step.copy_(self._steps[0])
         if not self._figures:
             return {}
         figures, skipped = torch.stack(self._figures).split([len(self._names), 1], dim=1)
@@ -112,26 +109,14 @@ class Descent:
 
     def __call__(self, batch: Any) -> None:
         """Take one step on a minibatch, a tuple of tensors."""
-        figures = self._update(batch)
+        figures = self._in_graph(batch) if self.compiled else None
+        if figures is None:
+            gradients, figures = self.gradient(batch)
+            if self.average:
+                gradients = self.average(gradients)
+            figures["skipped"] = self.step(gradients)
         *self._names, _ = figures
         self._figures.append(torch.stack(list(figures.values())))
-
-    def _update(self, batch: Any) -> dict[str, Tensor]:
-        if self.compiled and self._shape is None:
-            return self._compile(batch)
-        if self._graph and batch[-1].shape == self._shape:
-            return self._graph(batch)
-        return self.update(batch)
-
-    def update(self, batch: Any) -> dict[str, Tensor]:
-        """Take one step; return the loss's figures and, last, whether it was `skipped`."""
-        return self._take(batch, self.gradient, self.step)
-
-    def _take(self, batch: Any, gradient: Callable[..., Any], step: Callable[..., Tensor]) -> Any:
-        gradients, figures = gradient(batch)
-        if self.average:
-            gradients = self.average(gradients)
-        return {**figures, "skipped": step(gradients)}
 
     def gradient(self, batch: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return the gradients of the loss and its figures."""
@@ -147,12 +132,12 @@ class Descent:
             1.0 if the step was skipped, since the gradients were not finite; else 0.0.
         """
         each = map(torch.linalg.vector_norm, gradients)
-        norms = list(each) if self.compiled else torch._foreach_norm(gradients)
+        norms = list(each) if torch.compiler.is_compiling() else torch._foreach_norm(gradients)
         norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = torch.where(norm < math.inf, 0.0, 1.0)
         if self.max_norm is not None:
             torch._foreach_mul_(gradients, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-        if self.compiled:
+        if torch.compiler.is_compiling():
             self._adam(gradients, skipped < 0.5)
         else:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -164,23 +149,29 @@ class Descent:
         return skipped
 
     def _adam(self, gradients: list[Tensor], finite: Tensor) -> None:
-        """Take the step of Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1, if `finite`."""
+        """Take torch's own step, traced into the graph, if `finite`."""
+        moved = [*self.parameters, *self._means, *self._squares, *self._steps]
+        before = [tensor.clone() for tensor in moved]
         beta1, beta2 = self.group["betas"]
-        t = self._steps[0].add_(finite)
-        # 1 - beta^t, which loses its digits in float32 while t is small.
-        size = self._rate / -torch.expm1(t * math.log(beta1))
-        spread = (-torch.expm1(t * math.log(beta2))).sqrt()
-        columns = zip(self.parameters, gradients, self._means, self._squares, strict=True)
-        for parameter, gradient, *moments in columns:
-            moved = [parameter, *moments]
-            before = [tensor.clone() for tensor in moved]
-            mean, square = moments
-            # In place: a graph rounds the same formula otherwise where it is written otherwise.
-            mean.lerp_(gradient, 1.0 - beta1)
-            square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-            parameter.sub_(size * mean / (square.sqrt() / spread + self.group["eps"]))
-            for tensor, old in zip(moved, before, strict=True):
-                tensor.copy_(torch.where(finite, tensor, old))
+        adam(
+            self.parameters,
+            gradients,
+            self._means,
+            self._squares,
+            [],
+            self._steps,
+            foreach=False,
+            capturable=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self._rate,
+            weight_decay=0.0,
+            eps=self.group["eps"],
+            maximize=False,
+        )
+        for tensor, old in zip(moved, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
 
     def _take_up_state(self) -> None:
         """Take hold of the optimizer's state, made as torch makes it at the first step."""
@@ -197,26 +188,35 @@ class Descent:
         self._means: list[Tensor] = [state["exp_avg"].data for state in states]
         self._squares: list[Tensor] = [state["exp_avg_sq"].data for state in states]
 
-    def _compile(self, batch: Any) -> dict[str, Tensor]:
-        """Take the first step, compiled if the machine can."""
-        self._shape = batch[-1].shape
+    def _in_graph(self, batch: Any) -> dict[str, Tensor] | None:
+        """Take one step as a graph; return its figures, None where that cannot be."""
+        if self._graph is not None:
+            return self._graph(batch) if batch[-1].shape == self._shape else None
         self.say("Compiling the update (some 20 s, once)")
         try:
-            import torch._dynamo
-
-            for tensor in (self._rate, self._steps[0], *self._means, *self._squares):
-                torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
-            graph_of = partial(as_graph, device=self._rate.device, record=True)
-            if self.average:  # the ranks' message goes between two graphs
-                gradient, step = graph_of(self.gradient), graph_of(self.step)
-                graph = partial(self._take, gradient=gradient, step=step)
-            else:
-                graph = graph_of(self.update)
+            self._shape = batch[-1].shape
+            self._graph = self._compiled_update()
             with warnings.catch_warnings(action="ignore"):  # torch's about itself
-                figures = graph(batch)
+                return self._graph(batch)
         except Exception as error:  # a compiler that is missing or fails; nothing was changed yet
             self.say(f"The update cannot be compiled: {why_not(error)}; training goes on without")
             self.compiled = False
-            return self.update(batch)
-        self._graph = graph
-        return figures
+            return None
+
+    def _compiled_update(self) -> Callable[[Any], dict[str, Tensor]]:
+        import torch._dynamo
+
+        for tensor in (self._rate, *self._steps, *self._means, *self._squares):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
+        graph_of = partial(as_graph, device=self._rate.device, record=True)
+        gradient, step = self.gradient, self.step
+        average = self.average
+        gradient, step = self.gradient, self.step
+        if average:  # the ranks' message goes between two graphs
+            gradient, step = graph_of(gradient), graph_of(step)
+
+        def update(batch: Any) -> dict[str, Tensor]:
+            gradients, figures = gradient(batch)
+            return {**figures, "skipped": step(average(gradients) if average else gradients)}
+
+        return update if average else graph_of(update)

@@ -1,7 +1,6 @@
 """Functions as compiled graphs."""
 
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,53 +19,30 @@ def as_graph(
         function: Takes and returns tensors, or tuples of them.
         device: Where the tensors are.
         record: On a GPU, record the kernels; what a call returns is overwritten by the next one.
-
-    Raises:
-        RuntimeError: This machine has no C++ compiler.
     """
     from torch._dynamo import config
-    from torch._dynamo.eval_frame import _get_cache_entries_for_region as entries_of
-    from torch._inductor.cpp_builder import get_cpp_compiler
 
-    get_cpp_compiler()  # raises where there is none
     config.trace_autograd_ops = True
     # It would cut a graph at every MB of weights, for hooks that no gradient here goes through
     # (see `ranks`); and half a graph cannot ask for the gradients of the whole.
     config.optimize_ddp = False
+
+    def whole(*args: Any) -> Any:
+        return function(*args)
+
     settings: dict[str, Any] = {
         "fullgraph": True,
         "dynamic": False,
         "isolate_recompiles": True,  # agents of one process would share one limit
         "options": {
-            "guard_filter_fn": lambda guards: [False] * len(guards),
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
             "triton.cudagraphs": record and device.type == "cuda",
             "cpp_wrapper": device.type == "cpu",  # a tenth, where kernels are many and small
             "size_asserts": False,
             "alignment_asserts": False,
         },
     }
-
-    def whole(*args: Any) -> Any:
-        return function(*args)
-
-    compiled: Any = torch.compile(whole, **settings)
-    if device.type != "cpu":
-        return compiled
-    region = compiled._isolate_recompiles_id
-    graph: Callable[..., Any] | None = None
-
-    def call(*args: Any) -> Any:
-        nonlocal graph
-        if graph:
-            return graph(*args)
-        result = compiled(*args)
-        # What was compiled, without the 35 us a call that it takes to see that it was.
-        graph = compiled
-        for entry in entries_of(whole, region):
-            graph = FunctionType(entry.code, whole.__globals__, closure=whole.__closure__)
-        return result  # after it nothing may fail: an update is not to be taken twice
-
-    return call
+    return torch.compile(whole, **settings)
 
 
 def as_recording(
