@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+COMMANDS = ("fit", "fit-all", "test", "report", "history", "verify", "predict", "export")
+
 # An agent trained for a moment: what is tested is what happens around the learning.
 TINY: dict[str, list[str]] = {
     "A2C": ["--model.n_steps", "48", "--model.hidden", "[8]"],

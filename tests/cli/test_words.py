@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from co2lightning import cli
-from conftest import Outcome
+from conftest import COMMANDS, Outcome
 
 Fit = Callable[..., Outcome]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -57,7 +56,7 @@ def test_without_colours_or_a_terminal_lines_are_plain(
         assert re.search(r"^Episode    1/1: CO2= *[\d.]+ kg \(.*\) \| reward=.* s$", out, re.M)
 
 
-@pytest.mark.parametrize("name", sorted(cli._COMMANDS))
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_that_is_taken(
     command: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -77,7 +76,8 @@ def test_the_list_of_commands_is_whole(command: Fit) -> None:
     text = command("--help").out
     assert max(map(len, text.splitlines())) <= 80
     listed = re.findall(r"^  ([a-z-]+) +\S", text, re.M)
-    assert set(listed) == set(cli._COMMANDS)
+    assert tuple(listed) == COMMANDS
+    assert command("nonsense").err.endswith(f"choose one of {', '.join(COMMANDS)}\n")
     assert command().code == 2
 
 

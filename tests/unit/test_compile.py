@@ -23,7 +23,6 @@ from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import Samples
 from co2lightning.agents.replay import ReplayBatch
 from co2lightning.agents.sac import Update
-from co2lightning.learn import descent
 from co2lightning.learn.dataset import Rollout, RolloutDataset
 from co2lightning.learn.descent import Descent, worth_compiling
 from co2lightning.runs import seal
@@ -281,23 +280,24 @@ def kept(name: str, episode: int) -> tuple[Any, Any]:
     return content["run"]["config"]["model.compile"], content["hyper_parameters"]["compile"]
 
 
-def test_a_short_run_stays_eager_however_it_goes_on(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def long() -> tuple[str, str]:
+    """Name a recipe whose episodes repay compiling."""
+    Path("long.yaml").write_text("agent: PPO\nepisodes: 100000\n")
+    return "--config", "long.yaml"
+
+
+def test_a_short_run_stays_eager_however_it_goes_on(fit: Fit) -> None:
     fit("PPO", "--episodes", "1")
     assert kept("PPO", 1) == (False, False)
-    monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)  # any run is long enough
     for words in ((), ("--model.compile", "auto")):
-        outcome = fit("PPO", "--ckpt_path", "last", "--episodes", "1", *words)
+        outcome = fit("PPO", *long(), "--ckpt_path", "last", "--episodes", "1", *words)
         assert "ompil" not in outcome.out
     assert kept("PPO", 3) == (False, False)
 
 
 @pytest.mark.slow
-def test_a_long_run_compiles_however_it_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
-        outcome = fit("PPO", "--episodes", "2")
+def test_a_long_run_compiles_however_it_goes_on(fit: Fit) -> None:
+    outcome = fit("PPO", *long(), "--episodes", "2")
     assert outcome.out.count("Compiling the update") == 1
     assert outcome.out.count("Compiling the rollout") == 1
     assert "cannot" not in outcome.out
@@ -310,17 +310,14 @@ def test_a_long_run_compiles_however_it_goes_on(fit: Fit, monkeypatch: pytest.Mo
     assert kept("PPO", 4) == (False, False)
 
 
-def test_a_checkpoint_from_before_compiling_goes_on_eagerly(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_from_before_compiling_goes_on_eagerly(fit: Fit) -> None:
     fit("PPO", "--episodes", "1")
     content, record = unseal(Path("checkpoints/PPO/episode_0001.pt"))
     path = Path("old.pt")
     del content["hyper_parameters"]["compile"], content["run"]["config"]["model.compile"]
     path.write_bytes(seal.seal_checkpoint(content, record))
     assert agent_class("PPO").load_from_checkpoint(path).settings.compile == "auto"
-    monkeypatch.setattr(descent, "_WARM_UP_SECONDS", 0.0)
-    outcome = fit("PPO", "--ckpt_path", "old.pt", "--episodes", "1")
+    outcome = fit("PPO", *long(), "--ckpt_path", "old.pt", "--episodes", "1")
     assert "Resuming PPO at episode 2" in outcome.out
     assert "ompil" not in outcome.out
     assert kept("PPO", 2) == (False, False)

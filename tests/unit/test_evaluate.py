@@ -18,15 +18,15 @@ from co2lightning.control.rules import rbc_b
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import evaluate as module
-from co2lightning.sim import optimum, schedule
+from co2lightning.sim import optimum
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import Schedule, evaluation_soc, run_days
+from co2lightning.sim.schedule import Schedule, evaluation_soc, run_days, schedule
 from co2lightning.site.load import load_site
 from co2lightning.train.fit import run_fit
 from conftest import tree
-from small_site import HELD_OUT, write_site
+from small_site import HELD_OUT, small_site, write_site
 
 
 @pytest.fixture(scope="module")
@@ -154,22 +154,22 @@ def test_an_agent_that_acts_as_the_rule_is_the_rule(place: Path) -> None:
     assert spared.policies["optimum"] is evaluation.policies["optimum"]
 
 
-def test_days_are_run_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = load_site(place / "village")
-    whole = evaluate(None, site)
-    monkeypatch.setattr(schedule, "_DAYS_AT_ONCE", 2)
-    parts = evaluate(None, site)
-    for name in whole.policies:
-        assert parts.policies[name].co2_kg == pytest.approx(whole.policies[name].co2_kg, rel=1e-6)
+def test_many_days_are_run_in_parts() -> None:
+    site = load_site("iquitos")
+    model, days = priced_model(site), list(range(70))
+    parts = [schedule(model, rbc_b, site, some) for some in (days[:20], days[20:])]
+    for whole, *columns in zip(schedule(model, rbc_b, site, days), *parts, strict=True):
+        assert np.concatenate(columns) == pytest.approx(whole, abs=1e-5)
 
 
 def test_unmet_is_what_charging_on_arrival_would_have_served() -> None:
-    nothing = np.zeros((2, 96))
-    late = nothing.copy()
-    late[0, 50], late[1, 70] = 3.0, 1.0
-    run = Schedule(*[nothing] * 7)._replace(unmet_kwh=late)
-    left = module._figures(run, np.array([1.0, 1.0]))
-    assert left.unmet_kwh.tolist() == [2.0, 0.0]
+    hurried = (0, 0, 40, 42, 20.0, 10.0)  # of 20 kWh it can take 5
+    found = evaluate(None, small_site(sessions=[hurried], held_out=[0]))
+    assert found.unavoidable_kwh.tolist() == pytest.approx([15.0])
+    assert not found.policies["uncontrolled"].unmet_kwh.any()
+    for name, own in found.schedules.items():
+        beyond = np.maximum(own.unmet_kwh.sum(1) - found.unavoidable_kwh, 0.0)
+        assert found.policies[name].unmet_kwh == pytest.approx(beyond)
 
 
 # --- the command ---------------------------------------------------------------------------------

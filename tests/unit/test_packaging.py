@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from co2lightning.commands import fit_all
 from co2lightning.settings import parser
 from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.evaluate import TITLES
+from conftest import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -159,7 +161,7 @@ def test_readme_command_exists(
     if arguments[0].startswith("-"):
         assert arguments[0] in ("--help", "--version")
         return
-    assert arguments[0] in cli._COMMANDS
+    assert arguments[0] in COMMANDS
     if arguments[0] == "fit" and "--help" not in arguments:
         given, rest = parser.split_arguments(arguments[1:])
         agent = given.get("agent", "PPO")
@@ -168,7 +170,7 @@ def test_readme_command_exists(
             parser.check_settings(settings, agent, given["config"])
         parser.parse_flags(rest, agent)
     elif arguments[0] == "fit-all":
-        options, rest = fit_all._parse(arguments[1:])
+        options, rest = fit_all.parse(arguments[1:])
         for agent in options.agents:
             parser.parse_flags(rest, agent)
     elif arguments[0] != "fit":  # where nothing was trained yet they get no further than this
@@ -341,7 +343,19 @@ def _readme_row(agent: str, episode: str, figures: dict[str, dict[str, float]]) 
     ]
 
 
-@pytest.mark.parametrize("name", sorted(co2lightning._HOME))
+def homes() -> dict[str, str]:
+    """Return each public name and its module, as type checkers see them."""
+    tree = ast.parse((ROOT / "src/co2lightning/__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    return {
+        alias.asname: (node.module or "").removeprefix("co2lightning.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("name", sorted(homes()))
 def test_public_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(vars(co2lightning), name, raising=False)  # as before its first use
     assert name in dir(co2lightning)
@@ -359,19 +373,13 @@ def test_what_is_no_public_name_is_named() -> None:
 def test_no_module_hides_a_public_name() -> None:
     """Importing `co2lightning.x` would put the module where the public name x was."""
     modules = {path.stem for path in (ROOT / "src/co2lightning").iterdir()}
-    assert not modules & set(co2lightning._HOME)
+    assert not modules & set(homes())
 
 
-def test_public_names_are_known_to_type_checkers() -> None:
-    tree = ast.parse((ROOT / "src/co2lightning/__init__.py").read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    homes = {
-        alias.asname: (node.module or "").removeprefix("co2lightning.")
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert homes == co2lightning._HOME
+def test_public_names_are_what_type_checkers_take_them_for() -> None:
+    for name, home in homes().items():
+        module = import_module(f"co2lightning.{home}")
+        assert getattr(co2lightning, name) is getattr(module, name)
 
 
 def test_import_is_cheap_and_registers_the_environment() -> None:

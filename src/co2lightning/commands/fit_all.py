@@ -22,7 +22,7 @@ from co2lightning.terminal import say, show_tables, take_signals, tell
 
 def main(argv: Sequence[str]) -> int:
     """Train the agents side by side and show where they stand; 1 if one of them failed."""
-    options, passed_on = _parse(argv)
+    options, passed_on = parse(argv)
     fleet = _Fleet(options.jobs)
     codes = fleet.run({agent: ["--model", agent, *passed_on] for agent in options.agents})
     if fleet.signum:
@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of `fit-all`, and the words that go on to each `fit`."""
     parser = Parser(
         "fit-all",
         "Train all agents, each in a process of its own; flags of fit are passed on.",
