@@ -1,11 +1,12 @@
 # make train   everything from a fresh machine: environment, then 10 episodes of PPO
 # make test    the quick checks; make test-slow: the long ones
 # make test-lowest: the quick checks with the lowest versions that are allowed
+# make picture the house as a picture, docs/architecture.svg, from the imports
 # make bench   speed and memory, into benchmarks/RESULTS.md; make bench-learning: what is learned
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow test-lowest bench bench-learning clean
+.PHONY: train test test-slow test-lowest picture bench bench-learning clean
 
 train: .venv/.installed
 	$(BIN)/co2lightning fit --config ppo.yaml --episodes 10
@@ -28,6 +29,9 @@ test-slow: .venv/.installed-dev
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/pytest -n 2 --dist worksteal \
 	  --deselect tests/unit/test_packaging.py::test_constraints_name_all_that_gets_installed
+
+picture: .venv/.installed
+	$(BIN)/python docs/picture.py
 
 bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/results.py

@@ -143,12 +143,17 @@ VALUE_EPISODES = {"A2C": 18, "PPO": 5, "SAC": 5}
 
 
 def train(name: str, probe: str, episodes: int | None = None, **settings: Any) -> Agent:
+    """Train one of the agents on a probe."""
+    options = {"gamma": 0.9, **SETTINGS[name], **settings}
+    return train_class(agent_class(name), probe, episodes or EPISODES[name], **options)
+
+
+def train_class(made: type[Agent], probe: str, episodes: int, **settings: Any) -> Agent:
     """Train an agent on a probe under the real Trainer."""
     env = GymEnvironment(f"probe/{probe}-v0", num_envs=16)
-    options = {"seed": 1, "gamma": 0.9, **SETTINGS[name], **settings}
-    agent = agent_class(name)(env.observation_dim, env.action_dim, **options)
+    agent = made(env.observation_dim, env.action_dim, seed=1, **settings)
     trainer = pl.Trainer(
-        max_epochs=episodes or EPISODES[name],
+        max_epochs=episodes,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -71,3 +72,14 @@ def test_imports_make_no_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(error.args[1]))
+
+
+def test_the_picture_shows_every_file() -> None:
+    """`make picture` draws it anew."""
+    docs = HOUSE.parents[1] / "docs"
+    svg = ElementTree.parse(docs / "architecture.svg").getroot()
+    words = {word for element in svg.iter() if element.text for word in element.text.split()}
+    folders = {path.parent.name + "/" for path in HOUSE.glob("*/*.py")}
+    files = {path.stem for path in HOUSE.rglob("*.py") if not path.stem.startswith("__")}
+    assert folders | files <= words
+    assert {word for word in words if word.endswith("/") and ":" not in word} == folders
