@@ -87,10 +87,7 @@ class Descent:
         self._figures: list[Tensor] = []  # of each update, the last whether it was skipped
 
     def end(self) -> dict[str, Tensor]:
-        """Bring the optimizer's state up to date; return the episode's figures.
-
-        They are means over the updates that were taken, and how many were skipped.
-        """
+        """Return the means of the figures over the updates taken, and how many were skipped."""
         if not self._figures:
             return {}
         figures, skipped = torch.stack(self._figures).split([len(self._names), 1], dim=1)
@@ -204,14 +201,13 @@ class Descent:
             return None
 
     def _compiled_update(self) -> Callable[[Any], dict[str, Tensor]]:
+        """Return what an update is as a graph, compiled at its first call."""
         import torch._dynamo
 
         for tensor in (self._rate, *self._steps, *self._means, *self._squares):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs would copy what may move
         graph_of = partial(as_graph, device=self._rate.device, record=True)
-        gradient, step = self.gradient, self.step
-        average = self.average
-        gradient, step = self.gradient, self.step
+        gradient, step, average = self.gradient, self.step, self.average
         if average:  # the ranks' message goes between two graphs
             gradient, step = graph_of(gradient), graph_of(step)
 
