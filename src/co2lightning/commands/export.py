@@ -195,7 +195,7 @@ def _activation(graph: _Graph, name: str, source: str) -> str:
 
 
 def _power(graph: _Graph, site: Site) -> None:
-    """Add `power_kw`; mirrors `physics.ev_power_kw` and `physics.battery_power_kw`."""
+    """Add `power_kw`; mirrors `shield.ev_power_kw` and `shield.battery_power_kw`."""
     scale = graph.number(power_scale_kw(site))
 
     def kw(feature: str) -> str:

@@ -7,7 +7,7 @@ import torch
 def episode_seed(seed: int, episode: int, rank: int, stream: str) -> int:
     """Return the seed of one stream of draws in one episode on one rank.
 
-    Streams ("days", "noise", "update", ...) are independent; nothing depends on what was drawn
+    Streams ("days", "noise", "updates", ...) are independent; nothing depends on what was drawn
     before, so an episode can be replayed alone and no generator state need be stored.
     """
     entropy = [seed, episode, rank, *stream.encode()]

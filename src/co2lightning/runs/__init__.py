@@ -1,1 +1,1 @@
-"""The run directory: episodes, history, the lock around them; imports no other part but errors."""
+"""The run directory: episodes, history, the lock around them; imports no other folder."""

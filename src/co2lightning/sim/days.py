@@ -1,7 +1,6 @@
-"""The site as an environment: torch for the agents, Gymnasium for everybody else.
+"""The site as an environment for the agents, in torch; for everybody else see `gymnasium.py`.
 
-`SiteDays` is the one simulator; the Gymnasium classes speak numpy on top of it and the single
-environment is its B = 1 case. One episode is one day, 00:00-24:00 local, 96 steps.
+`SiteDays` is the one simulator. One episode is one day, 00:00-24:00 local, 96 steps.
 
 Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O features.
 """
