@@ -67,7 +67,7 @@ def leftovers(layout: Layout) -> list[str]:
         if any(session.status == "running" for session in stored.sessions):
             found.append("session not closed")
         if late := [n for n in layout.episodes() if n not in stored.episodes]:
-            found.append(f"history.json {plural(len(late), 'episode')} behind")
+            found.append(f"history.json {_plural(len(late), 'episode')} behind")
     ledger = read_ledger(layout)
     if read_metadata(layout)[0].get("last_episode", ledger.last) < ledger.last:
         found.append("metadata.json behind")
@@ -75,10 +75,10 @@ def leftovers(layout: Layout) -> list[str]:
     if ledger.last + 1 in needless:
         found.append("replay piece of the next episode")
     if old := [n for n in needless if n <= ledger.replay_pruned_to]:
-        found.append(f"{plural(len(old), 'replay piece')} no longer needed")
+        found.append(f"{_plural(len(old), 'replay piece')} no longer needed")
     strays = [*stray(layout.directory), *stray(layout.replay_directory), *unfinished(layout)]
     if strays:
-        found.append(plural(len(strays), "temporary file"))
+        found.append(_plural(len(strays), "temporary file"))
     return found
 
 
@@ -111,7 +111,7 @@ def recover(layout: Layout) -> list[str]:
     moved = [_quarantine(layout, error) for error in (*older, *damaged)]
     if moved:
         lost = max(files) - newest
-        moved[-1] += f", {plural(lost, 'episode') + ' lost, ' if lost else ''}{end}"
+        moved[-1] += f", {_plural(lost, 'episode') + ' lost, ' if lost else ''}{end}"
     messages += moved
     stored = stored or Ledger("")
     marked = {n for n, e in stored.episodes.items() if e.deleted}
@@ -149,5 +149,5 @@ def _set_aside(layout: Layout) -> list[str]:
     return [_quarantine(layout, Damaged(path, problem)) for path, problem in found if problem]
 
 
-def plural(number: int, noun: str) -> str:
+def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

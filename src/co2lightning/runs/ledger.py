@@ -28,6 +28,11 @@ Row = dict[str, Any]
 _Metrics = dict[str, float | None]
 
 
+def episode_file(episode: int) -> str:
+    """Return the name of an episode's file, which `EPISODE_PATTERN` reads."""
+    return f"episode_{episode:04d}.pt"
+
+
 @dataclass(eq=False)
 class Session:
     """One entry of `trainings`."""
@@ -124,7 +129,7 @@ class Ledger:
         """
         for number in range(1, last + 1):
             if number not in self.episodes:
-                row = {"file": f"episode_{number:04d}.pt", "sha256": None, "bytes": None}
+                row = {"file": episode_file(number), "sha256": None, "bytes": None}
                 self.episodes[number] = Episode(self.session_of(number), None, row)
             elif number not in gone:
                 continue

@@ -27,6 +27,7 @@ from co2lightning.runs.ledger import (
     Episode,
     Ledger,
     Row,
+    episode_file,
     parse_history,
     parse_metadata,
     parse_record,
@@ -55,7 +56,7 @@ class Layout:
 
     def path(self, episode: int) -> Path:
         """Return where the file of `episode` stands or would stand."""
-        return self.directory / f"episode_{episode:04d}.pt"
+        return self.directory / episode_file(episode)
 
     def replay_path(self, episode: int) -> Path:
         """Return where the replay piece of `episode` stands or would stand."""
@@ -81,7 +82,7 @@ class Layout:
 def _listing(directory: Path) -> list[int]:
     names = set(os.listdir(directory)) if directory.is_dir() else set[str]()
     numbers = {int(m[1]) for m in map(EPISODE_PATTERN.fullmatch, names) if m}
-    return sorted(n for n in numbers if n and f"episode_{n:04d}.pt" in names)
+    return sorted(n for n in numbers if n and episode_file(n) in names)
 
 
 def read_history(layout: Layout) -> tuple[Ledger | None, list[str]]:
@@ -172,7 +173,7 @@ def hash_row(data: bytes) -> Row:
 
 def file_row(data: bytes, record: Row) -> Row:
     """Return what history says of an episode's file."""
-    row = {"file": f"episode_{record['episode']:04d}.pt", **hash_row(data)}
+    row = {"file": episode_file(record["episode"]), **hash_row(data)}
     return row if record.get("replay") is None else {**row, "replay": record["replay"]}
 
 

@@ -108,7 +108,7 @@ class TrainingCheckpoint(reading.Layout):
         """
         _, content, _ = reading.load_newest(self)
         if content is None and (bad := self.episodes()):
-            count = inspect.plural(len(bad), "checkpoint")
+            count = f"{len(bad)} checkpoint{'s' if len(bad) > 1 else ''}"
             raise UserError(f"{self.directory}: {count}, none of them good; see `verify`")
         return content
 
