@@ -102,6 +102,15 @@ def test_a_pickle_in_the_newest_episode(run: TrainingCheckpoint, command: Comman
     assert not Path("RAN").exists()
 
 
+def test_a_record_of_odd_content_beside_a_missing_file(run: TrainingCheckpoint) -> None:
+    """What a missing file had pruned stands in the newest one's record."""
+    content, record = unseal(run.path(3))
+    run.path(3).write_bytes(seal_content(content, {**record, "replay_pruned_to": "evil"}))
+    run.path(1).unlink()
+    assert len(run.load_history()["checkpoints"]) == 3
+    assert "episode_0003.pt is damaged (its record is wrong" in run.verify()[0]
+
+
 PIECES: list[dict[str, Any]] = [
     {"rows": Payload()},
     {"rows": "many"},

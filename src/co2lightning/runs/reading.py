@@ -136,7 +136,7 @@ def read_ledger(
     known = [n for n in ledger.episodes.keys() | rows.keys() if n <= newest]
     if newest not in rows and (kept.keys() - files or len(known) < newest):
         try:
-            records[newest] = read_sealed(layout.path(newest))[1]
+            records[newest] = read_checked(layout, "episode", newest)[1]
         except (Damaged, FileNotFoundError):
             records[newest] = {}
     metadata = read_metadata(layout)[0] if rows else {}
