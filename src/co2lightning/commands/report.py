@@ -6,16 +6,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from co2lightning.commands.run import Parser, check_bound, find_runs
 from co2lightning.errors import UserError
 from co2lightning.places import check_directory, check_output
 from co2lightning.runs.files import now, write_atomic
 from co2lightning.terminal import say
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str]) -> int:

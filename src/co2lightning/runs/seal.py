@@ -206,7 +206,7 @@ def _foreign_content(data: bytes) -> str | None:
 
 
 def _has_large_tuple(code: bytes) -> bool:
-    """Say whether a pickle makes a tuple of more than `MAX_TUPLE` parts.
+    """Say whether a pickle makes a tuple of more than `_MAX_TUPLE` parts.
 
     A key of a dictionary is hashed while it is loaded, and a tuple's hash visits every part of
     every tuple in it: forty pairs, each of the one before it twice, take for ever.
