@@ -162,7 +162,7 @@ class Descent:
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self._rate,
+            lr=self._rate.clamp(min=1e-30),  # by which it divides; a schedule may end at 0
             weight_decay=0.0,
             eps=self.group["eps"],
             maximize=False,
