@@ -241,6 +241,8 @@ def test_a_site_that_is_broken(refused: Callable[..., None], site: Path, file: s
 
 def test_another_agents_recipe(refused: Callable[..., None]) -> None:
     refused("--model", "SAC", says=("--model SAC: ppo.yaml is a recipe of PPO",))
+    Path("sac.yaml").write_text("agent: PPO\nepisodes: 5\n")
+    refused("--model", "SAC", recipe=None, says=("--model SAC: sac.yaml is a recipe of PPO",))
 
 
 def reseal(source: Path, target: Path, **changes: Any) -> None:

@@ -113,7 +113,10 @@ def run_fit(
         TrainingError: It cannot go on, or a callback raised; the last good episode is on disk.
     """
     config = config or f"{agent.lower()}.yaml"
-    asked = Asked(agent, config, check_settings(read_recipe(config)[1], agent, config), flags)
+    named, recipe = read_recipe(config)
+    if named != agent:  # a file here, under the name of the agent's own
+        raise UserError(f"--model {agent}: {config} is a recipe of {named}; give one by --config")
+    asked = Asked(agent, config, check_settings(recipe, agent, config), flags)
     session = asked.session
     name = agent if session["name"] is None else session["name"]
     _check_name(name)
