@@ -242,6 +242,7 @@ def test_the_file_needs_nothing_else(made: Made) -> None:
     assert not re.search(r"@import|url\(", made.html)
 
 
+@pytest.mark.slow
 def test_figures_for_papers(report: Callable[..., Outcome], tmp_path: Path) -> None:
     figures = tmp_path / "figures"
     outcome = report(HOSTILE, "--figures", figures, "--output", tmp_path / "r.html")

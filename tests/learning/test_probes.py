@@ -50,6 +50,7 @@ def test_the_policy_looks_at_the_observation(name: str) -> None:
     assert choice(agent, -1.0) == pytest.approx(-0.5, abs=0.2)
 
 
+@pytest.mark.slow
 @every_agent
 def test_the_discount_decides(name: str) -> None:
     assert choice(train(name, "DiscountMatters", gamma=0.3), 0.0) < -0.3

@@ -219,7 +219,7 @@ def check_all(walked: Callable[..., None], place: Path, scene: str) -> None:
         check(before, copy, scene)
 
 
-SLOW = {"archive behind links", "adopt"}
+SLOW = {"archive behind links", "adopt", "prune"}
 
 
 @pytest.mark.parametrize(

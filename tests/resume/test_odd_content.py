@@ -138,7 +138,7 @@ def reading(file: Path) -> list[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(11, marks=pytest.mark.slow), 397], ids=["many", "a few"]
+    "step", [pytest.param(11, marks=pytest.mark.slow), 797], ids=["many", "a few"]
 )
 def test_reading_a_file_with_an_odd_part(
     good: tuple[dict[str, Any], dict[str, Any]],
