@@ -54,7 +54,7 @@ TRAINING = _of(
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
-        chart="reward: kg CO2 saved a day against the rule RBC B",
+        chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
     ),
     Metric("time_seconds", tag="time/episode_seconds"),
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),

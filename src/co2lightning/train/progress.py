@@ -84,6 +84,6 @@ def _figures(metrics: dict[str, float]) -> str:
         parts.append(f"CO2={metrics['co2_kg']:6.1f} kg ({change:+.0f} %)")
         if metrics["unmet_kwh"] >= 0.05:
             parts.append(f"unmet={metrics['unmet_kwh']:6.1f} kWh")
-    parts.append(f"reward={metrics['reward']:7.1f}")
+    parts.append(f"reward={metrics['reward']:7.3f}")
     parts.append(f"{metrics['time_seconds']:.1f} s")
     return " | ".join(parts)
