@@ -59,7 +59,7 @@ _RANGES = {
     "figures_every": Range(0, MAX_EPISODES),
     "checkpoints.keep_last": COUNT,
     "env.num_envs": Range(1, 1_000_000),
-    "env.hours": Range(1, 8784),
+    "env.hours": Range(1, 168),
     "trainer.num_nodes": Range(1, 10_000),
     # Under autocast the policy that learns is not quite the one that acted.
     "trainer.precision": ("32-true", "32", 32, None),
