@@ -14,12 +14,13 @@ from torch import Tensor
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.ranges import COUNT, COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
-from co2lightning.control.observation import build_observer, observe
+from co2lightning.control.observation import observe
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.runs.ledger import MAX_EPISODES, parse_count
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import NOMINAL_STEP_MINUTES
+from co2lightning.sim.scales import observer_of
 from co2lightning.site.model import Site
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each o
 
 def policy_of(agent: Agent, site: Site) -> Rule:
     """Return an agent's deterministic policy in the form of a rule."""
-    observer = build_observer(site, agent.device)
+    observer = observer_of(site, agent.device)
     return lambda model, state: agent.act(observe(observer, model, state))
 
 

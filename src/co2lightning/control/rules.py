@@ -1,6 +1,6 @@
 """The rules a learned controller is measured against, in the controller's own action space.
 
-Shapes: B days at once, A = 2 actions. Every rule maps (model, state) to an action [B, A] and sees
+Shapes: B at once, A = 2 actions. Every rule maps (model, state) to an action [B, A] and sees
 no more than a controller does.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from co2lightning.control.shield import ev_power_kw
+from co2lightning.control.shield import dispatch, ev_power_kw
 from co2lightning.control.state import SiteModel, State
 
 Rule = Callable[[SiteModel, State], Tensor]
@@ -30,7 +30,10 @@ def after_solar_kw(model: SiteModel, state: State) -> Tensor:
 
     The grid connection does not matter: beyond must these vehicles take a surplus only.
     """
-    return model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    if model.floor_kw is None:
+        return others_kw
+    return state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
 
 
 def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:

@@ -18,33 +18,36 @@ from gymnasium.vector.utils import batch_space
 from co2lightning.control.observation import FEATURES
 from co2lightning.errors import UserError
 from co2lightning.sim.days import SiteDays, day_index
-from co2lightning.sim.schedule import evaluation_soc
+from co2lightning.sim.schedule import start_soc
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H
+from co2lightning.site.model import DAY_H
 
 
 class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """B days of a charging site at once, for Gymnasium.
+    """B windows of a charging site at once, for Gymnasium.
 
-    One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
+    One episode is a window of a day, in steps of the site's own length, and is truncated at its
+    end: time goes on. The action is two numbers in [-1, 1]: the EV
     charging power between what must and what could be charged now, and the battery's power as a
     share of its rating, charging positive. A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
-    reward is the kg CO2 by which the rule RBC B is beaten on that day (see
-    `co2lightning.sim.objective`).
+    reward is the CO2 by which the rule RBC B is beaten, in units of what the site emits on a day
+    without control (see `co2lightning.sim.objective`).
 
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step; that of
-    a reset `day`, the dates. After a day's last step the next call of `step` ignores its actions
+    a reset `day`, the dates. After a window's last step the next call of `step` ignores its actions
     and begins new days (NEXT_STEP autoreset).
 
-    Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
-    sockets' total power in kW; energy scale: two hours of it in kWh):
+    Observation, float32 of shape [B, 29], each feature less its mean and in units of its spread on
+    this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
+    to a part that the site has not is 0:
 
     OBSERVATION_TABLE
 
     Args:
-        num_envs: B, days at once.
+        num_envs: B, windows at once.
         site: Name of a shipped site, or a site folder.
+        hours: Length of a window.
         render_mode: Only None; the report draws the days.
 
     Raises:
@@ -54,17 +57,18 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
 
     def __init__(
-        self, num_envs: int = 1, site: str | Path = "iquitos", render_mode: str | None = None
+        self,
+        num_envs: int = 1,
+        site: str | Path = "iquitos",
+        render_mode: str | None = None,
+        hours: float = DAY_H,
     ) -> None:
-        self.days = SiteDays(load_site(site), num_envs)
+        self.days = SiteDays(load_site(site), num_envs, hours=hours)
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self._over = False
         self._streams: list[np.random.Generator] = []  # that draw days: one for all, or B
-        self.single_observation_space = gym.spaces.Box(
-            np.array([f.low for f in FEATURES], dtype=np.float32),
-            np.array([f.high for f in FEATURES], dtype=np.float32),
-        )
+        highest = self.days.observer.high[:, 0].numpy()
+        self.single_observation_space = gym.spaces.Box(-highest, highest)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (SiteDays.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -91,13 +95,12 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         if options and "day" in options:
             index = day_index(self.days.site, str(options["day"]))
             days = torch.full((self.num_envs,), index)
-            soc = evaluation_soc(self.days.site)[days]
+            soc = torch.full((self.num_envs,), start_soc(self.days.site))
         else:
             each = self.num_envs // len(self._streams)
             drawn = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
             days, soc = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         obs = self.days.begin(days, soc)
-        self._over = False
         return obs.numpy(), {"day": np.array([self.days.site.days[day] for day in days.tolist()])}
 
     def _streams_of(self, seeds: Sequence[int | None]) -> list[np.random.Generator]:
@@ -117,38 +120,43 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Run 15 minutes; after the day's last step the next call begins new days."""
+        """Run one step; after the window's last one the next call begins new days."""
         never = np.zeros(self.num_envs, dtype=bool)
-        if self._over:
+        if not self.days.steps_left:
             obs, info = self.reset()
             return obs, np.zeros(self.num_envs), never, never, info
         with torch.no_grad():
             action = torch.from_numpy(np.asarray(actions, dtype=np.float32))
             result = self.days.step(action)
-        self._over = self.days.state is None
-        flows = self.days.flows
+        flows, step_h = self.days.flows, self.days.site.step_h
         info = {
             "co2_kg": self.days.booked.co2_kg.numpy(),
-            "grid_import_kwh": flows.grid_import_kw.numpy() * STEP_H,
-            "curtailed_kwh": flows.curtailed_kwh.numpy(),
-            "unmet_kwh": flows.unmet_kwh.numpy(),
+            "grid_import_kwh": flows.grid_kw.relu().numpy() * step_h,
+            "curtailed_kwh": (-flows.grid_kw).relu().numpy() * step_h,
+            "unmet_kwh": flows.unmet_kw.numpy() * step_h,
         }
         reward = result.reward.double().numpy()
-        return result.obs.numpy(), reward, result.terminated.numpy() > 0.5, never, info
+        return result.obs.numpy(), reward, never, result.truncated.numpy() > 0.5, info
 
 
 class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
-    """One day of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
+    """One window of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
 
     Args:
         site: Name of a shipped site, or a site folder.
         render_mode: Only None; the report draws the days.
+        hours: Length of a window.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
 
-    def __init__(self, site: str | Path = "iquitos", render_mode: str | None = None) -> None:
-        self._vector = ChargingSiteVectorEnv(1, site)
+    def __init__(
+        self,
+        site: str | Path = "iquitos",
+        render_mode: str | None = None,
+        hours: float = DAY_H,
+    ) -> None:
+        self._vector = ChargingSiteVectorEnv(1, site, hours=hours)
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
@@ -162,9 +170,9 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         return obs[0], _first(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Run 15 minutes."""
-        obs, reward, terminated, _, info = self._vector.step(np.asarray(action)[None])
-        return obs[0], float(reward[0]), bool(terminated[0]), False, _first(info)
+        """Run one step."""
+        obs, reward, _, truncated, info = self._vector.step(np.asarray(action)[None])
+        return obs[0], float(reward[0]), False, bool(truncated[0]), _first(info)
 
 
 def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -172,11 +180,8 @@ def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _observation_table() -> str:
-    header = f"{'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
-    rows = [
-        f"{i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
-        for i, f in enumerate(FEATURES)
-    ]
+    header = f"{'#':>2}  {'name':<18} {'unit':<8} meaning"
+    rows = [f"{i:>2}  {f.name:<18} {f.unit:<8} {f.meaning}" for i, f in enumerate(FEATURES)]
     return "\n".join(f"    {line}".rstrip() for line in [header, *rows])
 
 

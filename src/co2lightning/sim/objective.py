@@ -1,18 +1,15 @@
-"""What a step costs and earns, and what an end is worth: the one place that knows.
+"""What a step costs and earns: the one place that knows.
 
-Physics says what flowed. Grid import emits CO2, and a day's CO2 is sum(import * h * intensity) +
-mean intensity * max(0, SoC start - SoC end) * capacity / charge efficiency: a battery emptied at
-the day's end is not a gift.
+Physics says what flowed; grid import emits CO2, export earns nothing.
 
-The day's reward is reference - CO2 in kg, where the reference depends on the day alone: as
-`priced_model` makes it, the building's import without battery and vehicles, and half the mean
-intensity for every kWh that vehicles get; after `measured_against` whatever a rule emits. Within
-the day energy stored in the battery counts at that same half price, a potential in the sense of
-Ng, Harada and Russell 1999: it moves reward to the step that earned it and leaves the sum over the
-day as it is. At half the price, storing a surplus pays at once and storing grid power does not,
-whatever the hour.
+A step's reward is what the rule RBC B is exceeded by, in units of what the site emits on a day
+without control, so that one recipe fits sites of any size: reference - CO2, where the reference is
+the rule's own at that step of one run through the whole series. Within it energy that is stored or
+given to vehicles counts at half the mean intensity, a potential in the sense of Ng, Harada and
+Russell 1999: it moves reward to the step that earned it. At half the price, storing a surplus pays
+at once and storing grid power does not, whatever the hour.
 
-Shapes: T = 96 steps a day, D days of the site, B days at once.
+Shapes: P steps, B at once.
 """
 
 from typing import NamedTuple
@@ -23,68 +20,78 @@ from torch import Tensor
 
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import DAY_H, Floats, Site
 
-_CREDIT_SHARE = 0.5  # of what refilling costs: what a kWh earns when it is stored or charged
-_REFERENCE_ROW = -2  # of the model's series, whose last rows are the prices
+_CREDIT_SHARE = 0.5  # of the mean intensity: what a kWh earns when it is stored or charged
+_CARBON, _PER_KW, _REFERENCE, _CREDIT = -4, -3, -2, -1  # the prices among the model's series
 
 
 class Booked(NamedTuple):
     """What a step cost and earned."""
 
-    co2_kg: Tensor  # [B] of the grid import; in a day's last step also of the settlement
-    reward: Tensor  # [B] kg CO2 less than the reference
+    co2_kg: Tensor  # [B] of the grid import
+    reward: Tensor  # [B] CO2 less than the reference, in days of the uncontrolled site
 
 
-def refill_kg_per_kwh(carbon_kg_per_kwh: Floats) -> Floats:
-    """Return the CO2 [...] of a kWh that refills the battery after a day [..., T]."""
-    return carbon_kg_per_kwh.mean(axis=-1)
+def mean_kg_per_kwh(site: Site) -> float:
+    """Return the mean intensity of the steps that are not held out."""
+    return float(site.carbon_kg_per_kwh[site.training_steps].mean())
+
+
+def daily_kwh(site: Site) -> float:
+    """Return the energy that a site uses on a day, load and vehicles, of its training days.
+
+    Where it uses none: what its PV gives; then what its battery holds.
+    """
+    training = site.training_steps
+    days = training.sum() * site.step_h / DAY_H
+    of_training = training[site.sessions.arrival]
+    used_kwh = np.abs(site.load_kw[training]).sum() * site.step_h
+    used_kwh += site.sessions.energy_kwh[of_training].sum()
+    used_kwh = used_kwh or site.pv_kw[training].sum() * site.step_h
+    capacity_kwh = site.battery.capacity_kwh if site.battery else 1.0
+    return float(used_kwh / days) or capacity_kwh
 
 
 def priced_model(
     site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SiteModel:
-    """Turn a site into tables that hold its prices too: what `build_model` makes and days need.
+    """Turn a site into tables that hold its prices too; rewards are 0 until `rewarded`."""
+    carbon_kg_per_kw = site.carbon_kg_per_kwh * site.step_h
+    nothing = np.zeros(site.n_steps)
+    return build_model(site, device, dtype, [carbon_kg_per_kw, nothing, nothing, nothing])
 
-    Raises:
-        ValueError: A vehicle stays on when its day has ended and been settled.
+
+def rewarded(
+    model: SiteModel, site: Site, uncontrolled_kg: float, co2_kg: Floats, credited_kw: Floats
+) -> SiteModel:
+    """Return a priced model that gives rewards.
+
+    Args:
+        model: As `priced_model` makes it.
+        site: Its site.
+        uncontrolled_kg: What the site emits on a day without control, the unit of the rewards.
+            Where that is nothing, what its daily energy would emit at the mean intensity.
+        co2_kg: Of the rule that is to be exceeded, in each step [P].
+        credited_kw: What that rule charged, [P].
     """
-    if (last := int(site.sessions.departure_step.max(initial=0))) > T:
-        raise ValueError(f"a vehicle leaves at step {last} of its day; a day ends after {T}")
-    carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
-    reference_kg = np.maximum(site.load_kw - site.pv_kw, 0.0) * carbon_kg_per_kw
-    refill_kg_per_kw = refill_kg_per_kwh(site.carbon_kg_per_kwh)[:, None] * np.full(T, STEP_H)
-    return build_model(site, device, dtype, [carbon_kg_per_kw, reference_kg, refill_kg_per_kw])
-
-
-def measured_against(model: SiteModel, reward: Tensor) -> SiteModel:
-    """Return a model whose rewards are what those of somebody, at each step [T * D], exceed."""
+    mean_kg = mean_kg_per_kwh(site)
+    fallback_kg = daily_kwh(site) * mean_kg
+    unit_kg = uncontrolled_kg if uncontrolled_kg > 1e-6 * fallback_kg else fallback_kg
+    unit_kg = unit_kg or 1.0
+    credit_per_kw = _CREDIT_SHARE * mean_kg * site.step_h / unit_kg
+    reference = co2_kg / unit_kg - credit_per_kw * credited_kw
     series = model.series.clone()
-    series[_REFERENCE_ROW, :-1] -= reward.to(series)
+    series[_PER_KW] = series[_CARBON] / unit_kg
+    series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
+    series[_CREDIT, :-1] = credit_per_kw
     return model._replace(series=series)
 
 
 def book(state: State, flows: Flows) -> Booked:
     """Return what a step cost and earned, `state` at its beginning."""
-    carbon_kg_per_kw, reference_kg, refill_kg_per_kw = state.prices
-    co2_kg = flows.grid_kw.relu() * carbon_kg_per_kw
+    carbon_kg_per_kw, per_kw, reference, credit_per_kw = state.prices
+    import_kw = flows.grid_kw.relu()
+    earned = torch.addcmul(reference, import_kw, per_kw, value=-1.0)
     credited_kw = flows.ev_kw + flows.stored_kw
-    return Booked(
-        co2_kg,
-        torch.addcmul(reference_kg - co2_kg, refill_kg_per_kw, credited_kw, value=_CREDIT_SHARE),
-    )
-
-
-def settle(model: SiteModel, state: State, flows: Flows, booked: Booked) -> Booked:
-    """Return what a day's last step cost and earned with the end that it made.
-
-    A deficit against the day's start costs the kWh that refill it, a surplus earns nothing. The
-    reward gives back the credit for what is still stored.
-    """
-    refill_kg_per_kw = state.prices[-1]
-    gained_kw = (flows.soc - state.soc_start) * model.charge_kw_per_soc
-    settlement_kg = (-gained_kw).relu() * refill_kg_per_kw
-    return Booked(
-        booked.co2_kg + settlement_kg,
-        booked.reward - settlement_kg - gained_kw * (_CREDIT_SHARE * refill_kg_per_kw),
-    )
+    return Booked(import_kw * carbon_kg_per_kw, torch.addcmul(earned, credit_per_kw, credited_kw))
