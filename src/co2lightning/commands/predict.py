@@ -1,29 +1,27 @@
-"""`co2lightning predict`: what a policy does on one day, step by step, as CSV.
+"""`co2lightning predict`: what a policy does on one day or several, step by step, as CSV.
 
-Shapes: T = 96 steps, O features.
+Shapes: n steps, O features.
 """
 
 from collections.abc import Sequence
-from datetime import date, datetime, time, timedelta
-from zoneinfo import ZoneInfo
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import open_run, run_parser, unseen
-from co2lightning.control.observation import FEATURES, build_observer, observe
+from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.control.observation import FEATURES, observe
 from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import TITLES, check_finite, reference_schedules
-from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import Schedule, schedule
+from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
+from co2lightning.sim.scales import observer_of
 from co2lightning.site import trained_days
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
 _COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
@@ -37,20 +35,22 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = run_parser(
         "predict",
-        "Write a day as a run's policy controls it: a header and 96 rows, one for each 15 min. "
+        "Write a day as a run's policy controls it: a header and a row for each step of the site. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
-        "soc: 0-1, at its end. co2_kg: of the import; in the last row also of a battery left "
-        "emptier than at midnight.",
-        "co2lightning predict PPO --day 2025-01-06 --output schedule.csv",
+        "soc: 0-1, at its end. co2_kg: of the import.",
+        "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
     )
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
+    parser.add_argument(
+        "--days", type=int, default=1, metavar="N", help="so many in one go [default: 1]"
+    )
     parser.add_place("--output", help="where the CSV goes [default: standard output]")
     parser.add_place(
         "--observations",
-        help="what the policy saw in these 96 steps, as CSV too: the input of an exported policy",
+        help="what the policy saw in these steps, as CSV too: the input of an exported policy",
     )
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
@@ -62,55 +62,72 @@ def main(argv: Sequence[str]) -> int:
         except UserError as error:
             raise UserError(f"--{error}") from None
     else:
-        day = int(unseen(facts, site).held_out_days[0])
+        day = int(unseen(facts, site).stretches[0, 0])
+    most = len(site.days) - day
+    if not 1 <= arguments.days <= most:
+        raise UserError(
+            f"--days {arguments.days}: {site.name} has {most} days from {site.days[day]} on"
+        )
+    chosen = slice(day, day + arguments.days)
     trained = trained_days.seen(facts, site)
-    if not site.held_out[day] or (trained is not None and trained[day]):
-        say(f"{site.days[day]} is a training day of {site.name}", err=True)
-    planned, seen = day_schedule(agent, site, day)
-    grid_kw = planned.grid_import_kw - planned.curtailed_kwh / STEP_H
-    columns = [planned.ev_kw, planned.battery_kw, grid_kw, planned.soc, planned.co2_kg]
-    text = _csv(site, day, _COLUMNS[1:], np.concatenate(columns).T)
+    known = ~site.held_out[chosen] | (False if trained is None else trained[chosen])
+    if known.any():
+        which = site.days[day + int(np.flatnonzero(known)[0])]
+        say(f"{which} is a training day of {site.name}", err=True)
+    found, seen = predict(agent, site, day, arguments.days)
+    own = found.schedules["agent"][0]
+    grid_kw = own.grid_import_kw - own.curtailed_kwh / site.step_h
+    columns = [own.ev_kw, own.battery_kw, grid_kw, own.soc, own.co2_kg]
+    begin = int(site.day_bounds[day])
+    text = _csv(site, begin, _COLUMNS[1:], np.stack(columns, axis=1))
     if output is None:
         say(*text.splitlines())
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        write_atomic(observations, _csv(site, day, [f.name for f in FEATURES], seen).encode())
-    others = reference_schedules(site, [day])
-    told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
+        names = [feature.name for feature in FEATURES]
+        write_atomic(observations, _csv(site, begin, names, seen).encode())
+    kg = {name: figures.co2_kg[0] for name, figures in found.policies.items()}
+    told = ", ".join(f"{TITLES[name]} {kg[name]:.1f}" for name in TITLES)
+    until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
-        f"{site.days[day]}: {type(agent).__name__} after episode {episode} emits "
-        f"{planned.co2_kg.sum():.1f} kg CO2; {told}",
+        f"{site.days[day]}{until}: {type(agent).__name__} after episode {episode} emits "
+        f"{kg['agent']:.1f} kg CO2, what is left at the end settled; {told}",
         err=True,
     )
-    return 0
+    return check_bound(violations(found))
 
 
-def day_schedule(agent: Agent, site: Site, day: int) -> tuple[Schedule, Floats]:
-    """Run a policy through one day.
+def predict(agent: Agent, site: Site, day: int, count: int = 1) -> tuple[Evaluation, Floats]:
+    """Run a policy through days in one go, as evaluation begins them.
+
+    Args:
+        agent: Decides.
+        site: The site.
+        day: Index of the first day.
+        count: How many days.
 
     Returns:
-        The schedule, its fields [1, T], and what the policy saw [T, O].
+        The agent beside the rules and the optimum in this one stretch, and what the policy saw
+        [n, O].
     """
-    observer = build_observer(site, agent.device)
+    observer = observer_of(site, agent.device)
     seen: list[Tensor] = []
 
     def policy(model: SiteModel, state: State) -> Tensor:
         seen.append(observe(observer, model, state))
         return agent.act(seen[-1])
 
-    planned = schedule(priced_model(site, agent.device), policy, site, [day])
-    check_finite(planned)
-    return planned, torch.cat(seen).double().cpu().numpy()
+    stretch = replace(site, stretches=np.array([[day, day + count]]))
+    found = evaluate(policy, stretch, device=agent.device)
+    return found, torch.cat(seen).double().cpu().numpy()
 
 
-def _csv(site: Site, day: int, names: Sequence[str], values: Floats) -> str:
-    """Return the rows of a day: the time, then a row of values [T, columns] for each step."""
-    midnight = datetime.combine(date.fromisoformat(site.days[day]), time(), ZoneInfo(site.timezone))
+def _csv(site: Site, begin: int, names: Sequence[str], values: Floats) -> str:
+    """Return the rows of a stretch: the time, then a row of values [n, columns] for each step."""
     rows = [",".join(["time", *names])]
-    for step in range(T):
-        begin = midnight + timedelta(hours=step * STEP_H)
+    for step, row in enumerate(np.round(values, 9)):
         # Adding 0.0 takes the sign off a zero.
-        numbers = (f"{value + 0.0:.9g}" for value in np.round(values[step], 9))
-        rows.append(",".join([begin.isoformat(), *numbers]))
+        numbers = (f"{value + 0.0:.9g}" for value in row)
+        rows.append(",".join([site.when(begin + step).isoformat(), *numbers]))
     return "\n".join(rows) + "\n"

@@ -8,7 +8,7 @@ Every feature is measured in kW, kWh or what its unit says, and given to the pol
 own spread on this site: (value - shift) / scale. So a network sees numbers of order one on a site
 of any size, and a 0 of whatever belongs to a part that the site has not.
 
-Shapes: P steps of the site, B at once, O = 29 features.
+Shapes: P steps of the site, B at once, O = 30 features.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,7 @@ _EXOGENOUS = (
     _Feature("weekend", "1 on Saturday and Sunday", "-"),
     _Feature("pv", "PV power now", "kW"),
     _Feature("load", "building load now", "kW"),
+    _Feature("import_limit", "what may be imported now", "kW"),
     _Feature("carbon", "intensity now", "kg/kWh"),
     _Feature("carbon_next_hour", "usual intensity of the next hour - now", "kg/kWh"),
     _Feature("carbon_next_3_h", "usual intensity of the next 3 hours - now", "kg/kWh"),
@@ -252,6 +253,7 @@ def _exogenous_features(site: Site) -> Floats:
             weekend[today].astype(np.float64),
             site.pv_kw,
             site.load_kw,
+            site.import_limit_kw,
             carbon,
             carbon_ahead(1.0),
             carbon_ahead(3.0),

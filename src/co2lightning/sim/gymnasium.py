@@ -38,7 +38,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     a reset `day`, the dates. After a window's last step the next call of `step` ignores its actions
     and begins new days (NEXT_STEP autoreset).
 
-    Observation, float32 of shape [B, 29], each feature less its mean and in units of its spread on
+    Observation, float32 of shape [B, 30], each feature less its mean and in units of its spread on
     this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
     to a part that the site has not is 0:
 
