@@ -28,6 +28,7 @@ import torch
 
 from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
+from co2lightning.report.looks import agent_colour
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
 from co2lightning.site.load import load_site
@@ -41,12 +42,6 @@ REFERENCES = {
     "rbc_b": "RBC B",
     "optimum": "optimum (LP)",
 }
-COLOURS = {
-    "PPO": "#0072B2",
-    "SAC": "#D55E00",
-    "A2C": "#009E73",
-    "PPO-long": "#0072B2",
-}  # Okabe and Ito
 
 Run = dict[str, Any]
 
@@ -227,7 +222,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for agent, entry in results["agents"].items():
         episodes = [int(episode) for episode in entry["summary"]]
         figures = [row["co2_kg"] for row in entry["summary"].values()]
-        colour = COLOURS.get(agent, "#333333")
+        colour = agent_colour(agent.partition("-")[0])  # PPO-long is a recipe of PPO
         axes.fill_between(
             episodes,
             [f["min"] for f in figures],

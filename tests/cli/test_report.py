@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.commands.run import find_runs
 from co2lightning.control import rules
-from co2lightning.report.collect import compare_to_rule
+from co2lightning.report.collect import compare_to_rule, soc_band
+from co2lightning.report.looks import HEAT
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import parse_flags
@@ -252,6 +254,10 @@ def test_figures_for_papers(report: Callable[..., Outcome], tmp_path: Path) -> N
     name = re.sub(r"[^\w.-]", "_", HOSTILE)
     stems = ["learning_curves", "held_out", f"days_{name}", f"difference_{name}", f"day_{name}"]
     assert files.keys() == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    heat = (255 * imread(figures / f"difference_{name}.png")[..., :3]).round().astype(int)
+    seen = {tuple(rgb) for rgb in heat.reshape(-1, 3).tolist()}
+    for look in ("never", "minus", "plus"):
+        assert tuple(int(HEAT[look][i : i + 2], 16) for i in (1, 3, 5)) in seen, look
     for file, content in files.items():
         assert content.startswith(b"%PDF-" if file.endswith("pdf") else b"\x89PNG")
 
@@ -284,6 +290,21 @@ def test_the_rule_differs_from_itself_nowhere(place: Path) -> None:
     assert (idle.steps.sum(1) == steps / 24).all()
     assert len(visited) <= len(HELD_OUT)
     assert (idle.battery_kw[12, visited] < -5.0).all()
+
+
+def test_the_heat_map_shows_an_empty_battery(tmp_path: Path) -> None:
+    """Its SoC is that of the band's lower end, or a rounding below it."""
+    low = write_site(tmp_path / "low")
+    text = (low / "site.yaml").read_text()
+    (low / "site.yaml").write_text(
+        text.replace("soc_min: 0.1", "soc_min: 0.35").replace("soc_min: 0.3,", "soc_min: 0.4,")
+    )
+    site = load_site(low)
+    heat = compare_to_rule(rules.rbc_b, site)
+    first, end = soc_band(site.battery)
+    assert (first, end) == (7, 18)
+    assert heat.steps[:, first].sum() > 0
+    assert heat.steps[:, first:end].sum() == heat.steps.sum()
 
 
 # --- what it refuses to run ----------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from test_report import HOSTILE, made, place  # noqa: F401  (fixtures)
 
+from co2lightning.report.looks import AGENTS, HEAT
+
 CHARTS = "return [...document.querySelectorAll('.chart')]"
 PATHS = (
     "return [...document.querySelectorAll('[data-chart=explorer]')[0].querySelectorAll('svg path')]"
@@ -76,14 +78,145 @@ def test_the_day_explorer_changes_the_figure(page: Any) -> None:
     assert len({json.dumps(paths) for paths in seen}) == len(seen)
     told = "return document.querySelector('[data-chart=explorer] output').textContent"
     whole = page.execute_script(told)
-    assert whole.startswith("2025-03-05: RBC B ")
+    assert whole.startswith("whole day 2025-03-05")
+    assert "RBC B" in whole
     page.execute_script(
         "const svg = document.querySelector('[data-chart=explorer] .panel > svg');"
         "const box = svg.getBoundingClientRect();"
         "svg.dispatchEvent(new PointerEvent('pointermove',"
         " {clientX: box.left + box.width / 2, clientY: box.top + 20, bubbles: true}));"
     )
-    assert page.execute_script(told).startswith(("11:30", "11:45", "12:00", "12:15", "12:30"))
+    times = tuple(f"time {clock}" for clock in ("11:30", "11:45", "12:00", "12:15", "12:30"))
+    assert page.execute_script(told).startswith(times)
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_day_explorer_stays_where_it_is(page: Any, made: Any, width: int) -> None:  # noqa: F811
+    """Neither a choice nor the pointer moves anything under the pointer."""
+    show(page, made.place, width)
+    page.execute_script(
+        "document.querySelector('[data-chart=explorer] .panel > svg').scrollIntoView()"
+    )
+    places = (
+        "return [document.documentElement.scrollHeight, ...[...document.querySelectorAll("
+        "'[data-chart=explorer] :is(.panel, .controls, select)')].map(one => {"
+        " const box = one.getBoundingClientRect();"
+        " return [box.left, box.top, box.width, box.height]; })]"
+    )
+    before = page.execute_script(places)
+    for day in range(3):
+        for policy in range(6):
+            choose(page, "explorer", 0, str(day))
+            choose(page, "explorer", 1, str(policy))
+            assert page.execute_script(places) == before, (day, policy)
+            page.execute_script(
+                "for (const svg of document.querySelectorAll('[data-chart=explorer] .panel > svg'))"
+                " { const box = svg.getBoundingClientRect();"
+                " svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left +"
+                " box.width * 0.7, clientY: box.top + 20, bubbles: true})); }"
+            )
+            assert page.execute_script(places) == before, (day, policy)
+
+
+def test_a_reference_beside_the_run(page: Any) -> None:
+    """Whatever controller is chosen, the run that was chosen last keeps its curves."""
+    names = page.execute_script(
+        "return [...document.querySelectorAll('[data-chart=explorer] select')[1].options]"
+        ".map(option => option.textContent)"
+    )
+    drawn = (
+        "return [...document.querySelector('[data-chart=explorer]').querySelectorAll("
+        "'.panel:nth-of-type(2) > svg .line')].map(line => line.getAttribute('class'))"
+    )
+    assert len(names) == 6
+    for chosen in range(6):
+        choose(page, "explorer", 1, str(chosen))
+        lines = page.execute_script(drawn)
+        assert sum("agent-PPO" in line for line in lines) == 1, (names[chosen], lines)
+        assert any("optimum" in line for line in lines)
+
+
+def test_a_run_has_its_agents_colour_everywhere(page: Any, made: Any) -> None:  # noqa: F811
+    """Runs of one agent differ by their line and mark."""
+    drawn = (
+        "return [...document.querySelectorAll('[data-chart=' + arguments[0] + ']')].map(chart =>"
+        " [...chart.querySelectorAll(arguments[1])].filter(one => one.matches('[class*=agent-]'))"
+        ".map(one => { const look = getComputedStyle(one); return one.matches('.line')"
+        " ? [look.stroke, look.strokeDasharray] : [look.fill, one.getAttribute('d').match("
+        "/[a-z]/g).join('')]; }))"
+    )
+    agents = [[run["look"] for run in site["runs"]] for site in made.data["sites"]]
+    assert sorted(map(len, agents)) == [1, 2]
+    for number, scheme in enumerate(("light", "dark")):
+        show(page, made.place, 1200, scheme)
+        for chart, what in (("learning", "svg .line"), ("days", "svg .mark"), ("days", "li .mark")):
+            for names, found in zip(agents, page.execute_script(drawn, chart, what), strict=True):
+                agent = "A2C" if len(names) == 1 else "PPO"
+                hexed = AGENTS[agent][number]
+                rgb = f"rgb({', '.join(str(int(hexed[i : i + 2], 16)) for i in (1, 3, 5))})"
+                assert {colour for colour, _ in found} == {rgb}, (chart, agent)
+                assert len({form for _, form in found}) == len(names)
+
+
+def test_no_mark_is_cut(page: Any) -> None:
+    near = (
+        "return [...document.querySelectorAll('.chart:is([data-chart=days], [data-chart=learning],"
+        " [data-chart=intervals]) svg')].flatMap(svg => {"
+        " const axis = svg.querySelector('.axis');"
+        " if (!axis) return [];"
+        " const low = axis.getBoundingClientRect().bottom, all = svg.getBoundingClientRect();"
+        " return [...svg.querySelectorAll('.mark, .hollow')].map(mark => {"
+        " const box = mark.getBoundingClientRect();"
+        " return Math.min(low - box.bottom, box.top - all.top, box.left - all.left,"
+        " all.right - box.right); }); })"
+    )
+    for value in ("", "rule"):
+        choose(page, "days", 0, value)
+        found = page.execute_script(near)
+        assert len(found) > 30
+        assert min(found) > 2.0
+
+
+@pytest.mark.parametrize("width", [400, 700, 900, 1200])
+def test_no_number_is_cut(page: Any, made: Any, width: int) -> None:  # noqa: F811
+    """Every cell of every table is on the screen as it opens."""
+    show(page, made.place, width)
+    cut = (
+        "const end = document.documentElement.clientWidth;"
+        "return [...document.querySelectorAll('td')].filter(cell => {"
+        " const range = document.createRange(); range.selectNodeContents(cell);"
+        " return [...range.getClientRects()].some(box => box.left < 0 || box.right > end); })"
+        ".map(cell => cell.textContent)"
+    )
+    assert page.execute_script(cut) == []
+    wrapped = (
+        "return [...document.querySelectorAll('td:not(.text)')].filter(cell => {"
+        " const range = document.createRange(); range.selectNodeContents(cell);"
+        " return range.getClientRects().length > 1; }).map(cell => cell.textContent)"
+    )
+    assert page.execute_script(wrapped) == []
+
+
+def test_the_heat_maps_are_those_of_the_figures(page: Any, made: Any) -> None:  # noqa: F811
+    """Same colours, same scale for all runs of a site, grey where a run never was."""
+    colours = page.execute_script(
+        "return ['minus', 'same', 'plus', 'never'].map(name => getComputedStyle("
+        "document.querySelector(`[data-chart=heat] .${name}`)).fill)"
+    )
+    wanted = [HEAT[name] for name in ("minus", "same", "plus", "never")]
+    rgb = [tuple(int(hexed[i : i + 2], 16) for i in (1, 3, 5)) for hexed in wanted]
+    assert colours == [f"rgb({', '.join(map(str, three))})" for three in rgb]
+    site = made.data["sites"][0]
+    limit = site["heat_limit_kw"]["battery_kw"]
+    cells = page.execute_script(
+        "return [...document.querySelector('[data-chart=heat]').querySelectorAll("
+        "'.panel rect[fill-opacity]')].map(cell => [cell.textContent,"
+        " +cell.getAttribute('fill-opacity')])"
+    )
+    assert sum(len(run["heat"]["steps"]) for run in site["runs"]) > 0
+    for text, opacity in cells:
+        kw = float(text.split(": ")[1].split(" kW")[0].replace("\N{MINUS SIGN}", "-"))
+        assert opacity == pytest.approx(min(1.0, abs(kw) / limit), abs=0.051 / limit + 1e-3)
 
 
 def test_a_click_on_a_day_opens_it(page: Any) -> None:

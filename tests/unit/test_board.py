@@ -1,5 +1,6 @@
 """TensorBoard beside the curves: a day as a figure, reference lines, the layout, from the files."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from test_evaluate import write_site
@@ -14,6 +16,7 @@ from test_evaluate import write_site
 from co2lightning.cli import main
 from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.errors import UserError
+from co2lightning.report.looks import AGENTS
 from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import schedule
@@ -63,6 +66,18 @@ def test_figures_come_at_absolute_episodes_and_change_nothing(village: Path) -> 
     assert (image.width, image.height) == (810, 720)
 
 
+def test_the_figure_has_the_agents_colour(village: Path) -> None:
+    flags = {"env.num_envs": 4, "env.site": "village", "episodes": 1, "figures_every": 1}
+    run_fit(flags, agent="A2C", echo=lambda line: None)
+    (image,) = events("A2C").Images("site/dispatch")
+    drawn = imread(io.BytesIO(image.encoded_image_string), format="png")[..., :3]
+    seen = {tuple(rgb) for rgb in (255 * drawn).round().astype(int).reshape(-1, 3).tolist()}
+    colours = {
+        a: tuple(int(pair[0][i : i + 2], 16) for i in (1, 3, 5)) for a, pair in AGENTS.items()
+    }
+    assert [agent for agent, colour in colours.items() if colour in seen] == ["A2C"]
+
+
 def test_a_figure_that_a_resume_redraws_stands_once(village: Path) -> None:
     train("PPO", 2, figures_every=2)
     Path("checkpoints/PPO/episode_0002.pt").unlink()  # as if killed before it was saved
@@ -81,7 +96,9 @@ def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
     env, day = SiteDays(site, 1), int(site.held_out_days[0])
     rule = schedule(env.model, rbc_b, site, [day])
     none = schedule(env.model, uncontrolled, site, [day])
-    images = [day_image(site, day, "a policy", own, rule) for own in (rule, none, rule)]
+    images = [
+        day_image(site, day, ("a policy", "#0072b2"), own, rule) for own in (rule, none, rule)
+    ]
     assert images[0].shape == (720, 810, 3)
     assert images[0].dtype == np.uint8
     assert (images[0] == images[2]).all()

@@ -17,6 +17,7 @@ from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
+from co2lightning.report.looks import RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
@@ -24,7 +25,7 @@ from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import schedule
 from co2lightning.site.load import load_site, named_in
-from co2lightning.site.model import Floats, Site, T
+from co2lightning.site.model import Battery, Floats, Site, T
 from co2lightning.site.trained_days import unseen
 
 HOURS = 24
@@ -49,6 +50,7 @@ class RunResult:
 
     Attributes:
         row: What `history` tells of it.
+        agent: The class that acts.
         action: How the agent's output is read: "direct", or "correction" of RBC B's action.
         episode: The evaluated episode.
         file: Its file.
@@ -58,6 +60,7 @@ class RunResult:
     """
 
     row: dict[str, Any]
+    agent: str
     action: str
     episode: int
     file: Path
@@ -101,6 +104,28 @@ class SiteResult:
         """Index of the held-out day on which RBC B emits the median CO2."""
         order = np.argsort(self.references.policies["rbc_b"].co2_kg, kind="stable")
         return int(order[(len(order) - 1) // 2])
+
+    def heat_limit_kw(self, what: str) -> float:
+        """Return the end of the scale of a field of `_Heat`, the same for all runs.
+
+        A few cells would leave the others without colour, so some lie beyond it.
+        """
+        sizes = np.abs(np.concatenate([getattr(run.heat, what).ravel() for run in self.runs]))
+        wanted_kw = max(0.1, float(np.nanpercentile(sizes, 95)))
+        power = 10.0 ** np.floor(np.log10(wanted_kw))
+        steps = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
+        return float(power * next(step for step in steps if step * power >= 0.999 * wanted_kw))
+
+
+def looks_of(results: Sequence[SiteResult]) -> dict[str, RunLook]:
+    """Return how each run is drawn, the same throughout a report."""
+    return run_looks((run.name, run.agent) for result in results for run in result.runs)
+
+
+def soc_band(battery: Battery) -> tuple[int, int]:
+    """Return the first class of SoC that a battery's band meets, and the one after the last."""
+    first = int(np.floor(battery.soc_min * SOC_CLASSES + 1e-6))
+    return first, int(np.ceil(battery.soc_max * SOC_CLASSES - 1e-6))
 
 
 class _Loaded(NamedTuple):
@@ -207,6 +232,7 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
+        agent=type(one.agent).__name__,
         action=one.agent.settings.action,
         episode=one.episode,
         file=one.path,
@@ -230,7 +256,9 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
     # The steps came T by T, for some days after others.
     parts = [torch.stack(seen[i : i + T], 2) for i in range(0, len(seen), T)]
     soc, rule_battery_kw, rule_ev_kw = torch.cat(parts, 1).double().cpu().numpy()
-    of_day = np.minimum(soc * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
+    # Rounding may put an empty battery a hair below its band.
+    first, end = soc_band(site.battery)
+    of_day = np.clip(soc * SOC_CLASSES, first, end - 1).astype(int)
     hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
     cell = (hours * SOC_CLASSES + of_day).ravel()
 

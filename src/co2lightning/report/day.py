@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from co2lightning.report.looks import FLOWS
 from co2lightning.sim.schedule import Schedule, evaluation_soc
 from co2lightning.site.model import STEP_H, Site, T
 
@@ -30,14 +31,6 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a run's name is no formula
 }
-# Okabe and Ito's colours, darkened as in report.css; references are greys told apart by dashes.
-COLOURS = ("#0072b2", "#c2500a", "#008060", "#a8327d", "#8a6d00", "#5b4db7")
-LOOKS: dict[str, dict[str, Any]] = {
-    "uncontrolled": {"color": "#57606a", "ls": (0, (1, 2))},
-    "rbc_a": {"color": "#57606a", "ls": (0, (4, 3))},
-    "rbc_b": {"color": "#1b1f24", "ls": "-"},
-    "optimum": {"color": "#1b1f24", "ls": (0, (7, 2, 2, 2))},
-}
 
 
 def draw_day(
@@ -55,14 +48,14 @@ def draw_day(
     power, soc, carbon, total = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1.6, 1, 1.8])
     edges = np.arange(T + 1) * STEP_H
     name, own, _ = policies[-1]
-    power.stairs(site.pv_kw[day], edges, fill=True, color="#f3d98a", label="PV available")
-    for values, label, look in (
-        (site.load_kw[day], "building load", {"color": "#7a828b", "ls": "--"}),
-        (own.grid_import_kw[0], "grid import", {"color": "#1b1f24"}),
-        (own.battery_kw[0], "battery (charging +)", {"color": "#a8327d"}),
-        (own.ev_kw[0], "EV charging", {"color": "#0072b2"}),
+    power.stairs(site.pv_kw[day], edges, fill=True, color=FLOWS["pv"][0], label="PV available")
+    for values, label, flow, dashes in (
+        (site.load_kw[day], "building load", "load", "--"),
+        (own.grid_import_kw[0], "grid import", "grid", "-"),
+        (own.battery_kw[0], "battery (charging +)", "battery", "-"),
+        (own.ev_kw[0], "EV charging", "ev", "-"),
     ):
-        power.stairs(values, edges, baseline=None, label=label, **look)
+        power.stairs(values, edges, baseline=None, label=label, color=FLOWS[flow][0], ls=dashes)
     power.set(ylabel="power, kW")
     start = float(evaluation_soc(site)[day])
     for title, plan, look in policies:
@@ -71,7 +64,7 @@ def draw_day(
         total_kg = np.concatenate([[0.0], plan.co2_kg[0].cumsum()])
         total.plot(edges, total_kg, lw=1.3, label=f"{title}, {total_kg[-1]:.0f} kg", **look)
     soc.set(ylabel="battery SoC, %", ylim=(0, 100))
-    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color="#57606a")
+    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color=FLOWS["carbon"][0])
     carbon.set(ylabel="intensity,\nkg/kWh")
     carbon.set_ylim(bottom=0)
     total.set(ylabel="CO2 since\nmidnight, kg", xlabel="time of day, h")

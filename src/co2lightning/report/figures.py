@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from co2lightning.metrics import HELD_OUT, TRAINING
-from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
-from co2lightning.report.day import COLOURS, LOOKS, STYLE, draw_day
+from co2lightning.report.collect import (
+    HOURS,
+    SOC_CLASSES,
+    RunResult,
+    SiteResult,
+    looks_of,
+    soc_band,
+)
+from co2lightning.report.day import STYLE, draw_day
+from co2lightning.report.looks import HEAT, LOOKS, RunLook
 from co2lightning.sim.evaluate import TITLES, Summary, summarise
 from co2lightning.sim.schedule import Schedule
 
@@ -24,11 +33,12 @@ from co2lightning.sim.schedule import Schedule
 def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF."""
     files: dict[str, bytes] = {}
+    looks = looks_of(results)
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a name: drawn as a box
         for result in results:
             place = f"-{result.site.name}-{result.site.sha256[:6]}" if len(results) > 1 else ""
-            for name, figure in _figures(result):
+            for name, figure in _figures(result, looks):
                 stem = re.sub(r"[^\w.-]", "_", name + place)
                 for kind in ("png", "pdf"):
                     buffer = io.BytesIO()
@@ -38,30 +48,27 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     return files
 
 
-def _figures(result: SiteResult) -> Iterator[tuple[str, Figure]]:
-    yield "learning_curves", _learning(result)
-    yield "held_out", _intervals(result)
-    for i, run in enumerate(result.runs):
-        yield f"days_{run.name}", _days(result, run, _colour(i))
+def _figures(result: SiteResult, looks: dict[str, RunLook]) -> Iterator[tuple[str, Figure]]:
+    yield "learning_curves", _learning(result, looks)
+    yield "held_out", _intervals(result, looks)
+    for run in result.runs:
+        yield f"days_{run.name}", _days(result, run, looks[run.name])
         yield f"difference_{run.name}", _heat(result, run)
-        yield f"day_{run.name}", _day(result, run, _colour(i))
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
+        yield f"day_{run.name}", _day(result, run, looks[run.name])
 
 
 def _hollow(colour: str) -> dict[str, Any]:
     """Return the look of a marker that hides no other beneath it."""
-    return {"color": colour, "fillstyle": "none", "mew": 1.5}
+    return {"color": colour, "fillstyle": "none", "mew": 1.5, "ms": 7, "ls": ""}
 
 
-def _learning(result: SiteResult) -> Figure:
+def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     figure = Figure(figsize=(6.3, 3.8))
     axes = figure.add_subplot()
     summaries = summarise(result.references)
     uncontrolled_kg = max(summaries["uncontrolled"].co2_kg, 1e-9)
-    for i, run in enumerate(result.runs):
+    for run in result.runs:
+        look = looks[run.name]
         known = {
             m["episode"]: 100 * m["co2_vs_uncontrolled"]
             for m in run.metrics
@@ -69,12 +76,12 @@ def _learning(result: SiteResult) -> Figure:
         }
         episodes = range(min(known, default=1), max(known, default=0) + 1)
         shares = [known.get(episode, np.nan) for episode in episodes]
-        marker = "o" if len(known) < 40 else ""
-        look = {"color": _colour(i), "marker": marker, "ms": 3}
-        axes.plot(episodes, shares, label=f"{run.title}, training days", **look)
+        marks = {"marker": look.marker if len(known) < 40 else "", "ms": 3}
+        axes.plot(episodes, shares, label=f"{run.title}, training days", **look.line, **marks)
         share = 100 * run.summary.co2_kg / uncontrolled_kg
-        axes.plot(run.episode, share, "D", ms=6, **_hollow(_colour(i)))
-    axes.plot([], [], "D", ms=6, label="the same run, held-out days", **_hollow("#57606a"))
+        axes.plot(run.episode, share, marker=look.marker, **_hollow(look.colour))
+    hollow = _hollow(LOOKS["rbc_a"]["color"])
+    axes.plot([], [], "o", label="the same run, held-out days", **hollow)
     for name in TITLES:
         share = 100 * summaries[name].co2_kg / uncontrolled_kg
         axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held-out days", **LOOKS[name])
@@ -83,13 +90,13 @@ def _learning(result: SiteResult) -> Figure:
     last = max(run.episode for run in result.runs)
     axes.set_xlim(0.5, 1.02 * last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3.2)
     return figure
 
 
-def _intervals(result: SiteResult) -> Figure:
+def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     rows: list[tuple[str, str, Summary]] = [
-        (run.title, _colour(i), run.summary) for i, run in enumerate(result.runs)
+        (run.title, looks[run.name].colour, run.summary) for run in result.runs
     ]
     summaries = summarise(result.references)
     rows += [(TITLES[name], LOOKS[name]["color"], summaries[name]) for name in TITLES]
@@ -115,7 +122,8 @@ def _intervals(result: SiteResult) -> Figure:
     return figure
 
 
-def _days(result: SiteResult, run: RunResult, colour: str) -> Figure:
+def _days(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
+    colour = look.colour
     figure = Figure(figsize=(7.2, 2.8))
     axes = figure.add_subplot()
     own, rule, best = (
@@ -126,43 +134,45 @@ def _days(result: SiteResult, run: RunResult, colour: str) -> Figure:
     axes.vlines(at, own, rule, color=colour, alpha=0.55, lw=1.2)
     axes.plot(at, best, "_", color="#1b1f24", label=TITLES["optimum"])
     axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=TITLES["rbc_b"])
-    axes.plot(at, own, "o", color=colour, ms=4, label=run.title)
+    axes.plot(at, own, look.marker, color=colour, ms=4, label=run.title)
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [days[i] for i in shown])
     axes.set(xlabel="held-out day", ylabel="CO2, kg")
-    axes.set_ylim(bottom=0)
+    if min(own.min(), rule.min(), best.min()) > 0:
+        axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
 def _heat(result: SiteResult, run: RunResult) -> Figure:
     figure = Figure(figsize=(7.2, 3.0))
-    battery = result.site.battery
-    differences = {
-        "battery (charging +)": run.heat.battery_kw,
-        "EV charging": run.heat.ev_kw,
-    }
+    first, end = soc_band(result.site.battery)
+    colours = LinearSegmentedColormap.from_list("", [HEAT[n] for n in ("minus", "same", "plus")])
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, (title, difference_kw) in zip(panels, differences.items(), strict=True):
-        # A few cells, such as the last hour's, would leave the others without colour.
-        limit = max(1.0, float(np.nanpercentile(np.abs(difference_kw), 95)))
-        edges = np.arange(HOURS + 1), 100 * np.arange(SOC_CLASSES + 1) / SOC_CLASSES
-        mesh = axes.pcolormesh(*edges, difference_kw.T, cmap="PuOr_r", vmin=-limit, vmax=limit)
+    for axes, (what, title) in zip(
+        panels, (("battery_kw", "battery (charging +)"), ("ev_kw", "EV charging")), strict=True
+    ):
+        limit = result.heat_limit_kw(what)
+        edges = np.arange(HOURS + 1), 100 * np.arange(first, end + 1) / SOC_CLASSES
+        difference_kw = getattr(run.heat, what)[:, first:end].T
+        mesh = axes.pcolormesh(*edges, difference_kw, cmap=colours, vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
         figure.colorbar(mesh, ax=axes, label="run minus RBC B, kW", extend="both")
         axes.set_title(title, fontsize=9)
-        axes.set(xlabel="time of day, h", xticks=range(0, HOURS + 1, 6), facecolor="#c4cad1")
+        hours = range(0, HOURS + 1, 6)
+        axes.set_xticks(hours, [f"{hour}:00" for hour in hours])
+        axes.set(xlabel="time of day", facecolor=HEAT["never"])
         axes.grid(False)
-    panels[0].set(ylabel="battery SoC, %", ylim=(100 * battery.soc_min, 100 * battery.soc_max))
+    panels[0].set(ylabel="battery SoC, %")
     figure.suptitle(f"{run.title} in its own states; grey: it was never there", fontsize=9)
     return figure
 
 
-def _day(result: SiteResult, run: RunResult, colour: str) -> Figure:
+def _day(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     figure = Figure(figsize=(6.3, 6.6))
     at, plans = result.typical_day, run.evaluation.schedules
     of_day = {name: Schedule._make(field[[at]] for field in plan) for name, plan in plans.items()}
     policies = [(TITLES[name], of_day[name], LOOKS[name]) for name in ("optimum", "rbc_b")]
-    policies.append((run.title, of_day["agent"], {"color": colour}))
+    policies.append((run.title, of_day["agent"], look.line))
     draw_day(figure, result.site, int(result.site.held_out_days[at]), policies)
     return figure

@@ -20,7 +20,16 @@ import numpy as np
 from co2lightning import __version__
 from co2lightning.control.rules import RULES
 from co2lightning.metrics import HELD_OUT
-from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
+from co2lightning.report import looks
+from co2lightning.report.collect import (
+    HOURS,
+    SOC_CLASSES,
+    RunResult,
+    SiteResult,
+    looks_of,
+    soc_band,
+)
+from co2lightning.report.looks import RunLook
 from co2lightning.report.tables import (
     all_sessions_table,
     comparison_table,
@@ -51,7 +60,9 @@ def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
         files.joinpath(name).read_text(encoding="utf-8")
         for name in ("report.css", "charts.js", "report.js", "template.html")
     )
+    style = looks.style() + style
     script = charts + script
+    run_looks = looks_of(results)
     parts = {
         "style_hash": _sha256(style),
         "script_hash": _sha256(script),
@@ -60,7 +71,7 @@ def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
         "lead": "".join(_lead(result) for result in results),
         "sites": "\n".join(_site(i, result) for i, result in enumerate(results)),
         "training": _training(results),
-        "data": _as_json({"sites": [_site_data(result) for result in results]}),
+        "data": _as_json({"sites": [_site_data(result, run_looks) for result in results]}),
         "command": escape(command),
         "made": escape(made),
         "version": escape(__version__),
@@ -86,7 +97,7 @@ def _sha256(text: str) -> str:
 # --- data for the charts -------------------------------------------------------------------------
 
 
-def _site_data(result: SiteResult) -> dict[str, Any]:
+def _site_data(result: SiteResult, run_looks: dict[str, RunLook]) -> dict[str, Any]:
     site, references = result.site, result.references
     days = site.held_out_days
     return {
@@ -94,25 +105,27 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
         "days": list(references.days),
         "typical_day": result.typical_day,
         "soc_start": _rounded(evaluation_soc(site)[days].double().numpy(), 3),
-        "soc_min": site.battery.soc_min,
-        "soc_max": site.battery.soc_max,
         "hours": HOURS,
         "soc_classes": SOC_CLASSES,
+        "soc_band": soc_band(site.battery),
+        "heat_limit_kw": {what: result.heat_limit_kw(what) for what in ("battery_kw", "ev_kw")},
         "pv_kw": _rounded(site.pv_kw[days], 1),
         "load_kw": _rounded(site.load_kw[days], 1),
         "carbon": _rounded(site.carbon_kg_per_kwh[days], 3),
         "policies": [
-            {"key": name, "title": TITLES[name], **_policy_data(name, references)}
+            {"key": name, "title": TITLES[name], "look": name, **_policy_data(name, references)}
             for name in references.policies
         ],
-        "runs": [_run_data(run) for run in result.runs],
+        "runs": [_run_data(run, run_looks[run.name]) for run in result.runs],
     }
 
 
-def _run_data(run: RunResult) -> dict[str, Any]:
+def _run_data(run: RunResult, look: RunLook) -> dict[str, Any]:
     return {
         "key": run.name,
         "title": run.title,
+        "look": look.classes,
+        "mark": look.mark,
         "episode": run.episode,
         "curve": [
             [m["episode"], _number(m.get("co2_kg"), 2), _number(m.get("co2_vs_uncontrolled"), 4)]
@@ -235,7 +248,7 @@ uncontrolled is too far off for the second.</figcaption></figure>
 <h3>Learning curves</h3>
 <figure>{figure}"learning"></div>
 <figcaption>Lines of runs: each episode's <em>training</em> days, with exploration; the days differ
-from episode to episode. Diamonds and straight lines: the <em>held-out</em> days, without
+from episode to episode. Large marks and straight lines: the <em>held-out</em> days, without
 exploration. As a share of what the same days emit without control the two can be compared; in kg
 only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
 
@@ -255,7 +268,7 @@ behind the table; PV, load and carbon intensity from the site's series.</figcapt
 <figure>{figure}"heat"></div>
 <figcaption>Mean power of the run minus what RBC B would do in the very same state, by the hour and
 the battery's SoC at the step's beginning, over the states the run itself came to on the held-out
-days. Blank: the run was never there. What lies beyond the scale has the colour of its end; each
+days. Grey: the run was never there. What lies beyond the scale has the colour of its end; each
 cell's own figure shows under the pointer. Source: the files named under the table, {held_out}.
 </figcaption></figure>
 </section>"""

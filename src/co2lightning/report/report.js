@@ -3,9 +3,9 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const STEP_H = 0.25;
+const MOST_COMPARED = 4;  // in the explorer: any controller, a run, RBC B, the optimum
 const explorers = new Map();
 
-const look = (i) => `run-${i % 6}`;
 const policy = (site, key) => site.policies.find((one) => one.key === key);
 const body = (host, ...before) => {
   const inner = html("div");
@@ -14,10 +14,7 @@ const body = (host, ...before) => {
 };
 
 function intervals(host, site) {
-  const rows = [
-    ...site.runs.map((run, i) => ({ ...run, look: look(i) })),
-    ...site.policies.map((one) => ({ ...one, look: one.key })),
-  ];
+  const rows = [...site.runs, ...site.policies];
   const panel = (inner, width, label, shown, mean, half, bars) => {
     const spread = shown.flatMap((row) => [row[mean] - (row[half] || 0), row[mean] + (row[half] || 0)]);
     const left = gutter(shown.map((row) => row.title), width), height = shown.length * 24 + 52;
@@ -42,7 +39,7 @@ function intervals(host, site) {
           class: "whisker", x1: area.x(row[mean] - row[half]), x2: area.x(row[mean] + row[half]), y1: y, y2: y,
         });
       }
-      if (!bars) mark(area.svg, "dot", x, y, 3.5, `mark ${row.look}`);
+      if (!bars) mark(area.svg, row.mark || "dot", x, y, 3.5, `mark ${row.look}`);
     });
   };
   return (width) => {
@@ -82,21 +79,23 @@ function learning(host, site) {
         label: share ? "CO2, % of the same days uncontrolled" : "CO2, kg a day",
       },
     });
-    for (const one of site.policies) line(area, [[1, level(one)], [last, level(one)]], `thin ${one.key}`);
+    for (const one of site.policies) line(area, [[1, level(one)], [last, level(one)]], `thin ${one.look}`);
     curves.forEach((curve, i) => {
+      const run = site.runs[i];
       const points = curve.flatMap((p, at) => (at && p[0] > curve[at - 1][0] + 1 ? [null, p] : [p]));
-      line(area, points, look(i));
+      line(area, points, run.look);
       if (curve.length < 40) {
-        for (const p of curve) mark(area.svg, "dot", area.x(p[0]), area.y(p[1]), 3, `mark ${look(i)}`);
+        for (const p of curve) mark(area.svg, run.mark, area.x(p[0]), area.y(p[1]), 3, `mark ${run.look}`);
       }
     });
-    site.runs.forEach((run, i) =>
-      mark(area.svg, "diamond", area.x(run.episode), area.y(level(run)), 7, `mark ${look(i)}`));
+    for (const run of site.runs) {
+      mark(area.svg, run.mark, area.x(run.episode), area.y(level(run)), 6.5, `hollow ${run.look}`);
+    }
     inner.replaceChildren(
       legend([
-        ...site.runs.map((run, i) => ({ text: `${run.title}, training days`, look: look(i), kind: "line" })),
-        ...site.runs.map((run, i) => ({ text: `${run.title}, held-out days`, look: `mark ${look(i)}`, kind: "diamond" })),
-        ...site.policies.map((one) => ({ text: `${one.title}, held-out days`, look: `thin ${one.key}`, kind: "line" })),
+        ...site.runs.map((run) => ({ text: `${run.title}, training days`, look: run.look, kind: "line" })),
+        ...site.runs.map((run) => ({ text: `${run.title}, held-out days`, look: `hollow ${run.look}`, kind: run.mark })),
+        ...site.policies.map((one) => ({ text: `${one.title}, held-out days`, look: `thin ${one.look}`, kind: "line" })),
       ]),
       area.svg);
   };
@@ -113,11 +112,11 @@ function days(host, site) {
     width = now;
     const level = (one, at) => one.co2_kg[at] - (against ? rule.co2_kg[at] : 0);
     const all = [rule, best, ...site.runs].flatMap((one) => one.co2_kg.map((_, at) => level(one, at)));
-    const panels = site.runs.map((run, i) => {
+    const panels = site.runs.map((run) => {
       const panel = html("div", { class: "panel" });
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       panel.append(legend([
-        { text: run.title, look: `mark ${look(i)}`, kind: "dot" },
+        { text: run.title, look: `mark ${run.look}`, kind: run.mark },
         { text: rule.title, look: "hollow rbc_b", kind: "dot" },
         { text: best.title, look: "mark optimum", kind: "dash" },
       ]));
@@ -128,15 +127,15 @@ function days(host, site) {
           range: [-0.5, count - 0.5], label: "held-out day",
           ticks: site.days.map((day, at) => [at, day]).filter((_, at) => at % every === 0),
         },
-        y: { range: extent(all, against ? undefined : 0), label: against ? "CO2 against RBC B, kg (down is better)" : "CO2, kg" },
+        y: { range: extent(all, against ? null : 0), label: against ? "CO2 against RBC B, kg (down is better)" : "CO2, kg" },
       });
       const column = (area.right - area.left) / count, size = Math.max(2, Math.min(5, column * 0.4));
       site.days.forEach((day, at) => {
         const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
-        shape(area.svg, "line", { class: `join ${look(i)}`, x1: x, x2: x, y1: own, y2: ruled });
+        shape(area.svg, "line", { class: `join ${run.look}`, x1: x, x2: x, y1: own, y2: ruled });
         mark(area.svg, "dash", x, area.y(level(best, at)), size, "mark optimum");
         mark(area.svg, "dot", x, ruled, size, "hollow rbc_b");
-        mark(area.svg, "dot", x, own, size, `mark ${look(i)}`);
+        mark(area.svg, run.mark, x, own, size, `mark ${run.look}`);
         const hit = shape(area.svg, "rect", {
           class: "hit", x: x - column / 2, y: area.top, width: column, height: area.bottom - area.top,
         });
@@ -152,13 +151,13 @@ function days(host, site) {
 }
 
 function explorer(host, site) {
-  // A run may be named as a rule is; its place tells them apart.
-  const shown = [...site.runs.map((run, i) => [run, look(i)]), ...site.policies.map((one) => [one, one.key])];
+  const shown = [...site.runs, ...site.policies];
   let day = site.typical_day, width = 0;
   let chosen = site.runs.reduce((best, run, i) => (run.mean_kg < site.runs[best].mean_kg ? i : best), 0);
+  let run = site.runs[chosen];  // stays in view beside a reference
   const [daySelect, dayLabel] = choice("Day", site.days.map((text, at) => [at, text]), day,
     (value) => { day = Number(value); draw(width); });
-  const [ownSelect, ownLabel] = choice("Controller", shown.map(([one], at) => [at, one.title]), chosen,
+  const [ownSelect, ownLabel] = choice("Controller", shown.map((one, at) => [at, one.title]), chosen,
     (value) => { chosen = Number(value); draw(width); });
   const inner = body(host, html("div", { class: "controls" }, dayLabel, ownLabel));
   explorers.set(site, (at, key) => {
@@ -172,9 +171,9 @@ function explorer(host, site) {
   const hours = (values) => stairs(values, STEP_H);
   const draw = (now) => {
     width = now;
-    const [own, ownLook] = shown[chosen];
-    const compared = [[own, ownLook]];
-    for (const key of ["rbc_b", "optimum"]) if (own.key !== key || chosen < site.runs.length) compared.push([policy(site, key), key]);
+    const own = shown[chosen];
+    if (chosen < site.runs.length) run = own;
+    const compared = [...new Set([own, run, policy(site, "rbc_b"), policy(site, "optimum")])];
     const flows = own.schedule, pv = site.pv_kw[day], load = site.load_kw[day], carbon = site.carbon[day];
     const every = width > 560 ? 3 : 6;
     const axis = (label) => ({
@@ -183,7 +182,7 @@ function explorer(host, site) {
     const areas = [];
     const panel = (title, entries, height, y, draws) => {
       const box = html("div", { class: "panel" });
-      if (entries.length) box.append(legend(entries));
+      if (entries.length) box.append(legend(entries, Math.max(entries.length, MOST_COMPARED)));
       const area = plot(box, { width, height, x: axis("time of day"), y, name: `${title}, ${own.title}, ${site.days[day]}` });
       draws(area);
       areas.push(area);
@@ -206,34 +205,50 @@ function explorer(host, site) {
         shape(area.svg, "line", { class: "axis", x1: area.left, x2: area.right, y1: zero, y2: zero });
         for (const [, name, values] of [...powers].reverse()) line(area, hours(values), name);
       });
-    const names = compared.map(([one, name]) => ({ text: one.title, look: name, kind: "line" }));
+    const names = compared.map((one) => ({ text: one.title, look: one.look, kind: "line" }));
     const soc = panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
-      for (const [one, name] of [...compared].reverse()) {
+      for (const one of [...compared].reverse()) {
         const levels = [site.soc_start[day], ...one.schedule.soc[day]];
-        line(area, levels.map((value, i) => [i * STEP_H, 100 * value]), name);
+        line(area, levels.map((value, i) => [i * STEP_H, 100 * value]), one.look);
       }
     });
     const intensity = panel("Carbon intensity", [], 150,
       { range: extent(carbon, 0), label: "carbon intensity of the grid, kg/kWh" },
       (area) => line(area, hours(carbon), "carbon"));
-    const sums = compared.map(([one]) => {
+    const sums = compared.map((one) => {
       let sum = 0;
       return [0, ...one.schedule.co2_kg[day].map((kg) => (sum += kg))];
     });
     const total = panel("Cumulative CO2", names, 220,
       { range: extent(sums.flat(), 0), label: "CO2 since midnight, kg" }, (area) => {
-        sums.forEach((values, i) => line(area, values.map((value, at) => [at * STEP_H, value]), compared[i][1]));
+        sums.forEach((values, i) => line(area, values.map((value, at) => [at * STEP_H, value]), compared[i].look));
       });
     const readout = html("output", { class: "readout" });
-    const whole = `${site.days[day]}: ` + compared.map(([one]) => `${one.title} ${one.co2_kg[day].toFixed(1)} kg`).join(", ");
-    readout.textContent = whole;
-    const clock = (at) => `${Math.floor(at / 4)}:${String((at % 4) * 15).padStart(2, "0")}`;
-    const tell = (at) => {
-      readout.textContent = `${clock(at)}\u2013${clock(at + 1)}: PV ${pv[at].toFixed(0)} kW, ` +
-        powers.map(([text, , values]) => `${text} ${signed(values[at], 0)} kW`).join(", ") +
-        `; ${carbon[at].toFixed(3)} kg/kWh; SoC ${(100 * flows.soc[day][at]).toFixed(0)} %; CO2 so far ` +
-        compared.map(([one], i) => `${one.title} ${sums[i][at + 1].toFixed(1)} kg`).join(", ");
+    const say = (cells) => {
+      const empty = Array.from({ length: MOST_COMPARED - compared.length }, () => ["", ""]);
+      readout.replaceChildren(...[...cells, ...empty].map(([name, value]) =>
+        html("span", name ? { title: name } : {}, `${name} `, html("b", {}, value))));
     };
+    const short = (text) => text.replace(/ \(.*/, "");
+    const energy = (values) => values.reduce((sum, kw) => sum + kw * STEP_H, 0);
+    const tellDay = () => say([
+      ["whole day", site.days[day]],
+      ["PV available", `${energy(pv).toFixed(0)} kWh`],
+      ...powers.map(([text, , values]) => [short(text), `${signed(energy(values), 0)} kWh`]),
+      ["mean intensity", `${(carbon.reduce((sum, value) => sum + value, 0) / carbon.length).toFixed(3)} kg/kWh`],
+      ["SoC at its end", `${(100 * flows.soc[day].at(-1)).toFixed(0)} %`],
+      ...compared.map((one) => [one.title, `${one.co2_kg[day].toFixed(1)} kg`]),
+    ]);
+    const clock = (at) => `${Math.floor(at / 4)}:${String((at % 4) * 15).padStart(2, "0")}`;
+    const tell = (at) => say([
+      ["time", `${clock(at)}\u2013${clock(at + 1)}`],
+      ["PV available", `${pv[at].toFixed(0)} kW`],
+      ...powers.map(([text, , values]) => [short(text), `${signed(values[at], 0)} kW`]),
+      ["intensity", `${carbon[at].toFixed(3)} kg/kWh`],
+      ["SoC", `${(100 * flows.soc[day][at]).toFixed(0)} %`],
+      ...compared.map((one, i) => [`${one.title} so far`, `${sums[i][at + 1].toFixed(1)} kg`]),
+    ]);
+    tellDay();
     for (const area of areas) {
       area.cursor = shape(area.svg, "line", { class: "cursor", y1: area.top, y2: area.bottom, visibility: "hidden" });
       area.svg.addEventListener("pointermove", (event) => {
@@ -247,7 +262,7 @@ function explorer(host, site) {
         }
       });
       area.svg.addEventListener("pointerleave", () => {
-        readout.textContent = whole;
+        tellDay();
         for (const { cursor } of areas) cursor.setAttribute("visibility", "hidden");
       });
     }
@@ -261,14 +276,10 @@ function heat(host, site) {
   const options = [["battery_kw", "battery power (charging +)"], ["ev_kw", "EV charging power"]];
   const [, label] = choice("Difference in", options, what, (value) => { what = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
-  const classes = site.soc_classes;
-  const first = Math.floor(site.soc_min * classes + 1e-6), last = Math.ceil(site.soc_max * classes - 1e-6);
+  const classes = site.soc_classes, [first, end] = site.soc_band;
   const draw = (now) => {
     width = now;
-    const values = site.runs.flatMap((run) => run.heat[what].flat()).filter((value) => value !== null);
-    // A few cells, such as the last hour's, would leave the others without colour.
-    const sizes = values.map(Math.abs).sort((a, b) => a - b);
-    const limit = ticks(0, Math.max(1, sizes[Math.floor(0.95 * sizes.length)]), 4).at(-1)[0];
+    const limit = site.heat_limit_kw[what];
     const tint = (value) => ({
       class: value < 0 ? "minus" : "plus", "fill-opacity": Math.min(1, Math.abs(value) / limit).toFixed(3),
     });
@@ -281,15 +292,19 @@ function heat(host, site) {
       const area = plot(panel, {
         width: each, height: 280, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
         x: { range: [0, 24], label: "time of day", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
-        y: { range: [(100 * first) / classes, (100 * last) / classes], label: "battery SoC, %" },
+        y: { range: [(100 * first) / classes, (100 * end) / classes], label: "battery SoC, %" },
       });
+      shape(area.svg, "rect", { class: "never", x: area.left, y: area.top, width: area.right - area.left, height: area.bottom - area.top });
       for (let hour = 0; hour < site.hours; hour++) {
-        for (let level = first; level < last; level++) {
+        for (let level = first; level < end; level++) {
           const value = run.heat[what][hour][level];
           if (value === null) continue;
           const x = area.x(hour), y = area.y((100 * (level + 1)) / classes);
-          const box = { x: x.toFixed(1), y: y.toFixed(1), width: (area.x(hour + 1) - x - 1).toFixed(1), height: (area.y((100 * level) / classes) - y - 1).toFixed(1) };
-          shape(area.svg, "rect", { class: "visited", ...box });
+          const box = {
+            x: x.toFixed(1), y: y.toFixed(1), width: (area.x(hour + 1) - x).toFixed(1), height: (area.y((100 * level) / classes) - y).toFixed(1),
+            "shape-rendering": "crispEdges",
+          };
+          shape(area.svg, "rect", { class: "same", ...box });
           const cell = shape(area.svg, "rect", { ...tint(value), ...box });
           shape(cell, "title", {}, `${hour}:00\u2013${hour + 1}:00, SoC ${(100 * level) / classes}\u2013${(100 * (level + 1)) / classes} %: ` +
             `${signed(value, 1, "+")} kW, mean of ${run.heat.steps[hour][level]} steps`);
@@ -307,9 +322,9 @@ function heat(host, site) {
     };
     for (const part of [-1, -0.5, 0, 0.5, 1]) {
       const unit = part === 1 ? " kW and more: above RBC B" : part === -1 ? " kW and less: below" : " kW";
-      swatch(signed(part * limit, limit < 10 ? 1 : 0, "+") + unit, { class: "visited" }, tint(part * limit));
+      swatch(signed(part * limit, limit < 10 ? 1 : 0, "+") + unit, { class: "same" }, tint(part * limit));
     }
-    swatch("never there", { class: "empty" });
+    swatch("never there", { class: "never" });
     inner.replaceChildren(scale, panels);
   };
   return draw;

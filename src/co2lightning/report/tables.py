@@ -226,7 +226,7 @@ def table_in_page(table: Table) -> str:
     body = "\n".join(
         "<tr>"
         + "".join(
-            f"<td{kind}>{escape(in_page(column, row))}</td>"
+            f'<td{kind} data-label="{escape(column.heading)}">{escape(in_page(column, row))}</td>'
             for kind, column in zip(kinds, table.columns, strict=True)
         )
         + "</tr>"

@@ -21,7 +21,8 @@ from co2lightning.control.observation import observe
 from co2lightning.control.rules import rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.metrics import HELD_OUT, TRAINING
-from co2lightning.report.day import COLOURS, LOOKS, STYLE, draw_day
+from co2lightning.report.day import STYLE, draw_day
+from co2lightning.report.looks import LOOKS, agent_colour
 from co2lightning.runs.files import make_directory, write_atomic
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import Schedule, schedule
@@ -135,14 +136,18 @@ class DispatchFigure:
         if self._rule is None:
             self._rule = schedule(env.model, rbc_b, env.site, [self.day])
         name = f"{type(agent).__name__} after episode {agent.episode}"
-        image = day_image(env.site, self.day, name, own, self._rule)
+        colour = agent_colour(type(agent).__name__)
+        image = day_image(env.site, self.day, (name, colour), own, self._rule)
         writer = self.logger.experiment
         writer.add_image("site/dispatch", image, agent.episode, dataformats="HWC")
         writer.flush()
 
 
-def day_image(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
-    """Return an image, RGB [height, width, 3], of what a policy and RBC B did on a day."""
+def day_image(
+    site: Site, day: int, policy: tuple[str, str], own: Schedule, rule: Schedule
+) -> NDArray[np.uint8]:
+    """Return an image, RGB [height, width, 3], of what a policy, as it is called and coloured, and
+    RBC B did on a day."""
     from matplotlib import rc_context  # a second that start-up is spared
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -150,7 +155,8 @@ def day_image(site: Site, day: int, name: str, own: Schedule, rule: Schedule) ->
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 8.0), dpi=90)
         canvas = FigureCanvasAgg(figure)
-        policies = [("RBC B", rule, LOOKS["rbc_b"]), (name, own, {"color": COLOURS[0]})]
+        name, colour = policy
+        policies = [("RBC B", rule, LOOKS["rbc_b"]), (name, own, {"color": colour})]
         draw_day(figure, site, day, policies)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
