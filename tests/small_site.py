@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.state import State, begin_day
-from co2lightning.sim.objective import Booked, book, priced_model, settle
+from co2lightning.control.state import Carry, State, restore
+from co2lightning.sim.objective import Booked, book, priced_model
 from co2lightning.sim.physics import Flows, step
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
+from co2lightning.site.model import Battery, Sessions, Site, SocketType
 
 # Two threads on busy cores wait for each other: a year of a rule took 8 s instead of 0.1.
 torch.set_num_threads(1)
 
-H = 0.25
+H, T = 0.25, 96
 Row = tuple[int, int, int, int, float, float]
-"""Day, socket, arrival step, departure step, kWh, kW."""
+"""Day, socket, arrival and departure in steps of that day, kWh, kW."""
 
 
 @functools.cache
@@ -48,11 +48,15 @@ def small_site(
     held_out: Sequence[int] = (),
 ) -> Site:
     """A site of a few sockets; series are anything that broadcasts to [D, T]."""
-    columns = [np.array(c) for c in zip(*sessions, strict=True)] or [np.zeros(0, int)] * 6
-    socket_kw = float(max(columns[5], default=1.0))
+    rows = sorted(sessions, key=lambda row: row[0] * T + row[2])
+    columns = [np.array(c) for c in zip(*rows, strict=True)] or [np.zeros(0, int)] * 6
+    day, socket, arrival, departure, energy_kwh, max_kw = columns
+    socket_kw = float(max(max_kw, default=1.0))
+    first, local = date(2025, 3, 1), np.datetime64("2025-03-01T00:00:00", "s")
+    held = np.array(sorted(held_out), dtype=np.int64)
 
     def series(values: object) -> np.ndarray:
-        return np.broadcast_to(np.asarray(values, dtype=float), (days, T)).copy()
+        return np.broadcast_to(np.asarray(values, dtype=float), (days, T)).flatten()
 
     return Site(
         name="small",
@@ -64,19 +68,35 @@ def small_site(
         timezone="UTC",
         pv_kwp=float(np.max(series(pv_kw))),
         grid_kw=grid_kw,
-        charger_efficiency=1.0,
         seed=0,
         battery=Battery(
             capacity_kwh, power_kw, charge_efficiency, discharge_efficiency, 0.1, 0.9, 0.3, 0.7
         ),
         sockets=(SocketType("any", sockets, socket_kw),),
-        days=tuple(str(date(2025, 3, 1) + timedelta(days=day)) for day in range(days)),
-        held_out=np.isin(np.arange(days), held_out),
+        step_minutes=15,
+        begin_s=int(local.astype(np.int64)),
         pv_kw=series(pv_kw),
         load_kw=series(load_kw),
         carbon_kg_per_kwh=series(carbon),
-        sessions=Sessions(*columns[:4], *(c.astype(float) for c in columns[4:])),
-        turned_away=np.zeros(days, int),
+        import_limit_kw=series(grid_kw),
+        local=local + np.arange(days * T) * np.timedelta64(15, "m"),
+        day_start_h=0,
+        day_bounds=T * np.arange(days + 1),
+        days=tuple(str(first + timedelta(days=day)) for day in range(days)),
+        held_out=np.isin(np.arange(days), held),
+        stretches=np.stack([held, held + 1], axis=1),
+        sessions=Sessions(
+            socket,
+            day * T + arrival,
+            np.minimum(day * T + departure, days * T),
+            energy_kwh.astype(float),
+            max_kw.astype(float),
+            np.zeros(len(rows)),
+        ),
+        turned_away=np.zeros(days * T, int),
+        turned_away_kwh=np.zeros(days * T),
+        clipped_kwh=np.zeros(days * T),
+        sessions_read=None,
         notes=(),
     )
 
@@ -137,7 +157,13 @@ class Played(NamedTuple):
     booked: list[Booked]
 
     def each(self, name: str) -> list[Tensor]:
-        """Return one of the figures of all steps, each [B]."""
+        """Return one of the figures of all steps, each [B]; some are derived from the flows."""
+        if name == "unmet_kwh":
+            return [flow.unmet_kw * H for flow in self.flows]
+        if name == "grid_import_kw":
+            return [flow.grid_kw.relu() for flow in self.flows]
+        if name == "curtailed_kwh":
+            return [(-flow.grid_kw).relu() * H for flow in self.flows]
         steps = self.booked if name in Booked._fields else self.flows
         return [getattr(step, name) for step in steps]
 
@@ -153,15 +179,13 @@ def play(
     batch = actions.shape[1]
     model = priced_model(site, dtype=dtype)
     soc = torch.full((batch,), soc_start, dtype=dtype)
-    following = begin_day(model, torch.zeros(batch, dtype=torch.int64), soc)
+    standing_kw = model.sockets[3, 0].expand(batch, -1)
+    following = restore(model, Carry(torch.zeros(batch, dtype=torch.int64), soc, standing_kw))
     played = Played([], [], [])
     for action in actions.to(dtype):
         state = following
         following, flows = step(model, state, action)
-        booked = book(state, flows)
-        if len(played.states) == T - 1:
-            booked = settle(model, state, flows, booked)
-        for column, one in zip(played, (state, flows, booked), strict=True):
+        for column, one in zip(played, (state, flows, book(state, flows)), strict=True):
             column.append(one)
     return played
 
@@ -171,15 +195,19 @@ def day_by_hand(
 ) -> dict[str, np.ndarray]:
     """Work out a day from site.md's words alone: per vehicle, per step, in float64.
 
+    Nobody stands there when it begins but those that arrive then.
+
     Args:
         actions: [T, 2] in [-1, 1].
 
     Returns:
         Per step [T]: `soc` at its end, `ev_kw`, `battery_kw`, `grid_import_kw`, `curtailed_kwh`,
-        `unmet_kwh` and `co2_kg` (the last with the settlement); `socket_kw` [T, S].
+        `unmet_kwh` and `co2_kg`; `socket_kw` [T, C].
     """
     battery, rows = site.battery, site.sessions
-    mine = [i for i in range(len(rows.day)) if rows.day[i] == day]
+    assert battery
+    begin = day * T
+    mine = [i for i in range(len(rows.socket)) if begin <= rows.arrival[i] < begin + T]
     owed = {i: float(rows.energy_kwh[i]) for i in mine}
     soc = soc_start
     out: dict[str, list] = {
@@ -189,9 +217,9 @@ def day_by_hand(
             *("co2_kg", "socket_kw"),
         )
     }
-    for t in range(T):
-        here = [i for i in mine if rows.arrival_step[i] <= t < rows.departure_step[i]]
-        left = {i: int(rows.departure_step[i]) - t for i in here}
+    for t in range(begin, begin + T):
+        here = [i for i in mine if rows.arrival[i] <= t < rows.departure[i]]
+        left = {i: int(rows.departure[i]) - t for i in here}
         power = {i: float(rows.max_kw[i]) for i in here}
         must = {i: min(max(0.0, owed[i] / H - power[i] * (left[i] - 1)), power[i]) for i in here}
         could = {i: min(power[i], owed[i] / H) for i in here}
@@ -199,10 +227,11 @@ def day_by_hand(
         store_kw = (soc - battery.soc_min) * battery.capacity_kwh * battery.discharge_efficiency / H
         most_charge = min(max(room_kw, 0.0), battery.power_kw)
         most_discharge = min(max(store_kw, 0.0), battery.power_kw)
-        pv, load = site.pv_kw[day, t], site.load_kw[day, t]
+        pv, load = site.pv_kw[t], site.load_kw[t]
 
         must_sum, could_sum = sum(must.values()), sum(could.values())
-        budget = must_sum + (actions[t, 0] + 1.0) / 2.0 * (could_sum - must_sum)
+        wish, charge = actions[t - begin]
+        budget = must_sum + (wish + 1.0) / 2.0 * (could_sum - must_sum)
         budget = min(budget, max(must_sum, site.grid_kw + pv + most_discharge - load))
         rest = budget - must_sum
         given = dict(must)
@@ -212,7 +241,7 @@ def day_by_hand(
             rest -= extra
         ev = sum(given.values())
 
-        wanted = min(actions[t, 1] * battery.power_kw, most_charge, site.grid_kw + pv - load - ev)
+        wanted = min(charge * battery.power_kw, most_charge, site.grid_kw + pv - load - ev)
         flow = max(wanted, -most_discharge)
         if flow >= 0:
             soc += flow * H * battery.charge_efficiency / battery.capacity_kwh
@@ -220,17 +249,13 @@ def day_by_hand(
             soc += flow * H / battery.discharge_efficiency / battery.capacity_kwh
         meter = load + ev + flow - pv
         unmet = 0.0
-        sockets_kw = np.zeros(site.n_sockets)
+        sockets_kw = np.zeros(max(1, len(rows.used_sockets)))
         for i in here:
             owed[i] -= given[i] * H
-            sockets_kw[rows.socket[i]] = given[i]
+            sockets_kw[rows.column[i]] = given[i]
             if left[i] == 1:
                 unmet += max(owed[i], 0.0)
-        carbon = site.carbon_kg_per_kwh[day]
-        co2 = max(meter, 0.0) * H * carbon[t]
-        if t == T - 1:
-            missing_kwh = max(0.0, soc_start - soc) * battery.capacity_kwh
-            co2 += carbon.mean() * missing_kwh / battery.charge_efficiency
+        co2 = max(meter, 0.0) * H * site.carbon_kg_per_kwh[t]
         for name, value in (
             ("soc", soc),
             ("ev_kw", ev),
@@ -253,7 +278,6 @@ altitude_m: 0
 timezone: UTC
 pv_kwp: 40
 grid_kw: 100
-charger_efficiency: 0.9
 seed: 1
 battery: {capacity_kwh: 50, power_kw: 20, charge_efficiency: 0.9, discharge_efficiency: 0.9,
           soc_min: 0.1, soc_max: 0.9, start_soc_min: 0.3, start_soc_max: 0.7}
