@@ -143,7 +143,7 @@ class SiteDays:
         Vehicles that stand there owe what charging on arrival has left.
         """
         model = self.model
-        self.place = torch.as_tensor(self.site.day_bounds)[days.cpu()].to(model.device)
+        self.place = torch.tensor(self.site.day_bounds)[days.cpu()].to(model.device)
         owed_kw = self.tables.owed_kw[days.to(model.device)]
         carry = Carry(self.place, soc.to(model.zero), owed_kw)
         self._began = carry

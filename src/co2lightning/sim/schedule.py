@@ -78,7 +78,7 @@ def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Ca
         owed_kwh = site.owed_on_arrival_kwh(place)
         owed_kw[row, : len(owed_kwh)] = owed_kwh / site.step_h
     return Carry(
-        torch.as_tensor(places, device=model.device),
+        torch.tensor(places, device=model.device),
         torch.as_tensor(soc, device=model.device).to(model.zero.dtype).expand(len(places)).clone(),
         torch.as_tensor(owed_kw, dtype=model.zero.dtype, device=model.device),
     )
