@@ -136,7 +136,7 @@ def build_observer(
     seen: list[Tensor] = []
     record(lambda state: seen.append(observe(plain, model, state).T[len(_EXOGENOUS) :]))
     states = torch.cat(seen, dim=1).double().numpy()
-    parts = [_centre_and_spread(exogenous[:, site.training_steps]), _centre_and_spread(states)]
+    parts = [centre_and_spread(exogenous[:, site.training_steps]), centre_and_spread(states)]
     centre, spread = np.concatenate(parts, axis=1)
     high, rule = np.full_like(unit, HIGHEST), list(RULE_FEATURES)
     centre[rule], spread[rule], high[rule] = [1.0, 0.0], 1.0, 1.0  # -2 x share - 1 is the action
@@ -155,7 +155,7 @@ def build_observer(
     )
 
 
-def _centre_and_spread(values: Floats) -> Floats:
+def centre_and_spread(values: Floats) -> Floats:
     """Return the mean of each feature [F, M] and what it is divided by, [2, F].
 
     That is its standard deviation, or more where it has a long tail, so that no more than a step

@@ -55,7 +55,7 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     uncontrolled_kg = float(idle.co2_kg[training].sum() / days)
     plain = priced_model(site, device)
     model = rewarded(plain, site, uncontrolled_kg, rule.co2_kg, rule.credited_kw)
-    ahead = hindsight(site, rule, uncontrolled_kg or 1.0)
+    ahead = np.ascontiguousarray(hindsight(site, rule))
 
     def until(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)

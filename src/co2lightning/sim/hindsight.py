@@ -13,7 +13,7 @@ Shapes: P steps of the site, K = 11 features.
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from co2lightning.sim.objective import daily_kwh
+from co2lightning.control.observation import HIGHEST, centre_and_spread
 from co2lightning.sim.schedule import Course
 from co2lightning.site.model import DAY_H, Floats, Site
 
@@ -30,40 +30,40 @@ HINDSIGHT = (
     "its highest state of charge within 24 hours, 0-1",
     "its lowest state of charge within 24 hours, 0-1",
 )
-"""Energies as shares of the energy that the site uses on a day, CO2 as that of a day without
-control."""
+"""Each less its mean and in units of its spread on the training days, as observations are."""
 
 
-def hindsight(site: Site, rule: Course, uncontrolled_kg: float) -> Floats:
+def hindsight(site: Site, rule: Course) -> Floats:
     """Return the features [P + 1, K], each step at its place; beyond the series nothing happens.
 
     Args:
         site: The site.
         rule: The run of RBC B through the whole series.
-        uncontrolled_kg: What the site emits on a day without control, above 0.
     """
     a_day = site.steps(DAY_H)
     before = [site.battery.soc_min if site.battery else 0.0]
     soc = np.concatenate([before, rule.soc])
     later = sliding_window_view(np.pad(soc[1:], (0, a_day), mode="edge"), a_day)
-    energy_kwh = daily_kwh(site)
-    curtailed, imported = (
-        np.maximum(sign * rule.grid_kw, 0.0) * site.step_h / energy_kwh for sign in (-1, 1)
+    curtailed, imported = np.maximum(-rule.grid_kw, 0.0), np.maximum(rule.grid_kw, 0.0)
+    features = np.stack(
+        [
+            soc,
+            np.append(rule.owed_kw, 0.0),
+            _ahead(curtailed, a_day),
+            _ahead(imported, a_day),
+            _ahead(rule.co2_kg, a_day),
+            _ahead(curtailed, site.steps(2.0)),
+            _ahead(imported, site.steps(2.0)),
+            _ahead(curtailed, site.steps(6.0)),
+            _ahead(imported, site.steps(6.0)),
+            later.max(axis=1),
+            later.min(axis=1),
+        ]
     )
-    features = [
-        soc,
-        np.append(rule.owed_kw, 0.0) * site.step_h / energy_kwh,
-        _ahead(curtailed, a_day),
-        _ahead(imported, a_day),
-        _ahead(rule.co2_kg / uncontrolled_kg, a_day),
-        _ahead(curtailed, site.steps(2.0)),
-        _ahead(imported, site.steps(2.0)),
-        _ahead(curtailed, site.steps(6.0)),
-        _ahead(imported, site.steps(6.0)),
-        later.max(axis=1),
-        later.min(axis=1),
-    ]
-    return np.stack(features, axis=-1)
+    centre, spread = centre_and_spread(features[:, :-1][:, site.training_steps])
+    gain = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
+    observed = (features - centre[:, None]) * gain[:, None]
+    return observed.clip(-HIGHEST, HIGHEST).T
 
 
 def _ahead(values: Floats, steps: int) -> Floats:

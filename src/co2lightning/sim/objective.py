@@ -38,7 +38,7 @@ def mean_kg_per_kwh(site: Site) -> float:
     return float(site.carbon_kg_per_kwh[site.training_steps].mean())
 
 
-def daily_kwh(site: Site) -> float:
+def _daily_kwh(site: Site) -> float:
     """Return the energy that a site uses on a day, load and vehicles, of its training days.
 
     Where it uses none: what its PV gives; then what its battery holds.
@@ -76,7 +76,7 @@ def rewarded(
         credited_kw: What that rule charged, [P].
     """
     mean_kg = mean_kg_per_kwh(site)
-    fallback_kg = daily_kwh(site) * mean_kg
+    fallback_kg = _daily_kwh(site) * mean_kg
     unit_kg = uncontrolled_kg if uncontrolled_kg > 1e-6 * fallback_kg else fallback_kg
     unit_kg = unit_kg or 1.0
     credit_per_kw = _CREDIT_SHARE * mean_kg * site.step_h / unit_kg
