@@ -57,7 +57,7 @@ def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
     """
     trained = seen(run, site)
     count = len(site.stretches)
-    weeks = all(end - begin == 7 for begin, end in site.stretches)
+    weeks = _are_weeks(site)
     kind = "weeks" if weeks else "days"
     if trained is None:
         return site, (
@@ -70,12 +70,24 @@ def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
             f"site.yaml: held_out: the run was trained on {'days of ' if weeks else ''}all {count} "
             f"held-out {kind} of {site.name}; name {kind} that were held out before"
         )
-    if left.all():
+    if not (both := held_out_among(trained, site)):
         return site, None
     return replace(site, stretches=site.stretches[left]), (
-        f"The run was trained on {'days of ' if weeks else ''}{count - int(left.sum())} of the "
-        f"{count} held-out {kind} of {site.name}; they are left out"
+        f"The run was trained on {both}; they are left out"
     )
+
+
+def held_out_among(trained: NDArray[np.bool_], site: Site) -> str:
+    """Say which part of a site's stretches days [D] meet that were trained on; "" if none."""
+    count = sum(bool(trained[begin:end].any()) for begin, end in site.stretches)
+    if not count:
+        return ""
+    part, kind = (f"days of {count}", "weeks") if _are_weeks(site) else (str(count), "days")
+    return f"{part} of the {len(site.stretches)} held-out {kind} of {site.name}"
+
+
+def _are_weeks(site: Site) -> bool:
+    return all(end - begin == 7 for begin, end in site.stretches)
 
 
 def _trained_days(run: Mapping[str, Any]) -> dict[str, list[str] | None]:

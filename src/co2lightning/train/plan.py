@@ -307,11 +307,10 @@ def _other_data(start: Start, environment: SiteDays) -> list[str]:
         "on with these"
     ]
     trained = trained_days.seen(run, site)
-    seen = 0 if trained is None else sum(bool(trained[a:b].any()) for a, b in site.stretches)
-    if seen:
+    if trained is not None and (both := trained_days.held_out_among(trained, site)):
         notes.append(
-            f"{seen} of the {len(site.stretches)} held-out stretches of {site.name} hold days that "
-            f"were trained on up to episode {start.episode}; test and report leave them out"
+            f"{both[0].upper()}{both[1:]} were trained on up to episode {start.episode}; test and "
+            "report leave them out"
         )
     return notes
 
