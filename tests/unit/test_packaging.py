@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from co2lightning.commands import fit_all
 from co2lightning.settings import parser
 from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.evaluate import TITLES
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Site
 from conftest import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -308,6 +311,40 @@ def test_the_readmes_sentence_on_the_rule_is_the_committed_one() -> None:
         clear = [row for row in last if row["vs_rbc_b_kg"] + row["vs_rbc_b_kg_interval"] < 0]
         assert f"below 0 for {seeds}" in README
         assert len(clear) == count
+
+
+def _further_rows(table: str, rows: int) -> str:
+    """Return an example of a series gone on with at its step, and a sessions file's as it is."""
+    header, first, second = table.splitlines()
+    begin, step = (datetime.fromisoformat(row.split(",")[0]) for row in (first, second))
+    rest = first.split(",", 1)[1]
+    times = (begin + i * (step - begin) for i in range(rows))
+    return "\n".join([header, *(f"{time.isoformat()},{rest}" for time in times)])
+
+
+def test_the_folders_that_the_format_shows_are_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs/site-format.md").read_text(encoding="utf-8")
+    equipment, tables = code_blocks("yaml", page), code_blocks("csv", page)
+    assert len(equipment) == 3
+    sites: list[Site] = []
+    for number, text in enumerate(equipment):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "site.yaml").write_text(text, encoding="utf-8")
+        series = _further_rows(tables.pop(0), 43 * 96)
+        (folder / "series.csv").write_text(series, encoding="utf-8")
+        if tables and tables[0].startswith("session_id"):
+            (folder / "sessions.csv").write_text(tables.pop(0), encoding="utf-8")
+        sites.append(load_site(folder))
+    battery, vehicles, everything = sites
+    assert not tables
+    assert battery.battery
+    assert (battery.sockets, battery.step_minutes) == ((), 60)
+    assert vehicles.battery is None
+    assert vehicles.sessions.min_kw.tolist() == [1.4]
+    assert everything.battery
+    assert everything.battery.least_soc == 0.2
+    assert everything.sessions.departure.max() > 96
 
 
 LIBRARY = ["stable-baselines", "stable-baselines-sac", "stable-baselines-site"]
