@@ -185,8 +185,9 @@ def play(
     for action in actions.to(dtype):
         state = following
         following, flows = step(model, state, action)
-        for column, one in zip(played, (state, flows, book(state, flows)), strict=True):
-            column.append(one)
+        played.states.append(state)
+        played.flows.append(flows)
+        played.booked.append(book(state, flows))
     return played
 
 

@@ -179,8 +179,9 @@ def _check_steps(table: Table, times_s: Floats, zone: ZoneInfo) -> int:
     if len(times_s) < 2:
         raise UserError(f"{table.name}: has one row; the step is the time from row to row, {read}")
     steps = np.diff(times_s)
-    usual_s = float(np.median(steps))
-    step_s = round(usual_s) if usual_s > 0 else 900
+    # Of the file as a whole, so that a row amiss is told, be it the second one.
+    usual_s = float(np.quantile(steps[steps > 0], 0.5, method="lower")) if max(steps) > 0 else 900.0
+    step_s = round(usual_s)
     if step_s not in [60 * minutes for minutes in _STEPS_MINUTES]:
         if step_s > 3600:
             right = "repeat each row until there is one for each hour or less"
