@@ -1,0 +1,201 @@
+"""`co2lightning test`: data, table and exit codes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from co2lightning.agents.load import load_agent
+from co2lightning.commands.test import main
+from co2lightning.errors import UserError
+from co2lightning.runs.run import TrainingCheckpoint
+from co2lightning.sim import kept
+from co2lightning.sim.evaluate import Summary
+from co2lightning.sim.optimum import Best
+from co2lightning.train.fit import run_fit
+from conftest import tree
+from small_site import HELD_OUT, write_site
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a site `village` and a run PPO of two episodes on it."""
+    place = tmp_path_factory.mktemp("evaluate")
+    write_site(place / "village")
+    flags: dict[str, Any] = {
+        "episodes": 2,
+        "env.site": str(place / "village"),
+        "env.num_envs": 4,
+        "checkpoints.dir": str(place / "checkpoints"),
+        "logs.dir": str(place / "lightning_logs"),
+    }
+    run_fit(flags, agent="PPO", echo=lambda line: None)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["PPO", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    data = json.loads(printed.out)
+    assert {key: data[key] for key in ("site", "agent", "action", "episode", "days")} == {
+        "site": "village",
+        "agent": "PPO",
+        "action": "direct",
+        "episode": 2,
+        "days": HELD_OUT,
+    }
+    names = ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
+    assert list(data["policies"]) == list(data["summary"]) == names
+    for columns in data["policies"].values():
+        assert {"co2_kg", "unmet_kwh"} <= set(columns)
+        assert all(len(column) == 3 for column in columns.values())
+    mean = sum(data["policies"]["agent"]["co2_kg"]) / 3
+    assert data["summary"]["agent"]["co2_kg"] == pytest.approx(mean, abs=1e-5)
+    assert set(data["summary"]["agent"]) == set(Summary._fields)
+
+
+def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["PPO"]) == 0
+    out = capsys.readouterr().out
+    for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", "±"):
+        assert text in out
+    assert "correction" not in out
+
+
+def another_run(directory: Path, change: dict[str, Any]) -> list[str]:
+    """Save PPO's newest episode, changed, as the first of another run; return how it is named."""
+    checkpoint = TrainingCheckpoint.read("checkpoints/PPO/episode_0002.pt")
+    for key, value in change.items():
+        checkpoint[key] |= value
+    run = TrainingCheckpoint(directory / "night")
+    run.begin_session(start_episode=1, device="cpu", info=checkpoint["run"])
+    run.save_checkpoint(checkpoint, episode=1, metrics={})
+    run.end_session("completed")
+    return ["night", "--checkpoints.dir", str(directory)]
+
+
+def test_the_table_says_that_actions_are_corrections(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = another_run(tmp_path, {"hyper_parameters": {"action": "correction"}})
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "PPO as a correction of RBC B, episode 1" in out
+    assert "PPO, correction of RBC B" in out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["action"] == "correction"
+
+
+def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = place / "lightning_logs" / "PPO"
+    before = sorted(p.name for p in run.iterdir() if p.is_file())
+    for _ in range(2):
+        assert main(["PPO", "--json", "--ckpt_path", "checkpoints/PPO/episode_0001.pt"]) == 0
+    data = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert data["episode"] == 1
+    assert sorted(p.name for p in run.iterdir() if p.is_file()) == before
+    assert len(list((run / "test").glob("*.episode_0001"))) == 1
+    events = EventAccumulator(str(run / "test")).Reload()
+    points = events.Scalars("test/co2_kg")
+    assert [p.value for p in points if p.step == 1] == pytest.approx(
+        [data["summary"]["agent"]["co2_kg"]], rel=1e-6
+    )
+
+
+def test_without_logs_none_are_made(tmp_path: Path) -> None:
+    assert main(["PPO", "--json", "--logs.dir", str(tmp_path / "elsewhere")]) == 0
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a place where root may only read")
+@pytest.mark.parametrize("readable", ["PPO", "references"])
+def test_where_only_reading_is_allowed(
+    readable: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is there, so nothing has failed; a line says what is not kept."""
+    logs = tmp_path / "logs"
+    shutil.copytree(place / "lightning_logs", logs)
+    shutil.rmtree(logs / readable, ignore_errors=True)
+    (logs / readable).symlink_to("/sys/kernel")
+    assert main(["PPO", "--logs.dir", str(logs)]) == 0
+    printed = capsys.readouterr()
+    assert "optimum (LP)" in printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"{logs}: ")
+    assert line.endswith("; TensorBoard does not get these figures")
+    assert not [name for name in tree(logs) if name.endswith(".tmp")]
+
+
+def test_another_site_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_site(tmp_path / "village", load_kw=9.0)
+    assert main(["PPO", "--json", "--env.site", str(other)]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["site"] == "village"
+    assert len(printed.err.splitlines()) == 1
+    assert "is not the one PPO was trained on" in printed.err
+
+
+def test_a_bound_that_is_none_is_a_defect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solve = kept.optimum
+
+    def worse(*arguments: Any) -> Best:
+        best = solve(*arguments)
+        return best._replace(kg=best.kg + 1000.0)
+
+    monkeypatch.setattr(kept, "optimum", worse)
+    assert main(["PPO"]) == 1
+    error = capsys.readouterr().err
+    assert "2025-03-02: agent emits" in error
+    assert "and 11 more" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["SAC"], "no episode in checkpoints/SAC; runs there: PPO"),
+        ([], "such as: co2lightning test PPO"),
+        (["PPO", "--jsn"], "--jsn"),
+        (["PPO", "--ckpt_path", "none.pt"], "none.pt"),
+        (["PPO", "--env.site", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"run": None}, "not an episode"),
+        ({"run": {"agent": "os.system"}}, "not an episode"),
+        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "trained on 3 observ"),
+        ({"state_dict": {}}, "not of this version's PPO"),
+    ],
+)
+def test_a_strange_checkpoint_is_refused(change: dict[str, Any], said: str) -> None:
+    path = Path("checkpoints/PPO/episode_0002.pt")
+    with pytest.raises(UserError, match=said):
+        load_agent({**TrainingCheckpoint.read(path), **change}, path)
+
+
+def test_a_run_without_a_site_has_no_co2(tmp_path: Path) -> None:
+    words = another_run(tmp_path, {"run": {"site": None}})
+    with pytest.raises(UserError, match="was not trained on a site"):
+        main(words)
