@@ -40,8 +40,8 @@ def by_hand() -> Evaluation:
     none = np.zeros(3)
     return Evaluation(
         site="hand",
-        begins=("2025-01-01", "2025-01-02", "2025-01-03"),
-        days=np.array([1, 1, 2]),
+        days=("2025-01-01", "2025-01-02", "2025-01-03"),
+        n_days=np.array([1, 1, 2]),
         hours=np.array([24.0, 24.0, 48.0]),
         pv_kwh=np.array([10.0, 20.0, 10.0]),
         unavoidable_kwh=none,
@@ -65,8 +65,8 @@ def several(count: int) -> Evaluation:
     kg = np.arange(count, dtype=float)
     return replace(
         by_hand(),
-        begins=("2025-01-01",) * count,
-        days=one.astype(np.int64),
+        days=("2025-01-01",) * count,
+        n_days=one.astype(np.int64),
         hours=24.0 * one,
         pv_kwh=one,
         tolerance_kg=one,
@@ -149,8 +149,8 @@ def nine_days(seed: int, **kwargs: object) -> Site:
 def test_a_stretch_is_its_meter_and_what_it_leaves() -> None:
     site = nine_days(4, battery=battery(20.0, 6.0, 0.9, 0.1, 0.9), load_kw=3.0)
     found = evaluate(rbc_b, site)
-    assert found.begins == ("2025-03-03", "2025-03-07")
-    assert found.days.tolist() == [2, 1]
+    assert found.days == ("2025-03-03", "2025-03-07")
+    assert found.n_days.tolist() == [2, 1]
     assert found.hours.tolist() == [48.0, 24.0]
     assert list(found.policies) == ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
     soc = start_soc(site)

@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run, facts = open_run(arguments)
     site = unseen(facts, site)
-    evaluation = evaluate(policy_of(agent, site), site, device=agent.device)
+    keep = Path(arguments.directory) / "references"
+    evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
     if arguments.json:
         say(json.dumps(_as_data(evaluation, agent, episode), allow_nan=False))
     else:
@@ -67,6 +68,7 @@ def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, An
         "action": agent.settings.action,
         "episode": episode,
         "days": list(evaluation.days),
+        "hours": evaluation.hours.tolist(),
         "policies": {
             name: {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
             for name, figures in evaluation.policies.items()
@@ -81,14 +83,15 @@ def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, An
 def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
     correction = " as a correction of RBC B" if agent.settings.action == "correction" else ""
     titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
-    days = evaluation.days
+    days, stretches = evaluation.n_days, evaluation.days
     return comparison_table(
         [
             {"name": name, "policy": titles[name], **summary._asdict()}
             for name, summary in summarise(evaluation).items()
         ],
-        title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
-        f"days of {evaluation.site} ({days[0]} to {days[-1]})",
+        title=f"{type(agent).__name__}{correction}, episode {episode}, on {days.sum()} held-out "
+        f"days of {evaluation.site} ({len(stretches)} stretches, {stretches[0]} to "
+        f"{stretches[-1]})",
     )
 
 

@@ -60,8 +60,8 @@ class Evaluation:
 
     Attributes:
         site: The site's name.
-        begins: Local dates (ISO) at which the stretches begin, W of them.
-        days: How many days each has, [W].
+        days: Local dates (ISO) at which the stretches begin, W of them.
+        n_days: How many days each has, [W].
         hours: How many hours, [W].
         pv_kwh: What the PV could give, [W].
         unavoidable_kwh: What charging on arrival leaves unserved, [W].
@@ -75,8 +75,8 @@ class Evaluation:
     """
 
     site: str
-    begins: tuple[str, ...]
-    days: Ints
+    days: tuple[str, ...]
+    n_days: Ints
     hours: Floats
     pv_kwh: Floats
     unavoidable_kwh: Floats
@@ -168,8 +168,8 @@ def _references(site: Site, keep: Path | None) -> Evaluation:
 
     return Evaluation(
         site=site.name,
-        begins=tuple(site.when(int(start)).date().isoformat() for start in starts),
-        days=np.diff(site.stretches, axis=1)[:, 0],
+        days=tuple(site.when(int(start)).date().isoformat() for start in starts),
+        n_days=np.diff(site.stretches, axis=1)[:, 0],
         hours=hours,
         pv_kwh=within(site.pv_kw) * site.step_h,
         unavoidable_kwh=unavoidable_kwh,
@@ -289,7 +289,7 @@ def violations(evaluation: Evaluation) -> list[str]:
     """Name every stretch in which a policy is better than the optimum: each is a defect."""
     bound_kg = evaluation.policies["optimum"].co2_kg
     return [
-        f"{evaluation.begins[i]}: {name} emits {figures.co2_kg[i]:.6f} kg, the optimum "
+        f"{evaluation.days[i]}: {name} emits {figures.co2_kg[i]:.6f} kg, the optimum "
         f"{bound_kg[i]:.6f} kg"
         for name, figures in evaluation.policies.items()
         for i in np.flatnonzero(figures.co2_kg < bound_kg - evaluation.tolerance_kg)
