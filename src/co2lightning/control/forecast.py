@@ -10,7 +10,6 @@ Shapes: P steps of the site, L leads, F = 5 regressors.
 import functools
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
@@ -20,6 +19,7 @@ REACH_H = 48.0
 
 _RIDGE = 1e-6  # of the mean square of the regressors
 _LEAST_LEAD_MINUTES = 15
+_SAME = 1e-6  # what is cheaper by less is not
 
 
 def usual(site: Site, values: Floats, weekends: bool, steps_more: int = 0) -> Floats:
@@ -98,6 +98,21 @@ def forecast(site: Site, signal: str) -> Floats:
         weights = np.linalg.lstsq(gram, used @ target[good], rcond=None)[0]
         expected[:, column] = slots[lead : lead + n] + weights @ regressors
     return expected
+
+
+def cheaper(now: Floats, expected: Floats) -> NDArray[np.int16]:
+    """Return how many of the next steps are expected to be cheaper than each, [P + 1, L + 1].
+
+    Column k counts among the next k steps; the row beyond the series is that of its last step.
+
+    Args:
+        now: What each step costs [P].
+        expected: What the next L steps are expected to cost [P, L], `inf` where nobody knows.
+    """
+    counts = (expected < now[:, None] - _SAME).cumsum(axis=1, dtype=np.int16)
+    counts = np.pad(counts, ((0, 1), (1, 0)), mode="edge")
+    counts[:, 0] = 0
+    return counts
 
 
 def _last(values: Floats, steps: int) -> Floats:

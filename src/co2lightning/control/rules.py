@@ -1,7 +1,7 @@
-"""The rules a learned controller is measured against, in the controller's own action space.
+"""The rules a learned controller is measured against.
 
-Shapes: B at once, A = 2 actions. Every rule maps (model, state) to an action [B, A] and sees
-no more than a controller does.
+Shapes: B at once, A = 2 actions, C columns of sockets, L leads of a forecast. Every rule maps
+(model, state) to an action [B, A] or to powers, and sees no more than a controller does.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.shield import dispatch, ev_power_kw
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State
 
-Rule = Callable[[SiteModel, State], Tensor]
+Rule = Callable[[SiteModel, State], Tensor | Powers]
 
 
 def solar_share(model: SiteModel, state: State) -> Tensor:
@@ -57,6 +57,21 @@ def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
     action_ev = _solar_following(model, state)
     return torch.stack([action_ev, _greedy_battery(model, after_solar_kw(model, state))], dim=1)
+
+
+def cheap_powers_kw(cheaper: Tensor, state: State) -> Tensor:
+    """Return the power [B, C] of vehicles of which each charges in the cheap hours of its stay.
+
+    What it is owed beyond what the steps of its stay can give that are expected to be cheaper than
+    this one; the last step partial.
+
+    Args:
+        cheaper: [P + 1, L + 1] how many of the next 0, 1, ... L steps those are, at each place.
+    """
+    of_stay = cheaper.index_select(0, state.place)
+    later = (state.later_kw / state.power_kw).round().long()
+    steps = of_stay.gather(1, later.clamp(max=cheaper.shape[1] - 1))
+    return (state.owed_kw - state.power_kw * steps).clamp(state.must_kw, state.could_kw)
 
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}

@@ -78,6 +78,8 @@ class State(NamedTuple):
     battery_max_kw: Tensor  # [B] the first of them
     battery_min_kw: Tensor  # [B] the second
     owed_kw: Tensor  # [B, C] at the meter: the power that would finish a vehicle within this step
+    power_kw: Tensor  # [B, C] a vehicle's full power, 1.0 where none stands
+    later_kw: Tensor  # [B, C] that times the steps after this one in its stay
     laxity: Tensor  # [B, C] steps a vehicle can still wait at full power afterwards
     must_kw: Tensor  # [B, C] the shield's minimum
     could_kw: Tensor  # [B, C] what the vehicle can take
@@ -90,6 +92,13 @@ class State(NamedTuple):
     @property
     def carry(self) -> Carry:
         return Carry(self.place, self.soc, self.owed_kw)
+
+
+class Powers(NamedTuple):
+    """What a controller wants that decides for each vehicle by itself."""
+
+    socket_kw: Tensor  # [B, C]
+    battery_kw: Tensor  # [B] at the AC side, charging positive
 
 
 def build_model(
@@ -207,6 +216,8 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
         battery_max_kw=battery_max_kw,
         battery_min_kw=battery_min_kw,
         owed_kw=owed_kw,
+        power_kw=power_kw,
+        later_kw=later_kw,
         laxity=laxity,
         must_kw=must_kw,
         could_kw=could_kw,

@@ -14,8 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from co2lightning.control.shield import battery_power_kw, dispatch, ev_power_kw
-from co2lightning.control.state import SiteModel, State, arrive
+from co2lightning.control.shield import (
+    battery_power_kw,
+    dispatch,
+    ev_power_kw,
+    vehicle_powers_kw,
+)
+from co2lightning.control.state import Powers, SiteModel, State, arrive
 
 
 class Flows(NamedTuple):
@@ -30,19 +35,24 @@ class Flows(NamedTuple):
     socket_kw: Tensor  # [B, C]
 
 
-def step(model: SiteModel, state: State, action: Tensor) -> tuple[State, Flows]:
+def step(model: SiteModel, state: State, action: Tensor | Powers) -> tuple[State, Flows]:
     """Run one step; return the next state and what flowed.
 
     Args:
-        action: [B, A] in [-1, 1]: EV power between must and could, battery power / its rating.
+        action: [B, A] in [-1, 1]: EV power between must and could, battery power / its rating; or
+            the powers that are wanted of each vehicle and the battery.
     """
-    action = action.clamp(model.minus_one, model.one)
-    action = torch.addcmul(model.action_shift, model.action_scale, action)
-    ev_share, wanted_kw = action.unbind(1)
-    ev_kw = ev_power_kw(state, ev_share)
-    socket_kw = dispatch(model, state, ev_kw)
-    if model.floor_kw is not None:
-        ev_kw = socket_kw.sum(1)
+    if isinstance(action, Powers):
+        socket_kw = vehicle_powers_kw(model, state, action.socket_kw)
+        ev_kw, wanted_kw = socket_kw.sum(1), action.battery_kw
+    else:
+        action = action.clamp(model.minus_one, model.one)
+        action = torch.addcmul(model.action_shift, model.action_scale, action)
+        ev_share, wanted_kw = action.unbind(1)
+        ev_kw = ev_power_kw(state, ev_share)
+        socket_kw = dispatch(model, state, ev_kw)
+        if model.floor_kw is not None:
+            ev_kw = socket_kw.sum(1)
     battery_kw = battery_power_kw(model, state, wanted_kw, ev_kw)
     # Of the two the lesser is right.
     # Rounding may carry the SoC past a bound by 1e-7; from there it goes back only.
