@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from co2lightning.errors import UserError
 from co2lightning.site.load import load_site
 from co2lightning.site.trained_days import unseen, with_this_session
 from conftest import Outcome
-from small_site import HELD_OUT, write_site
+from small_site import HELD_OUT, shipped, write_site
 
 Command = Callable[..., Outcome]
 Fit = Callable[..., Outcome]
@@ -84,3 +86,23 @@ def test_a_run_of_a_version_that_did_not_write_them_down(site: Path) -> None:
     town = {"site": {"name": "town", "sha256": "0" * 64}}
     assert with_this_session(town, village) == {"town": None, "village": days}
     assert unseen(town, village) == (village, None)
+
+
+def test_a_week_is_unseen_if_none_of_its_days_was_trained_on() -> None:
+    """Scales and forecasts come from the days that are not held out, and must not move."""
+    site = shipped()
+    first = site.days[site.stretches[0, 0]]
+    run = {"trained_days": {site.name: ["2025-01-01/2025-01-20", f"{first}/{first}"]}}
+    left, remark = unseen(run, site)
+    assert left.stretches.tolist() == site.stretches[1:].tolist()
+    assert left.held_out is site.held_out
+    assert remark == (
+        "The run was trained on days of 1 of the 8 held-out weeks of iquitos; they are left out"
+    )
+    run["trained_days"][site.name] = [f"{day}/{day}" for day in np.array(site.days)[site.held_out]]
+    with pytest.raises(UserError, match="trained on days of all 8 held-out weeks of iquitos; name"):
+        unseen(run, site)
+    trained = with_this_session({}, site)[site.name]
+    assert trained
+    assert trained[:2] == ["2025-01-01/2025-02-04", "2025-02-12/2025-03-18"]
+    assert unseen({"trained_days": {site.name: trained}}, site) == (site, None)

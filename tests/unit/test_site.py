@@ -296,24 +296,27 @@ def test_plain_csv_bom_crlf_and_column_order(folder: Folder) -> None:
     assert site.sessions.energy_kwh.tolist() == [2.5, 6.0]
 
 
-def test_example_in_the_documentation_is_accepted(folder: Folder) -> None:
+@pytest.mark.parametrize("example", [0, 1, 2])
+def test_examples_in_the_documentation_are_accepted(tmp_path: Path, example: int) -> None:
     page = Path(__file__).parents[2] / "docs" / "site-format.md"
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:yaml|csv)\n(.*?)```", text, re.DOTALL)
-    config, series, sessions = (
-        next(block for block in blocks if block.startswith(start))
-        for start in ("name:", "time,", "session_id,")
-    )
+    blocks = re.findall(r"```(?:yaml|csv)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    begins = [i for i, block in enumerate(blocks) if block.startswith("name:")]
+    assert len(begins) == 3
+    config, series, *sessions = blocks[begins[example] : [*begins, len(blocks)][example + 1]]
+    header, first, second = (line.split(",") for line in series.splitlines())
+    begin, then = (datetime.fromisoformat(row[0]) for row in (first, second))
+    folder = Folder(tmp_path / "site")
     folder.config = yaml.safe_load(config)
-    folder.set_times(clock_times("2025-01-01T00:00", 44 * 96))
-    folder.series[0] = series.splitlines()[0]
-    folder.series[1:] = [f"{row.split(',')[0]},0,30,0.4" for row in folder.series[1:]]
-    folder.series[: len(series.splitlines())] = series.splitlines()
-    folder.sessions = sessions.splitlines()
+    times = [begin + i * (then - begin) for i in range(46 * 96)]
+    rows = [first, second, *([time.isoformat(), *second[1:]] for time in times[2:])]
+    folder.series = [",".join(row) for row in (header, *rows)]
+    folder.sessions = sessions[0].splitlines() if sessions else None
     site = folder.load()
-    assert site.load_kw[1] == float(series.splitlines()[2].split(",")[2])
-    assert len(site.sessions.socket) == len(sessions.splitlines()) - 1
-    assert site.notes == ()
+    assert site.step_minutes == (then - begin) // timedelta(minutes=1)
+    assert site.carbon_kg_per_kwh[1] == float(second[header.index("carbon_kg_per_kwh")])
+    assert len(site.sessions.socket) == (len(folder.sessions) - 1 if folder.sessions else 0)
+    assert len(site.stretches) >= 1
+    assert all(note.endswith("belong to none") for note in site.notes)
 
 
 # --- time ----------------------------------------------------------------------------------------
