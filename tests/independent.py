@@ -82,7 +82,6 @@ class Site:
     step_h: float
     net_kw: Floats  # load - PV [N]
     carbon: Floats  # kg/kWh [N]
-    has_pv: bool
     grid_kw: float
     battery: Battery
     sockets: int
@@ -125,7 +124,6 @@ def read(folder: Path, held_out: dict | None = None) -> Site:
         step_h=step_s / 3600,
         net_kw=load - pv,
         carbon=carbon,
-        has_pv="pv_kw" in rows[0],
         grid_kw=float(config["grid_kw"]),
         battery=Battery(**{k: v for k, v in battery.items() if hasattr(Battery, k)}),
         sockets=sum(kind["count"] for kind in kinds),
@@ -193,7 +191,7 @@ def play(
         could_kw, must_kw = float(could.sum()), float(must.sum())
         wish = could_kw
         if rule == "rbc_b":
-            wish = min(could_kw, max(must_kw, -net if site.has_pv else 0.0))
+            wish = min(could_kw, max(must_kw, -net))
         give, take = battery.can(stored, h)
         ev_kw = max(must_kw, min(wish, limit - net + give))
         if site.sockets:
@@ -296,16 +294,25 @@ def tail_end(site: Site, end: int) -> int:
     return min(end + round(TAIL_H / site.step_h), len(site.net_kw))
 
 
+def tail_kg(
+    site: Site, end: int, stored_kwh: float, owed_kwh: dict[int, float] | None = None
+) -> float:
+    """Return J: the least kg of the two days after `end`; owed is what charging on arrival left."""
+    if owed_kwh is None:
+        owed_kwh = site.sessions.owed_on_arrival_kwh(end, site.step_h)
+    return least_kg(site, end, tail_end(site, end), stored_kwh, owed_kwh)
+
+
 def settled_kg(site: Site, begin: int, end: int, stored_kwh: float) -> dict[str, float]:
     """Return the kg of one stretch by each rule and by the optimum, settled by the tail."""
-    h, after = site.step_h, tail_end(site, end)
-    owed = site.sessions.owed_on_arrival_kwh(begin, h)
-    standard = least_kg(site, end, after, stored_kwh, site.sessions.owed_on_arrival_kwh(end, h))
+    owed = site.sessions.owed_on_arrival_kwh(begin, site.step_h)
+    standard = tail_kg(site, end, stored_kwh)
     kg = {}
     for rule in RULES:
         run = play(site, rule, begin, end, stored_kwh, owed)
-        kg[rule] = run.kg + least_kg(site, end, after, run.kwh, run.owed_kwh) - standard
-    kg["optimum"] = least_kg(site, begin, after, stored_kwh, owed) - standard
+        kg[rule] = run.kg + tail_kg(site, end, run.kwh, run.owed_kwh) - standard
+    best = least_kg(site, begin, tail_end(site, end), stored_kwh, owed)
+    kg["optimum"] = best - standard
     return kg
 
 
@@ -340,11 +347,13 @@ def _admit(stays: list[dict], kinds: list[dict], start: int, step_s: int, count:
     shortest = -(-1800 // step_s)
     dropped = capped = turned_away = 0
     taken = []
-    order = sorted(range(len(stays)), key=lambda row: (_seconds(stays[row]["arrival"]), row))
-    for row in (stays[index] for index in order):
+    arrivals = [_seconds(row["arrival"]) - start for row in stays]
+    # A stable sort: rows of the same second keep their order.
+    for index in sorted(range(len(stays)), key=arrivals.__getitem__):
+        row, arrives = stays[index], arrivals[index]
         name = row["socket_type"]
         kw = min(float(row.get("max_kw") or limits[name]), limits[name])
-        arrives, departs = _seconds(row["arrival"]) - start, _seconds(row["departure"]) - start
+        departs = _seconds(row["departure"]) - start
         if arrives < 0 or departs > count * step_s:
             dropped += 1
             continue
@@ -368,21 +377,25 @@ def _admit(stays: list[dict], kinds: list[dict], start: int, step_s: int, count:
 
 def _day_start(stays: list[dict], zone: ZoneInfo) -> int:
     """Return the full hour that the stays of the least session energy span."""
-    spanned = np.zeros(24)
-    total = 0.0
+    if not stays:
+        return 0
+    begins, crossed, kwh = [], [], []
     for row in stays:
         arrival, departure = (
             datetime.fromisoformat(row[name]).astimezone(zone).replace(tzinfo=None)
             for name in ("arrival", "departure")
         )
-        kwh = float(row["energy_kwh"])
-        total += kwh
         hour = arrival.replace(minute=0, second=0, microsecond=0)
-        for after in range(1, 25):
-            if hour + timedelta(hours=after) >= departure:
-                break
-            spanned[(hour.hour + after) % 24] += kwh
-    return int(np.argmin(np.round(spanned / total, 6))) if total else 0
+        begins.append(hour.hour)
+        # A stay that begins or ends at a full hour does not span it.
+        crossed.append(-((hour - departure) // timedelta(hours=1)) - 1)
+        kwh.append(float(row["energy_kwh"]))
+    begin, count, energy = np.array(begins), np.array(crossed), np.array(kwh)
+    spanned = np.zeros(24)
+    for after in range(1, 25):
+        hits = count >= after
+        spanned += np.bincount((begin[hits] + after) % 24, energy[hits], minlength=24)
+    return int(np.argmin(np.round(spanned / energy.sum(), 6)))
 
 
 def _days(
