@@ -75,16 +75,16 @@ def main() -> int:
         for run in runs:
             broken += add_figures(run, site, references, Path(place))
     results: dict[str, Any] = {
-        "command": f"python benchmarks/learning.py --agents {arguments.agents} --seeds "
-        f"{arguments.seeds} --episodes {arguments.episodes} --site {site.name} "
-        f"--jobs {arguments.jobs}",
+        "command": "python benchmarks/learning.py --agents "
+        f"{','.join(f'{name}:{episodes}' for name, episodes in agents.items())} --seeds "
+        f"{arguments.seeds} --site {site.name} --jobs {arguments.jobs}",
         "machine": machine(),
         "versions": versions(),
         "site": {
             "name": site.name,
             "sha256": site.sha256,
-            "stretches": list(references.begins),
-            "days": references.days.tolist(),
+            "stretches": list(references.days),
+            "days": references.n_days.tolist(),
         },
         "references": {
             name: {key: getattr(summary, key) for key in REFERENCE_FIGURES}
