@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-COMMANDS = ("fit", "fit-all", "test", "report", "history", "verify", "predict", "export")
+COMMANDS = (
+    *("fit", "fit-all", "test", "report", "history", "verify", "predict", "export"),
+    "site",
+)
 
 # An agent trained for a moment: what is tested is what happens around the learning.
 TINY: dict[str, list[str]] = {

@@ -45,28 +45,33 @@ def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr()
     assert printed.err == ""
     data = json.loads(printed.out)
-    assert {key: data[key] for key in ("site", "agent", "action", "episode", "days")} == {
+    assert {key: data[key] for key in ("site", "agent", "action", "episode")} == {
         "site": "village",
         "agent": "PPO",
         "action": "direct",
         "episode": 2,
-        "days": HELD_OUT,
     }
+    assert [(s["begin"], s["days"]) for s in data["stretches"]] == [(day, 1) for day in HELD_OUT]
     names = ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
     assert list(data["policies"]) == list(data["summary"]) == names
-    for columns in data["policies"].values():
-        assert {"co2_kg", "unmet_kwh"} <= set(columns)
-        assert all(len(column) == 3 for column in columns.values())
-    mean = sum(data["policies"]["agent"]["co2_kg"]) / 3
-    assert data["summary"]["agent"]["co2_kg"] == pytest.approx(mean, abs=1e-5)
+    for policy in data["policies"].values():
+        assert {"co2_kg_per_day", "unmet_kwh_per_day", "peak_kw"} <= set(policy)
+        assert len(policy["stretches"]) == 3
+        for stretch in policy["stretches"]:
+            assert {"co2_kg", "settlement_kg", "unmet_kwh"} <= set(stretch)
+    agent = data["policies"]["agent"]
+    mean = sum(stretch["co2_kg"] for stretch in agent["stretches"]) / 3
+    assert agent["co2_kg_per_day"] == pytest.approx(mean, abs=1e-5)
+    assert data["summary"]["agent"]["co2_kg"] == agent["co2_kg_per_day"]
     assert set(data["summary"]["agent"]) == set(Summary._fields)
 
 
 def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["PPO"]) == 0
     out = capsys.readouterr().out
-    for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", "±"):
+    for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", *HELD_OUT):
         assert text in out
+    assert "±" not in out, "three days are too few for an interval"
     assert "correction" not in out
 
 

@@ -1,22 +1,17 @@
-"""`co2lightning test`: a run on held-out days, beside the rules and the optimum."""
+"""`co2lightning test`: a run on held-out stretches, beside the rules and the optimum."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from co2lightning.agents.load import policy_of
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
-from co2lightning.report.tables import Table, comparison_table, in_terminal
+from co2lightning.report.comparison import comparison_tables, evaluation_data
+from co2lightning.report.tables import in_terminal
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
+from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
 from co2lightning.terminal import say, show_tables
-
-if TYPE_CHECKING:
-    from co2lightning.agents.agent import Agent
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +22,7 @@ def main(argv: list[str]) -> int:
     """
     parser = run_parser(
         "test",
-        "Evaluate a run's newest episode on the held-out days, beside the rules and the optimum: "
+        "Evaluate a run's newest episode on the held-out weeks, beside the rules and the optimum: "
         "CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
     )
@@ -46,11 +41,22 @@ def main(argv: list[str]) -> int:
     site = unseen(facts, site)
     keep = Path(arguments.directory) / "references"
     evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+    data = evaluation_data(evaluation)
     if arguments.json:
-        say(json.dumps(_as_data(evaluation, agent, episode), allow_nan=False))
+        told = {
+            "site": site.name,
+            "agent": type(agent).__name__,
+            "action": agent.settings.action,
+            "episode": episode,
+        }
+        say(json.dumps(told | data, allow_nan=False))
     else:
-        table = in_terminal(_as_table(evaluation, agent, episode))
-        show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
+        name, correction = type(agent).__name__, agent.settings.action == "correction"
+        who = name + (" as a correction of RBC B" if correction else "")
+        own = name + (", correction of RBC B" if correction else "")
+        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", own)
+        show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
+        say(*below)
     logs = Path(arguments.logs)
     if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
         try:
@@ -58,41 +64,6 @@ def main(argv: list[str]) -> int:
         except OSError as error:  # perhaps others' files, which one may only read
             say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
     return check_bound(violations(evaluation))
-
-
-def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
-    """Return what `test --json` prints: plain data, numbers to 1e-6."""
-    return {
-        "site": evaluation.site,
-        "agent": type(agent).__name__,
-        "action": agent.settings.action,
-        "episode": episode,
-        "days": list(evaluation.days),
-        "hours": evaluation.hours.tolist(),
-        "policies": {
-            name: {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
-            for name, figures in evaluation.policies.items()
-        },
-        "summary": {
-            name: {key: None if v is None else round(v, 6) for key, v in s._asdict().items()}
-            for name, s in summarise(evaluation).items()
-        },
-    }
-
-
-def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
-    correction = " as a correction of RBC B" if agent.settings.action == "correction" else ""
-    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
-    days, stretches = evaluation.n_days, evaluation.days
-    return comparison_table(
-        [
-            {"name": name, "policy": titles[name], **summary._asdict()}
-            for name, summary in summarise(evaluation).items()
-        ],
-        title=f"{type(agent).__name__}{correction}, episode {episode}, on {days.sum()} held-out "
-        f"days of {evaluation.site} ({len(stretches)} stretches, {stretches[0]} to "
-        f"{stretches[-1]})",
-    )
 
 
 def _write_scalars(logs: Path, found: Evaluation, episode: int, run: TrainingCheckpoint) -> None:

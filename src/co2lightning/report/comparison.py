@@ -1,0 +1,123 @@
+"""Policies side by side on held-out stretches, as `test` and `site check` tell of them.
+
+Shapes: W stretches.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+
+from co2lightning.metrics import Metric
+from co2lightning.report.tables import Table, comparison_table
+from co2lightning.sim.evaluate import STRETCHES_FOR_AN_INTERVAL, TITLES, Evaluation, summarise
+from co2lightning.site.model import DAY_H
+
+_Data = Mapping[str, Any]
+
+
+def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
+    """Return `stretches`, `policies` and `summary` as `--json` prints them, numbers to 1e-6."""
+    summaries = summarise(evaluation)
+    stretches = {
+        "begin": evaluation.days,
+        "days": evaluation.n_days.tolist(),
+        "hours": evaluation.hours.tolist(),
+        "turned_away_kwh": np.round(evaluation.turned_away_kwh, 6).tolist(),
+        "clipped_kwh": np.round(evaluation.clipped_kwh, 6).tolist(),
+    }
+    policies = {
+        name: {
+            "co2_kg_per_day": round(summaries[name].co2_kg, 6),
+            "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
+            "peak_kw": round(summaries[name].peak_import_kw, 6),
+            "stretches": _by_row(
+                {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
+            ),
+        }
+        for name, figures in evaluation.policies.items()
+    }
+    summary = {
+        name: {key: None if v is None else round(v, 6) for key, v in of._asdict().items()}
+        for name, of in summaries.items()
+    }
+    return {"stretches": _by_row(stretches), "policies": policies, "summary": summary}
+
+
+def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def count_text(stretches: Sequence[_Data]) -> str:
+    """Return how much is held out: `8 held-out weeks`, `1 held-out day`."""
+    lengths = {stretch["days"] for stretch in stretches}
+    one, many = "stretch", "stretches"
+    if len(lengths) == 1 and (named := {7: "week", 1: "day"}.get(stretches[0]["days"])):
+        one, many = named, f"{named}s"
+    return f"{len(stretches)} held-out {one if len(stretches) == 1 else many}"
+
+
+def comparison_tables(
+    data: _Data, site: str, who: str, agent: str = ""
+) -> tuple[list[Table], list[str]]:
+    """Return policies side by side, each stretch where there are few, and lines to put below.
+
+    Args:
+        data: As `evaluation_data` returns it.
+        site: Its name.
+        who: The beginning of the title, such as `PPO, episode 3`.
+        agent: What the agent is called, if there is one.
+    """
+    stretches, titles = data["stretches"], {"agent": agent, **TITLES}
+    last = stretches[-1]
+    end = date.fromisoformat(last["begin"]) + timedelta(days=last["days"] - 1)
+    title = f"{who}, on {count_text(stretches)} of {site} ({stretches[0]['begin']} to {end})"
+    rows = [
+        {"name": name, "policy": titles[name], **summary}
+        for name, summary in data["summary"].items()
+    ]
+    whole = comparison_table(rows, title)
+    known = [c for c in whole.columns if any(row[c.key] is not None for row in rows)]
+    tables = [whole._replace(columns=known)]
+    if len(stretches) < STRETCHES_FOR_AN_INTERVAL:
+        tables.append(_each_stretch(stretches, data["policies"], titles))
+    return tables, _remarks(stretches, data["policies"], titles)
+
+
+def _each_stretch(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> Table:
+    columns = [
+        Metric("begin", "from"),
+        *(Metric(name, f"{titles[name]}, kg/day", "{:.1f}") for name in policies),
+    ]
+    rows = [
+        {
+            "begin": stretch["begin"],
+            **{
+                name: policy["stretches"][i]["co2_kg"] * DAY_H / stretch["hours"]
+                for name, policy in policies.items()
+            },
+        }
+        for i, stretch in enumerate(stretches)
+    ]
+    return Table(columns, rows, title="CO2 of each", boxed=True)
+
+
+def _remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
+    """Return what these figures leave out, and who imports more than the connection gives."""
+    days = sum(stretch["hours"] for stretch in stretches) / DAY_H
+
+    def a_day(rows: Sequence[_Data], key: str) -> float:
+        return sum(row[key] for row in rows) / days
+
+    lines = []
+    for key, words in (
+        ("turned_away_kwh", "kWh/day are turned away, for want of a free socket"),
+        ("clipped_kwh", "kWh/day are clipped, more than 98 % of what stays allow"),
+    ):
+        if kwh := a_day(stretches, key):
+            lines.append(f"Served by nobody and in no figure above: {kwh:.2f} {words}")
+    for name, policy in policies.items():
+        if kwh := a_day(policy["stretches"], "over_limit_kwh"):
+            lines.append(f"{titles[name]} imports {kwh:.2f} kWh/day beyond the connection's limit")
+    return lines
