@@ -660,6 +660,13 @@ def test_too_short_for_weeks(tmp_path: Path, weeks: int) -> None:
     )
 
 
+def test_a_single_day_is_too_few(folder: Folder) -> None:
+    folder.series = folder.series[:97]
+    folder.sessions = folder.sessions and folder.sessions[:2]
+    folder.config["held_out"] = ["2025-03-01"]
+    assert message(folder.load).endswith("has 1 day in 0 whole weeks; give a longer one")
+
+
 @pytest.mark.parametrize(
     ("rule", "remark"),
     [

@@ -124,10 +124,11 @@ def stretches(
         held_out[begin:end] = True
     if not held_out.any() or held_out.all():
         what = f"{days} day{'s' * (days != 1)} in {weeks} whole week{'s' * (weeks != 1)}"
+        right = f"name days, such as held_out: [{dates[-1]}] or {{every: 3, first: 3}}"
+        right = right if days > 1 else "give a longer one"
         raise UserError(
             f"site.yaml: held_out: selects {held_out.sum()} of the {days} days; at least one "
-            f"day to test on and one to train on are needed. The series has {what}; name days, "
-            f"such as held_out: [{dates[-1]}] or {{every: 3, first: 3}}"
+            f"day to test on and one to train on are needed. The series has {what}; {right}"
         )
     return held_out, found
 
