@@ -10,6 +10,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from co2lightning.sim import kept
+from co2lightning.sim.optimum import Best
 from conftest import Outcome, tree
 from small_site import HELD_OUT, write_site
 
@@ -211,6 +213,21 @@ def test_figures_leave_out_what_a_site_has_not(command: Command, place: Path) ->
         header = Path(f"{name}-drawn/site_day.png").read_bytes()[:24]
         heights.append(int.from_bytes(header[20:24]))
     assert heights[0] < heights[1]
+
+
+def test_a_bound_that_is_none_is_a_defect(
+    command: Command, village: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = kept.optimum
+
+    def worse(*arguments: Any) -> Best:
+        best = solve(*arguments)
+        return best._replace(kg=best.kg + 1000.0)
+
+    monkeypatch.setattr(kept, "optimum", worse)
+    outcome = command("site", "check", "village", "--json")
+    assert outcome.code == 1
+    assert "error: the optimum is no bound, a defect: 2025-03-02: uncontrolled" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,16 @@ def _check(argv: Sequence[str]) -> int:
     from co2lightning.report.tables import in_terminal
     from co2lightning.sim.evaluate import evaluate, violations
 
+    facts = describe(site)
+    if not options.json:  # at once: the optimum of a large site takes minutes
+        show_tables(in_terminal(site_table(facts)), width=110)
+        say("", *(f"- {note}" for note in site.notes), *([""] if site.notes else []))
     evaluation = evaluate(None, site)
-    told = {**describe(site), "what_if": changes, **evaluation_data(evaluation)}
+    data = evaluation_data(evaluation)
     if options.json:
-        say(json.dumps(told, allow_nan=False))
+        say(json.dumps({**facts, "what_if": changes, **data}, allow_nan=False))
     else:
-        show_tables(in_terminal(site_table(told)), width=110)
-        say("", *(f"- {note}" for note in site.notes), "")
-        tables, below = comparison_tables(told, site.name, "Without training")
+        tables, below = comparison_tables(data, site.name, "Without training")
         show_tables(*map(in_terminal, tables), width=110)
         say(*below)
     if figures:

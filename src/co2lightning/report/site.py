@@ -44,6 +44,10 @@ def describe(site: Site) -> dict[str, Any]:
         },
         "day_start": site.day_start_h,
         "weeks": len(site.days) // 7,
+        "stretches": [
+            {"begin": site.days[first], "days": end - first}
+            for first, end in site.stretches.tolist()
+        ],
         "battery": battery and {**vars(battery), "reserve_soc": battery.least_soc},
         "sockets": [vars(socket) for socket in site.sockets],
         "grid_kw": site.grid_kw,
@@ -119,7 +123,7 @@ def _rounded(value: float) -> float:
 
 
 def site_table(facts: Mapping[str, Any]) -> Table:
-    """Return a table of two columns of what `describe` tells, and of what is held out."""
+    """Return what `describe` tells of a site as a table of two columns."""
     told = [
         ("period", f"{_clock(facts['begin'])} to {_clock(facts['end'])}, {facts['timezone']}"),
         ("steps", f"{facts['steps']} of {facts['step_minutes']} min"),
