@@ -33,14 +33,14 @@ def train(fit: Fit, *words: str) -> str:
     return fit("PPO", "--env.site", "village", "--episodes", "1", *words).out
 
 
-def tested_days(outcome: Outcome) -> list[str]:
+def stretches_of(outcome: Outcome) -> list[str]:
     """Return where the stretches begin that `test --json` tells of."""
     return [stretch["begin"] for stretch in json.loads(outcome.out)["stretches"]]
 
 
 def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path) -> None:
     assert "held-out days" not in train(fit)
-    assert tested_days(command("test", "PPO", "--json")) == HELD_OUT
+    assert stretches_of(command("test", "PPO", "--json")) == HELD_OUT
     before = json.loads(Path("checkpoints/PPO/metadata.json").read_text())["trained_days"]
     assert before == {
         "village": ["2025-03-01/2025-03-01", "2025-03-03/2025-03-03", "2025-03-06/2025-03-06"]
@@ -49,7 +49,7 @@ def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path)
     hold_out(site, OTHER, FIRST)
     remark = "The run was trained on 1 of the 2 held-out days of village; they are left out"
     tested = command("test", "PPO", "--json")
-    assert tested_days(tested) == [FIRST]
+    assert stretches_of(tested) == [FIRST]
     assert remark in tested.err
     reported = command("report", "PPO")
     assert (reported.code, f"PPO: {remark}" in reported.err) == (0, True)
@@ -61,7 +61,7 @@ def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path)
     line = "1 of the 2 held-out days of village were trained on up to episode 1"
     assert line in train(fit, "--ckpt_path", "last")
     hold_out(site, "2025-03-02", FIRST)  # the former trained on since
-    assert tested_days(command("test", "PPO", "--json")) == [FIRST]
+    assert stretches_of(command("test", "PPO", "--json")) == [FIRST]
     hold_out(site, OTHER, "2025-03-02")
     for name in ("test", "predict"):
         refused = command(name, "PPO")
