@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, made, place  # noqa: F401  (fixtures)
+from test_report import HOSTILE, embedded, made, place  # noqa: F401  (fixtures)
 
+from co2lightning.cli import main
 from co2lightning.report.looks import AGENTS, HEAT
+from conftest import TINY
 
 CHARTS = "return [...document.querySelectorAll('.chart')]"
 PATHS = (
@@ -56,7 +59,7 @@ def test_every_chart_is_drawn_and_nothing_is_fetched(page: Any) -> None:
     drawn = page.execute_script(
         CHARTS + ".map(chart => [chart.dataset.chart, chart.querySelectorAll('svg').length])"
     )
-    kinds = ["intervals", "learning", "days", "explorer", "heat"]
+    kinds = ["intervals", "learning", "stretches", "explorer", "heat"]
     assert [kind for kind, _ in drawn] == [*kinds * 2, "sessions"]
     assert all(count > 0 for _, count in drawn)
     bad = "return document.querySelector('main').innerHTML.match(/NaN|undefined|Infinity/g)"
@@ -92,7 +95,7 @@ def test_the_day_explorer_changes_the_figure(page: Any) -> None:
 
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_day_explorer_stays_where_it_is(page: Any, made: Any, width: int) -> None:  # noqa: F811
-    """Neither a choice nor the pointer moves anything under the pointer."""
+    """No choice of day or controller, nor the pointer, moves anything under the pointer."""
     show(page, made.place, width)
     page.execute_script(
         "document.querySelector('[data-chart=explorer] .panel > svg').scrollIntoView()"
@@ -149,7 +152,11 @@ def test_a_run_has_its_agents_colour_everywhere(page: Any, made: Any) -> None:  
     assert sorted(map(len, agents)) == [1, 2]
     for number, scheme in enumerate(("light", "dark")):
         show(page, made.place, 1200, scheme)
-        for chart, what in (("learning", "svg .line"), ("days", "svg .mark"), ("days", "li .mark")):
+        for chart, what in (
+            ("learning", "svg .line"),
+            ("stretches", "svg .mark"),
+            ("stretches", "li .mark"),
+        ):
             for names, found in zip(agents, page.execute_script(drawn, chart, what), strict=True):
                 agent = "A2C" if len(names) == 1 else "PPO"
                 hexed = AGENTS[agent][number]
@@ -160,8 +167,8 @@ def test_a_run_has_its_agents_colour_everywhere(page: Any, made: Any) -> None:  
 
 def test_no_mark_is_cut(page: Any) -> None:
     near = (
-        "return [...document.querySelectorAll('.chart:is([data-chart=days], [data-chart=learning],"
-        " [data-chart=intervals]) svg')].flatMap(svg => {"
+        "return [...document.querySelectorAll('.chart:is([data-chart=stretches],"
+        " [data-chart=learning], [data-chart=intervals]) svg')].flatMap(svg => {"
         " const axis = svg.querySelector('.axis');"
         " if (!axis) return [];"
         " const low = axis.getBoundingClientRect().bottom, all = svg.getBoundingClientRect();"
@@ -171,7 +178,7 @@ def test_no_mark_is_cut(page: Any) -> None:
         " all.right - box.right); }); })"
     )
     for value in ("", "rule"):
-        choose(page, "days", 0, value)
+        choose(page, "stretches", 0, value)
         found = page.execute_script(near)
         assert len(found) > 30
         assert min(found) > 2.0
@@ -219,9 +226,9 @@ def test_the_heat_maps_are_those_of_the_figures(page: Any, made: Any) -> None:  
         assert opacity == pytest.approx(min(1.0, abs(kw) / limit), abs=0.051 / limit + 1e-3)
 
 
-def test_a_click_on_a_day_opens_it(page: Any) -> None:
+def test_a_click_on_a_stretch_opens_it(page: Any) -> None:
     page.execute_script(
-        "document.querySelectorAll('[data-chart=days] .hit')[2]"
+        "document.querySelectorAll('[data-chart=stretches] .hit')[2]"
         ".dispatchEvent(new MouseEvent('click', {bubbles: true}));"
     )
     chosen = "return document.querySelector('[data-chart=explorer] select').value"
@@ -229,7 +236,7 @@ def test_a_click_on_a_day_opens_it(page: Any) -> None:
 
 
 def test_other_units_draw_other_figures(page: Any) -> None:
-    for chart, value in (("learning", "kg"), ("days", "rule"), ("heat", "ev_kw")):
+    for chart, value in (("learning", "kg"), ("stretches", "rule"), ("heat", "ev_kw")):
         drawn = f"return document.querySelector('[data-chart={chart}]').innerHTML"
         before = page.execute_script(drawn)
         choose(page, chart, 0, value)
@@ -259,3 +266,92 @@ def test_light_and_dark_on_every_screen(page: Any, made: Any, width: int) -> Non
     text, ground, dark_text, dark_ground = brightness
     assert text + 400 < ground
     assert dark_ground + 400 < dark_text
+
+
+# --- weeks of whole hours, absent parts ----------------------------------------------------------
+
+CHARGING = "sockets: [{name: moto, count: 3, max_kw: 4}]"
+STORING = """battery: {capacity_kwh: 50, power_kw: 20, charge_efficiency: 0.9,
+          discharge_efficiency: 0.9, soc_min: 0.1, soc_max: 0.9, start_soc_min: 0.3,
+          start_soc_max: 0.7}
+pv_kwp: 10"""
+
+
+def write_weeks(directory: Path, equipment: str, **columns: float) -> Path:
+    """A site of four weeks in steps of an hour; clocks skip an hour on the last day held out."""
+    directory.mkdir()
+    (directory / "site.yaml").write_text(
+        f"name: weeks\nlatitude: 52\nlongitude: 13\naltitude_m: 0\ntimezone: Europe/Berlin\n"
+        f"grid_kw: 100\nseed: 1\nday_start: 0\nheld_out: {{every_weeks: 3, first: 3}}\n"
+        f"{equipment}\n"
+    )
+    begin = datetime(2025, 3, 9, 23, tzinfo=UTC)
+    times = [begin + timedelta(hours=hour) for hour in range(28 * 24)]
+    rows = [f"time,{','.join([*columns, 'carbon_kg_per_kwh'])}"]
+    for i, time in enumerate(times):
+        carbon = 0.3 + 0.2 * (i % 24 > 12)
+        values = [value * (1 + i % 5) for value in columns.values()]
+        rows.append(",".join([time.isoformat(), *(f"{value:g}" for value in [*values, carbon])]))
+    (directory / "series.csv").write_text("\n".join(rows) + "\n")
+    if equipment == CHARGING:
+        sessions = ["session_id,socket_type,arrival,departure,energy_kwh,max_kw"]
+        for day in range(27):
+            arrival, departure = times[24 * day + 18], times[24 * day + 30]  # across midnight
+            sessions.append(f"{day},moto,{arrival.isoformat()},{departure.isoformat()},12,4")
+        (directory / "sessions.csv").write_text("\n".join(sessions) + "\n")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("equipment", "columns", "there", "absent"),
+    [
+        (CHARGING, {}, "ev", "battery"),
+        (STORING, {"pv_kw": 2.0, "load_kw": 3.0}, "battery", "ev"),
+    ],
+)
+def test_a_week_day_by_day_and_only_what_is_there(
+    chrome: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    equipment: str,
+    columns: dict[str, float],
+    there: str,
+    absent: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = write_weeks(tmp_path / "weeks", equipment, **columns)
+    words = ["--model", "PPO", "--env.site", str(site), "--env.num_envs", "2", *TINY["PPO"]]
+    assert main(["fit", *words, "--episodes", "1"]) == 0
+    assert main(["report", "--figures", "figures"]) == 0
+    (data,) = embedded((tmp_path / "report.html").read_text(encoding="utf-8"))["sites"]
+    (stretch,) = data["stretches"]
+    assert (data["step_h"], stretch["from"], stretch["to"]) == (1.0, "2025-03-24", "2025-03-30")
+    assert [end - begin for _, begin, end in stretch["days"]] == [24] * 6 + [23]
+    assert {path.suffix for path in Path("figures").iterdir()} == {".png", ".pdf"}
+    show(chrome, tmp_path, 1200)
+    explorer = "document.querySelector('[data-chart=explorer]')"
+    told = f"return {explorer}.querySelector('output').textContent"
+    size = f"return {explorer}.getBoundingClientRect().height"
+    heights = set()
+    for day in range(7):
+        choose(chrome, "explorer", 1, str(day))
+        assert chrome.execute_script(told).startswith(f"whole day 2025-03-{24 + day}")
+        assert "kg (meter)" in chrome.execute_script(told)
+        heights.add(chrome.execute_script(size))
+    assert len(heights) == 1
+    chrome.execute_script(
+        f"const svg = {explorer}.querySelector('.panel > svg'), box = svg.getBoundingClientRect();"
+        "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + 46 +"
+        " (box.width - 60) * 1.5 / 23, clientY: box.top + 20, bubbles: true}));"
+    )
+    assert chrome.execute_script(told).startswith("time 1:00\u20133:00")
+    drawn = f"return {explorer}.querySelectorAll(arguments[0]).length"
+    assert chrome.execute_script(drawn, f"svg .line.{there}") == 2, "in legend and panel"
+    assert chrome.execute_script(drawn, f".{absent}") == 0
+    assert chrome.execute_script(drawn, ".pv, .load") == (4 if columns else 0)
+    assert chrome.execute_script(drawn, ".panel > svg") == (4 if there == "battery" else 3)
+    options = "return document.querySelectorAll('[data-chart=heat] option').length"
+    assert chrome.execute_script(options) == 1
+    bad = "return document.querySelector('main').innerHTML.match(/NaN|undefined|Infinity/g)"
+    assert chrome.execute_script(bad) is None
+    assert chrome.get_log("browser") == []

@@ -11,7 +11,6 @@ import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from test_evaluate import write_site
 
 from co2lightning.cli import main
 from co2lightning.control.rules import rbc_b, uncontrolled
@@ -19,10 +18,11 @@ from co2lightning.errors import UserError
 from co2lightning.report.looks import AGENTS
 from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.schedule import schedule
+from co2lightning.sim.schedule import play
 from co2lightning.site.load import load_site
 from co2lightning.train.board import LAYOUT, day_image, write_references
 from co2lightning.train.fit import run_fit
+from small_site import write_site
 
 TINY = {"env.num_envs": 4, "model.n_epochs": 2, "model.batch_size": 192, "model.hidden": (8,)}
 
@@ -93,9 +93,11 @@ def test_by_default_every_tenth_episode_is_drawn() -> None:
 
 def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
     site = load_site(village)
-    env, day = SiteDays(site, 1), int(site.held_out_days[0])
-    rule = schedule(env.model, rbc_b, site, [day])
-    none = schedule(env.model, uncontrolled, site, [day])
+    model, day = SiteDays(site, 1).model, int(site.stretches[0, 0])
+    rule, none = (
+        play(model, policy, site, site.stretch_bounds[:1])[0].schedule
+        for policy in (rbc_b, uncontrolled)
+    )
     images = [
         day_image(site, day, ("a policy", "#0072b2"), own, rule) for own in (rule, none, rule)
     ]

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     parser = Parser(
         "report",
-        "Write one HTML file that shows runs: learning curves, the comparison on held-out days, "
+        "Write one HTML file that shows runs: learning curves, the comparison on what is held out, "
         "sessions, every held-out day to look at. It needs no network.",
         "co2lightning report PPO SAC --output report.html --figures figures",
     )
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     from co2lightning.report.page import render
     from co2lightning.sim.evaluate import violations
 
-    results = collect(runs, options.site, say, partial(say, err=True))
+    keep = Path(options.directory) / "references"
+    results = collect(runs, options.site, say, partial(say, err=True), keep)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, now())
     files = {output: page}

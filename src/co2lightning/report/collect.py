@@ -1,6 +1,6 @@
 """What a report shows: runs read, checked and evaluated, grouped by their site.
 
-Shapes: D held-out days, T = 96 steps a day, H = 24 hours, K classes of SoC.
+Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is no battery.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +17,16 @@ from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
+from co2lightning.report.comparison import count_text, evaluation_data
 from co2lightning.report.looks import RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
-from co2lightning.sim.schedule import schedule
+from co2lightning.sim.schedule import Schedule, play
 from co2lightning.site.load import load_site, named_in
-from co2lightning.site.model import Battery, Floats, Site, T
+from co2lightning.site.model import DAY_H, Battery, Floats, Site
 from co2lightning.site.trained_days import unseen
 
 HOURS = 24
@@ -35,8 +36,8 @@ SOC_CLASSES = 20
 class _Heat(NamedTuple):
     """What an agent does other than RBC B in the very same state; every field is [H, K].
 
-    Means over the steps that the agent itself came to, by the hour and the SoC at their beginning.
-    NaN where it never was.
+    Means over the steps that the agent itself came to, by the hour of the local clock and the SoC
+    at their beginning. NaN where it never was.
     """
 
     battery_kw: Floats  # agent - rule, at the AC side, charging positive
@@ -44,9 +45,22 @@ class _Heat(NamedTuple):
     steps: Floats  # how many
 
 
+class HeldOutDay(NamedTuple):
+    """A day of a held-out stretch."""
+
+    date: str
+    stretch: int
+    begin: int  # its first step, counted from the stretch's
+    end: int  # the step after its last
+
+    def of(self, schedule: Schedule) -> Schedule:
+        """Return this day of what was done in its stretch."""
+        return Schedule._make(field[self.begin : self.end] for field in schedule)
+
+
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """A run with its newest episode on the held-out days.
+    """A run with its newest episode on the held-out stretches.
 
     Attributes:
         row: What `history` tells of it.
@@ -87,7 +101,7 @@ class RunResult:
 
     @property
     def summary(self) -> Summary:
-        """What the run reaches on the held-out days."""
+        """What the run reaches on the held-out stretches."""
         return summarise(self.evaluation)["agent"]
 
 
@@ -100,10 +114,57 @@ class SiteResult:
     runs: list[RunResult]
 
     @property
-    def typical_day(self) -> int:
-        """Index of the held-out day on which RBC B emits the median CO2."""
-        order = np.argsort(self.references.policies["rbc_b"].co2_kg, kind="stable")
-        return int(order[(len(order) - 1) // 2])
+    def data(self) -> dict[str, Any]:
+        """As `test --json` has it, with a policy for each run, by its title."""
+        data = evaluation_data(self.references)
+        for run in self.runs:
+            data["policies"][run.title] = evaluation_data(run.evaluation)["policies"]["agent"]
+        return data
+
+    @property
+    def held_out_days(self) -> list[HeldOutDay]:
+        """The days of all stretches."""
+        bounds = self.site.day_bounds
+        return [
+            HeldOutDay(self.site.days[day], w, *(bounds[day : day + 2] - bounds[first]).tolist())
+            for w, (first, end) in enumerate(self.site.stretches.tolist())
+            for day in range(first, end)
+        ]
+
+    @property
+    def typical_day(self) -> HeldOutDay:
+        """The held-out day whose import emits the median CO2 under RBC B."""
+        plans = self.references.schedules["rbc_b"]
+        days = self.held_out_days
+        days.sort(key=lambda day: float(day.of(plans[day.stretch]).co2_kg.sum()))
+        return days[(len(days) - 1) // 2]
+
+    def a_day(self, values: Floats) -> Floats:
+        """Return figures of whole stretches [W] a day."""
+        return values / self.references.hours * DAY_H
+
+    @property
+    def looks(self) -> dict[str, RunLook]:
+        """How each run is drawn, by its name."""
+        return run_looks((run.name, run.agent) for run in self.runs)
+
+    @property
+    def paired(self) -> list[str]:
+        """The references that are drawn by their difference to RBC B.
+
+        Uncontrolled is none where all others would shrink to a point beside it.
+        """
+        found = summarise(self.references)
+        others = [found[name].vs_rbc_b_kg for name in found if name != "uncontrolled"]
+        others += [run.summary.vs_rbc_b_kg for run in self.runs]
+        near = abs(found["uncontrolled"].vs_rbc_b_kg) <= 3 * max(abs(kg) for kg in others)
+        return [n for n in found if n != "rbc_b" and (near or n != "uncontrolled")]
+
+    @property
+    def compared(self) -> list[str]:
+        """The fields of `_Heat` that the site has something for."""
+        battery = ["battery_kw"] if self.site.battery else []
+        return [*battery, *(["ev_kw"] if self.site.n_sockets else [])]
 
     def heat_limit_kw(self, what: str) -> float:
         """Return the end of the scale of a field of `_Heat`, the same for all runs.
@@ -117,13 +178,10 @@ class SiteResult:
         return float(power * next(step for step in steps if step * power >= 0.999 * wanted_kw))
 
 
-def looks_of(results: Sequence[SiteResult]) -> dict[str, RunLook]:
-    """Return how each run is drawn, the same throughout a report."""
-    return run_looks((run.name, run.agent) for result in results for run in result.runs)
-
-
-def soc_band(battery: Battery) -> tuple[int, int]:
+def soc_band(battery: Battery | None) -> tuple[int, int]:
     """Return the first class of SoC that a battery's band meets, and the one after the last."""
+    if battery is None:
+        return 0, 1
     first = int(np.floor(battery.soc_min * SOC_CLASSES + 1e-6))
     return first, int(np.ceil(battery.soc_max * SOC_CLASSES - 1e-6))
 
@@ -150,6 +208,7 @@ def collect(
     site: str | None,
     echo: Callable[[str], None],
     warn: Callable[[str], None],
+    keep: Path,
 ) -> list[SiteResult]:
     """Read and evaluate runs; what is wrong with any of them comes out before the long part.
 
@@ -159,6 +218,7 @@ def collect(
         echo: Gets a line for each step of the work.
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
+        keep: Directory where the optimum is kept from one command to the next.
 
     Raises:
         UserError: A run is damaged, a site cannot be read, no run is left to show.
@@ -187,15 +247,15 @@ def collect(
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
-        key = found.sha256, found.held_out.tobytes()
+        key = found.sha256, found.stretches.tobytes()
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in groups.values():
-        count = len(found.held_out_days)
-        echo(f"{found.name}: the rules and the optimum on {count} held-out days")
-        results.append(SiteResult(found, evaluate(None, found), []))
+        held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
+        echo(f"{found.name}: the rules and the optimum in {held_out}")
+        results.append(SiteResult(found, evaluate(None, found, keep=keep), []))
         for one in members:
-            echo(f"{one.run.name}: episode {one.episode} on these days")
+            echo(f"{one.run.name}: episode {one.episode} there")
             results[-1].runs.append(_evaluated(one, found, results[-1].references))
     return results
 
@@ -244,32 +304,32 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
 
 
 def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> _Heat:
-    """Return what a policy does on held-out days other than RBC B in the same states."""
-    seen: list[Tensor] = []  # of each step [3, B]: SoC and what the rule would do
+    """Return what a policy does in held-out stretches other than RBC B in the same states."""
+    seen: list[Tensor] = []  # of each step [4, B]: place, SoC, what is other than the rule's
 
     def watched(model: SiteModel, state: State) -> Tensor:
-        _, flows = step(model, state, rbc_b(model, state))
-        seen.append(torch.stack([state.soc, flows.battery_kw, flows.ev_kw]))
-        return policy(model, state)
+        action = policy(model, state)
+        _, own = step(model, state, action)
+        _, rule = step(model, state, rbc_b(model, state))
+        battery_kw, ev_kw = own.battery_kw - rule.battery_kw, own.ev_kw - rule.ev_kw
+        place = state.place.double()  # beyond 2**24 no float32 is exact
+        seen.append(torch.stack([place, *(x.double() for x in (state.soc, battery_kw, ev_kw))]))
+        return action
 
-    own = schedule(priced_model(site, device), watched, site, site.held_out_days.tolist())
-    # The steps came T by T, for some days after others.
-    parts = [torch.stack(seen[i : i + T], 2) for i in range(0, len(seen), T)]
-    soc, rule_battery_kw, rule_ev_kw = torch.cat(parts, 1).double().cpu().numpy()
+    play(priced_model(site, device), watched, site, site.stretch_bounds)
+    place, soc, battery_kw, ev_kw = torch.cat(seen, 1).cpu().numpy()
     # Rounding may put an empty battery a hair below its band.
     first, end = soc_band(site.battery)
-    of_day = np.clip(soc * SOC_CLASSES, first, end - 1).astype(int)
-    hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
-    cell = (hours * SOC_CLASSES + of_day).ravel()
+    level = np.clip(soc * SOC_CLASSES, first, end - 1).astype(int)
+    clock = site.local[place.astype(int)]
+    hour = (clock - clock.astype("datetime64[D]")).astype("timedelta64[h]").astype(int)
+    classes = SOC_CLASSES if site.battery else 1
+    cell = hour * classes + level
 
     def total(values: Floats) -> Floats:
-        sums = np.bincount(cell, values.ravel(), HOURS * SOC_CLASSES)
-        return sums.reshape(HOURS, SOC_CLASSES).astype(float)
+        sums = np.bincount(cell, values, HOURS * classes)
+        return sums.reshape(HOURS, classes).astype(float)
 
-    steps = total(np.ones_like(own.soc))
+    steps = total(np.ones_like(soc))
     visited = np.where(steps > 0, steps, np.nan)
-    return _Heat(
-        battery_kw=total(own.battery_kw - rule_battery_kw) / visited,
-        ev_kw=total(own.ev_kw - rule_ev_kw) / visited,
-        steps=steps,
-    )
+    return _Heat(total(battery_kw) / visited, total(ev_kw) / visited, steps)

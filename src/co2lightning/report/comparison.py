@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from co2lightning.metrics import Metric
-from co2lightning.report.tables import Table, comparison_table
+from co2lightning.report.tables import Table, comparison_table, stretches_table
 from co2lightning.sim.evaluate import STRETCHES_FOR_AN_INTERVAL, TITLES, Evaluation, summarise
 from co2lightning.site.model import DAY_H
 
@@ -77,33 +76,14 @@ def comparison_tables(
         {"name": name, "policy": titles[name], **summary}
         for name, summary in data["summary"].items()
     ]
-    whole = comparison_table(rows, title)
-    known = [c for c in whole.columns if any(row[c.key] is not None for row in rows)]
-    tables = [whole._replace(columns=known)]
+    tables = [comparison_table(rows, title)]
     if len(stretches) < STRETCHES_FOR_AN_INTERVAL:
-        tables.append(_each_stretch(stretches, data["policies"], titles))
-    return tables, _remarks(stretches, data["policies"], titles)
+        each = {titles[name]: policy["stretches"] for name, policy in data["policies"].items()}
+        tables.append(stretches_table(stretches, each, "each"))
+    return tables, remarks(stretches, data["policies"], titles)
 
 
-def _each_stretch(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> Table:
-    columns = [
-        Metric("begin", "from"),
-        *(Metric(name, f"{titles[name]}, kg/day", "{:.1f}") for name in policies),
-    ]
-    rows = [
-        {
-            "begin": stretch["begin"],
-            **{
-                name: policy["stretches"][i]["co2_kg"] * DAY_H / stretch["hours"]
-                for name, policy in policies.items()
-            },
-        }
-        for i, stretch in enumerate(stretches)
-    ]
-    return Table(columns, rows, title="CO2 of each", boxed=True)
-
-
-def _remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
+def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
     """Return what these figures leave out, and who imports more than the connection gives."""
     days = sum(stretch["hours"] for stretch in stretches) / DAY_H
 

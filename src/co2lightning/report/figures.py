@@ -1,6 +1,6 @@
 """The report's figures for papers: PNG and vector PDF, by matplotlib without a display.
 
-Shapes: D held-out days.
+Shapes: W held-out stretches.
 """
 
 import io
@@ -21,24 +21,22 @@ from co2lightning.report.collect import (
     SOC_CLASSES,
     RunResult,
     SiteResult,
-    looks_of,
     soc_band,
 )
-from co2lightning.report.day import STYLE, draw_day
+from co2lightning.report.day import STYLE, Drawn, draw_day
 from co2lightning.report.looks import HEAT, LOOKS, RunLook
 from co2lightning.sim.evaluate import TITLES, Summary, summarise
-from co2lightning.sim.schedule import Schedule
+from co2lightning.sim.schedule import start_soc
 
 
 def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF."""
     files: dict[str, bytes] = {}
-    looks = looks_of(results)
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a name: drawn as a box
         for result in results:
             place = f"-{result.site.name}-{result.site.sha256[:6]}" if len(results) > 1 else ""
-            for name, figure in _figures(result, looks):
+            for name, figure in _figures(result):
                 stem = re.sub(r"[^\w.-]", "_", name + place)
                 for kind in ("png", "pdf"):
                     buffer = io.BytesIO()
@@ -48,11 +46,12 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     return files
 
 
-def _figures(result: SiteResult, looks: dict[str, RunLook]) -> Iterator[tuple[str, Figure]]:
+def _figures(result: SiteResult) -> Iterator[tuple[str, Figure]]:
+    looks = result.looks
     yield "learning_curves", _learning(result, looks)
     yield "held_out", _intervals(result, looks)
     for run in result.runs:
-        yield f"days_{run.name}", _days(result, run, looks[run.name])
+        yield f"stretches_{run.name}", _stretches(result, run, looks[run.name])
         yield f"difference_{run.name}", _heat(result, run)
         yield f"day_{run.name}", _day(result, run, looks[run.name])
 
@@ -81,10 +80,10 @@ def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
         share = 100 * run.summary.co2_kg / uncontrolled_kg
         axes.plot(run.episode, share, marker=look.marker, **_hollow(look.colour))
     hollow = _hollow(LOOKS["rbc_a"]["color"])
-    axes.plot([], [], "o", label="the same run, held-out days", **hollow)
+    axes.plot([], [], "o", label="the same run, held out", **hollow)
     for name in TITLES:
         share = 100 * summaries[name].co2_kg / uncontrolled_kg
-        axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held-out days", **LOOKS[name])
+        axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held out", **LOOKS[name])
     axes.set(xlabel="episode", ylabel=TRAINING["co2_vs_uncontrolled"].axis)
     axes.set_ylim(bottom=0)
     last = max(run.episode for run in result.runs)
@@ -103,11 +102,12 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)))
     mean, paired = figure.subplots(1, 2)
     for y, (_, colour, s) in enumerate(rows):
-        error = {"xerr": s.co2_kg_interval, "ecolor": "#1b1f24", "capsize": 2}
+        error: dict[str, Any] = {"ecolor": "#1b1f24", "capsize": 2, "xerr": s.co2_kg_interval}
         mean.barh(y, s.co2_kg, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
     mean.set(xlabel=HELD_OUT["co2_kg"].axis)
-    others = [row for row in rows if row[2] not in (summaries["rbc_b"], summaries["uncontrolled"])]
+    paired_titles = [TITLES[name] for name in TITLES if name in result.paired]
+    others = [row for i, row in enumerate(rows) if i < len(result.runs) or row[0] in paired_titles]
     for y, (_, colour, s) in enumerate(others):
         paired.errorbar(
             s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", ms=4, color=colour, capsize=2
@@ -122,22 +122,21 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     return figure
 
 
-def _days(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
-    colour = look.colour
+def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     figure = Figure(figsize=(7.2, 2.8))
     axes = figure.add_subplot()
     own, rule, best = (
-        run.evaluation.policies[name].co2_kg for name in ("agent", "rbc_b", "optimum")
+        result.a_day(run.evaluation.policies[name].co2_kg) for name in ("agent", "rbc_b", "optimum")
     )
     days = result.references.days
     at = np.arange(len(days))
-    axes.vlines(at, own, rule, color=colour, alpha=0.55, lw=1.2)
+    axes.vlines(at, own, rule, color=look.colour, alpha=0.55, lw=1.2)
     axes.plot(at, best, "_", color="#1b1f24", label=TITLES["optimum"])
     axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=TITLES["rbc_b"])
-    axes.plot(at, own, look.marker, color=colour, ms=4, label=run.title)
+    axes.plot(at, own, look.marker, color=look.colour, ms=4, label=run.title)
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [days[i] for i in shown])
-    axes.set(xlabel="held-out day", ylabel="CO2, kg")
+    axes.set(xlabel="first day of the held-out stretch", ylabel="CO2, kg a day")
     if min(own.min(), rule.min(), best.min()) > 0:
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=3)
@@ -145,34 +144,43 @@ def _days(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
 
 
 def _heat(result: SiteResult, run: RunResult) -> Figure:
-    figure = Figure(figsize=(7.2, 3.0))
-    first, end = soc_band(result.site.battery)
+    battery, titles = (
+        result.site.battery,
+        {"battery_kw": "battery (charging +)", "ev_kw": "EV charging"},
+    )
+    count = len(result.compared)
+    figure = Figure(figsize=(3.6 * count, 3.0 if battery else 1.5))
+    first, end = soc_band(battery)
     colours = LinearSegmentedColormap.from_list("", [HEAT[n] for n in ("minus", "same", "plus")])
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (what, title) in zip(
-        panels, (("battery_kw", "battery (charging +)"), ("ev_kw", "EV charging")), strict=True
-    ):
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, what in zip(panels, result.compared, strict=True):
         limit = result.heat_limit_kw(what)
         edges = np.arange(HOURS + 1), 100 * np.arange(first, end + 1) / SOC_CLASSES
         difference_kw = getattr(run.heat, what)[:, first:end].T
         mesh = axes.pcolormesh(*edges, difference_kw, cmap=colours, vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
         figure.colorbar(mesh, ax=axes, label="run minus RBC B, kW", extend="both")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(titles[what], fontsize=9)
         hours = range(0, HOURS + 1, 6)
         axes.set_xticks(hours, [f"{hour}:00" for hour in hours])
-        axes.set(xlabel="time of day", facecolor=HEAT["never"])
+        axes.set(xlabel="local time", facecolor=HEAT["never"])
         axes.grid(False)
-    panels[0].set(ylabel="battery SoC, %")
+    panels[0].set(ylabel="battery SoC, %") if battery else panels[0].set(yticks=[])
     figure.suptitle(f"{run.title} in its own states; grey: it was never there", fontsize=9)
     return figure
 
 
 def _day(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     figure = Figure(figsize=(6.3, 6.6))
-    at, plans = result.typical_day, run.evaluation.schedules
-    of_day = {name: Schedule._make(field[[at]] for field in plan) for name, plan in plans.items()}
-    policies = [(TITLES[name], of_day[name], LOOKS[name]) for name in ("optimum", "rbc_b")]
-    policies.append((run.title, of_day["agent"], look.line))
-    draw_day(figure, result.site, int(result.site.held_out_days[at]), policies)
+    day, plans, site = result.typical_day, run.evaluation.schedules, result.site
+    begin = int(site.stretch_bounds[day.stretch, 0])
+    policies: list[Drawn] = []
+    for title, name, line in (
+        *((TITLES[name], name, LOOKS[name]) for name in ("optimum", "rbc_b")),
+        (run.title, "agent", look.line),
+    ):
+        plan = plans[name][day.stretch]
+        soc = float(plan.soc[day.begin - 1]) if day.begin else start_soc(site)
+        policies.append(Drawn(title, day.of(plan), soc, line))
+    draw_day(figure, site, begin + day.begin, begin + day.end, policies)
     return figure

@@ -2,7 +2,6 @@
 // a width in pixels; controls are made once, what is below them at every drawing.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const STEP_H = 0.25;
 const MOST_COMPARED = 4;  // in the explorer: any controller, a run, RBC B, the optimum
 const explorers = new Map();
 
@@ -49,7 +48,7 @@ function intervals(host, site) {
     inner.append(...panels);
     host.replaceChildren(inner);
     panel(panels[0], each, "CO2, kg a day", rows, "mean_kg", "mean_interval_kg", true);
-    const others = rows.filter((row) => row.look !== "rbc_b" && row.look !== "uncontrolled");
+    const others = [...site.runs, ...site.policies.filter((one) => site.paired.includes(one.key))];
     panel(panels[1], each, "CO2 against RBC B, kg a day (left is better)", others,
       "vs_rbc_b_kg", "vs_rbc_b_interval_kg", false);
   };
@@ -94,24 +93,24 @@ function learning(host, site) {
     inner.replaceChildren(
       legend([
         ...site.runs.map((run) => ({ text: `${run.title}, training days`, look: run.look, kind: "line" })),
-        ...site.runs.map((run) => ({ text: `${run.title}, held-out days`, look: `hollow ${run.look}`, kind: run.mark })),
-        ...site.policies.map((one) => ({ text: `${one.title}, held-out days`, look: `thin ${one.look}`, kind: "line" })),
+        ...site.runs.map((run) => ({ text: `${run.title}, held out`, look: `hollow ${run.look}`, kind: run.mark })),
+        ...site.policies.map((one) => ({ text: `${one.title}, held out`, look: `thin ${one.look}`, kind: "line" })),
       ]),
       area.svg);
   };
   return draw;
 }
 
-function days(host, site) {
-  const rule = policy(site, "rbc_b"), best = policy(site, "optimum"), count = site.days.length;
+function stretches(host, site) {
+  const rule = policy(site, "rbc_b"), best = policy(site, "optimum"), count = site.stretches.length;
   let against = "", width = 0;
   const [, label] = choice("Show", [["", "CO2"], ["rule", "difference to RBC B"]], against,
     (value) => { against = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const draw = (now) => {
     width = now;
-    const level = (one, at) => one.co2_kg[at] - (against ? rule.co2_kg[at] : 0);
-    const all = [rule, best, ...site.runs].flatMap((one) => one.co2_kg.map((_, at) => level(one, at)));
+    const level = (one, at) => one.kg_a_day[at] - (against ? rule.kg_a_day[at] : 0);
+    const all = [rule, best, ...site.runs].flatMap((one) => one.kg_a_day.map((_, at) => level(one, at)));
     const panels = site.runs.map((run) => {
       const panel = html("div", { class: "panel" });
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
@@ -122,15 +121,15 @@ function days(host, site) {
       ]));
       const every = Math.max(1, Math.ceil(count / Math.max(1, (width - 60) / 95)));
       const area = plot(panel, {
-        width, height: 240, name: `CO2 of each held-out day, ${run.title}`,
+        width, height: 240, name: `CO2 of each held-out stretch, ${run.title}`,
         x: {
-          range: [-0.5, count - 0.5], label: "held-out day",
-          ticks: site.days.map((day, at) => [at, day]).filter((_, at) => at % every === 0),
+          range: [-0.5, count - 0.5], label: "first day of the held-out stretch",
+          ticks: site.stretches.map((one, at) => [at, one.from]).filter((_, at) => at % every === 0),
         },
-        y: { range: extent(all, against ? null : 0), label: against ? "CO2 against RBC B, kg (down is better)" : "CO2, kg" },
+        y: { range: extent(all, against ? null : 0), label: against ? "CO2 against RBC B, kg a day (down is better)" : "CO2, kg a day" },
       });
       const column = (area.right - area.left) / count, size = Math.max(2, Math.min(5, column * 0.4));
-      site.days.forEach((day, at) => {
+      site.stretches.forEach((one, at) => {
         const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
         shape(area.svg, "line", { class: `join ${run.look}`, x1: x, x2: x, y1: own, y2: ruled });
         mark(area.svg, "dash", x, area.y(level(best, at)), size, "mark optimum");
@@ -139,8 +138,9 @@ function days(host, site) {
         const hit = shape(area.svg, "rect", {
           class: "hit", x: x - column / 2, y: area.top, width: column, height: area.bottom - area.top,
         });
-        shape(hit, "title", {}, `${day}: ${run.title} ${run.co2_kg[at].toFixed(1)} kg, ` +
-          `${rule.title} ${rule.co2_kg[at].toFixed(1)} kg, ${best.title} ${best.co2_kg[at].toFixed(1)} kg`);
+        shape(hit, "title", {}, `${named(one)}: ${run.title} ${run.kg_a_day[at].toFixed(1)} kg a day, ` +
+          `${rule.title} ${rule.kg_a_day[at].toFixed(1)} kg, ${best.title} ${best.kg_a_day[at].toFixed(1)} kg; ` +
+          `unmet ${run.unmet_kwh[at].toFixed(3)} kWh a day`);
         hit.addEventListener("click", () => explorers.get(site)(at, run.key));
       });
       return panel;
@@ -150,66 +150,89 @@ function days(host, site) {
   return draw;
 }
 
+const named = (stretch) => (stretch.from === stretch.to ? stretch.from : `${stretch.from} to ${stretch.to}`);
+
 function explorer(host, site) {
-  const shown = [...site.runs, ...site.policies];
-  let day = site.typical_day, width = 0;
+  const shown = [...site.runs, ...site.policies], parts = site.parts, step = site.step_h;
+  let [at, day] = site.typical_day, width = 0;
   let chosen = site.runs.reduce((best, run, i) => (run.mean_kg < site.runs[best].mean_kg ? i : best), 0);
   let run = site.runs[chosen];  // stays in view beside a reference
-  const [daySelect, dayLabel] = choice("Day", site.days.map((text, at) => [at, text]), day,
-    (value) => { day = Number(value); draw(width); });
-  const [ownSelect, ownLabel] = choice("Controller", shown.map((one, at) => [at, one.title]), chosen,
+  const [stretchSelect, stretchLabel] = choice("Stretch", site.stretches.map((one, i) => [i, named(one)]), at,
+    (value) => open(Number(value), 0));
+  const [daySelect, dayLabel] = choice("Day", [], "", (value) => open(at, Number(value)));
+  const [ownSelect, ownLabel] = choice("Controller", shown.map((one, i) => [i, one.title]), chosen,
     (value) => { chosen = Number(value); draw(width); });
-  const inner = body(host, html("div", { class: "controls" }, dayLabel, ownLabel));
-  explorers.set(site, (at, key) => {
-    day = at;
-    chosen = site.runs.findIndex((run) => run.key === key);
+  const controls = html("div", { class: "controls" }, stretchLabel);
+  if (site.stretches.some((one) => one.days.length > 1)) controls.append(dayLabel);
+  controls.append(ownLabel);
+  const inner = body(host, controls);
+  const fill = () => {
+    daySelect.replaceChildren(...site.stretches[at].days.map(([date], i) => html("option", { value: i }, date)));
+    stretchSelect.value = at;
     daySelect.value = day;
-    ownSelect.value = chosen;
+  };
+  const open = (stretch, chosenDay) => {
+    at = stretch;
+    day = chosenDay;
+    fill();
     draw(width);
+  };
+  explorers.set(site, (stretch, key) => {
+    chosen = site.runs.findIndex((one) => one.key === key);
+    ownSelect.value = chosen;
+    open(stretch, 0);
     host.scrollIntoView({ block: "nearest" });
   });
-  const hours = (values) => stairs(values, STEP_H);
+  const hours = (values) => stairs(values, step);
   const draw = (now) => {
     width = now;
+    const stretch = site.stretches[at], [date, begin, end] = stretch.days[day];
     const own = shown[chosen];
     if (chosen < site.runs.length) run = own;
     const compared = [...new Set([own, run, policy(site, "rbc_b"), policy(site, "optimum")])];
-    const flows = own.schedule, pv = site.pv_kw[day], load = site.load_kw[day], carbon = site.carbon[day];
-    const every = width > 560 ? 3 : 6;
-    const axis = (label) => ({
-      range: [0, 24], label, ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]),
-    });
+    const of = (one, what) => one.schedule[at][what].slice(begin, end);
+    const series = (what) => stretch[what].slice(begin, end);
+    const pv = series("pv_kw"), carbon = series("carbon"), count = end - begin;
+    const minutes = stretch.clock.slice(begin, end + 1);
+    const every = (width > 560 ? 3 : 6) * 60;
+    const clock = (minute) => `${Math.floor(minute / 60)}:${String(minute % 60).padStart(2, "0")}`;
+    const marks = minutes.flatMap((minute, i) => (minute % every === 0 ? [[i * step, clock(minute)]] : []));
+    const axis = { range: [0, count * step], label: "local time", ticks: marks };
     const areas = [];
     const panel = (title, entries, height, y, draws) => {
       const box = html("div", { class: "panel" });
       if (entries.length) box.append(legend(entries, Math.max(entries.length, MOST_COMPARED)));
-      const area = plot(box, { width, height, x: axis("time of day"), y, name: `${title}, ${own.title}, ${site.days[day]}` });
+      const area = plot(box, { width, height, x: axis, y, name: `${title}, ${own.title}, ${date}` });
       draws(area);
       areas.push(area);
       return box;
     };
     const powers = [
-      ["EV charging", "ev", flows.ev_kw[day]], ["battery (charging +)", "battery", flows.battery_kw[day]],
-      ["grid import", "grid", flows.grid_import_kw[day]], ["building load", "load", load],
+      ...(parts.ev ? [["EV charging", "ev", of(own, "ev_kw")]] : []),
+      ...(parts.battery ? [["battery (charging +)", "battery", of(own, "battery_kw")]] : []),
+      ["grid import", "grid", of(own, "grid_import_kw")],
+      ...(parts.load ? [["building load", "load", series("load_kw")]] : []),
     ];
     const range = extent([0, ...pv, ...powers.flatMap(([, , values]) => values)]);
     const power = panel("Power",
-      [{ text: "PV available", look: "area pv", kind: "area" },
+      [...(parts.pv ? [{ text: "PV available", look: "area pv", kind: "area" }] : []),
         ...powers.map(([text, name]) => ({ text, look: name, kind: "line" }))],
       320, { range, label: "power, kW" }, (area) => {
-        const path = [[0, 0], ...hours(pv), [24, 0]];
-        shape(area.svg, "path", {
-          class: "area pv", d: "M" + path.map(([x, y]) => `${area.x(x).toFixed(1)} ${area.y(y).toFixed(1)}`).join("L"),
-        });
+        if (parts.pv) {
+          const path = [[0, 0], ...hours(pv), [count * step, 0]];
+          shape(area.svg, "path", {
+            class: "area pv", d: "M" + path.map(([x, y]) => `${area.x(x).toFixed(1)} ${area.y(y).toFixed(1)}`).join("L"),
+          });
+        }
         const zero = area.y(0);
         shape(area.svg, "line", { class: "axis", x1: area.left, x2: area.right, y1: zero, y2: zero });
         for (const [, name, values] of [...powers].reverse()) line(area, hours(values), name);
       });
     const names = compared.map((one) => ({ text: one.title, look: one.look, kind: "line" }));
-    const soc = panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
+    const soc = parts.battery && panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
       for (const one of [...compared].reverse()) {
-        const levels = [site.soc_start[day], ...one.schedule.soc[day]];
-        line(area, levels.map((value, i) => [i * STEP_H, 100 * value]), one.look);
+        const levels = [begin ? one.schedule[at].soc[begin - 1] : site.soc_start, ...of(one, "soc")];
+        line(area, levels.map((value, i) => [i * step, 100 * value]), one.look);
       }
     });
     const intensity = panel("Carbon intensity", [], 150,
@@ -217,11 +240,11 @@ function explorer(host, site) {
       (area) => line(area, hours(carbon), "carbon"));
     const sums = compared.map((one) => {
       let sum = 0;
-      return [0, ...one.schedule.co2_kg[day].map((kg) => (sum += kg))];
+      return [0, ...of(one, "co2_kg").map((kg) => (sum += kg))];
     });
     const total = panel("Cumulative CO2", names, 220,
-      { range: extent(sums.flat(), 0), label: "CO2 since midnight, kg" }, (area) => {
-        sums.forEach((values, i) => line(area, values.map((value, at) => [at * STEP_H, value]), compared[i].look));
+      { range: extent(sums.flat(), 0), label: "CO2 of the import since the day began, kg" }, (area) => {
+        sums.forEach((values, i) => line(area, values.map((value, to) => [to * step, value]), compared[i].look));
       });
     const readout = html("output", { class: "readout" });
     const say = (cells) => {
@@ -230,23 +253,23 @@ function explorer(host, site) {
         html("span", name ? { title: name } : {}, `${name} `, html("b", {}, value))));
     };
     const short = (text) => text.replace(/ \(.*/, "");
-    const energy = (values) => values.reduce((sum, kw) => sum + kw * STEP_H, 0);
+    const fixed = (value) => signed(value, Math.abs(value) < 10 ? 2 : Math.abs(value) < 100 ? 1 : 0);
+    const energy = (values) => values.reduce((sum, kw) => sum + kw * step, 0);
     const tellDay = () => say([
-      ["whole day", site.days[day]],
-      ["PV available", `${energy(pv).toFixed(0)} kWh`],
-      ...powers.map(([text, , values]) => [short(text), `${signed(energy(values), 0)} kWh`]),
-      ["mean intensity", `${(carbon.reduce((sum, value) => sum + value, 0) / carbon.length).toFixed(3)} kg/kWh`],
-      ["SoC at its end", `${(100 * flows.soc[day].at(-1)).toFixed(0)} %`],
-      ...compared.map((one) => [one.title, `${one.co2_kg[day].toFixed(1)} kg`]),
+      ["whole day", date],
+      ...(parts.pv ? [["PV available", `${fixed(energy(pv))} kWh`]] : []),
+      ...powers.map(([text, , values]) => [short(text), `${fixed(energy(values))} kWh`]),
+      ["mean intensity", `${(carbon.reduce((sum, value) => sum + value, 0) / count).toFixed(3)} kg/kWh`],
+      ...(parts.battery ? [["SoC at its end", `${(100 * own.schedule[at].soc[end - 1]).toFixed(0)} %`]] : []),
+      ...compared.map((one, i) => [one.title, `${sums[i].at(-1).toFixed(1)} kg (meter)`]),
     ]);
-    const clock = (at) => `${Math.floor(at / 4)}:${String((at % 4) * 15).padStart(2, "0")}`;
-    const tell = (at) => say([
-      ["time", `${clock(at)}\u2013${clock(at + 1)}`],
-      ["PV available", `${pv[at].toFixed(0)} kW`],
-      ...powers.map(([text, , values]) => [short(text), `${signed(values[at], 0)} kW`]),
-      ["intensity", `${carbon[at].toFixed(3)} kg/kWh`],
-      ["SoC", `${(100 * flows.soc[day][at]).toFixed(0)} %`],
-      ...compared.map((one, i) => [`${one.title} so far`, `${sums[i][at + 1].toFixed(1)} kg`]),
+    const tell = (i) => say([
+      ["time", `${clock(minutes[i])}\u2013${clock(minutes[i + 1])}`],
+      ...(parts.pv ? [["PV available", `${fixed(pv[i])} kW`]] : []),
+      ...powers.map(([text, , values]) => [short(text), `${fixed(values[i])} kW`]),
+      ["intensity", `${carbon[i].toFixed(3)} kg/kWh`],
+      ...(parts.battery ? [["SoC", `${(100 * own.schedule[at].soc[begin + i]).toFixed(0)} %`]] : []),
+      ...compared.map((one, k) => [one.title, `${sums[k][i + 1].toFixed(1)} kg (meter)`]),
     ]);
     tellDay();
     for (const area of areas) {
@@ -254,10 +277,10 @@ function explorer(host, site) {
       area.svg.addEventListener("pointermove", (event) => {
         const box = area.svg.getBoundingClientRect();
         const share = ((event.clientX - box.left) * (width / box.width) - area.left) / (area.right - area.left);
-        const at = Math.min(pv.length - 1, Math.max(0, Math.floor(share * pv.length)));
-        tell(at);
+        const i = Math.min(count - 1, Math.max(0, Math.floor(share * count)));
+        tell(i);
         for (const { cursor, x } of areas) {
-          for (const end of ["x1", "x2"]) cursor.setAttribute(end, x((at + 0.5) * STEP_H));
+          for (const side of ["x1", "x2"]) cursor.setAttribute(side, x((i + 0.5) * step));
           cursor.setAttribute("visibility", "visible");
         }
       });
@@ -266,14 +289,16 @@ function explorer(host, site) {
         for (const { cursor } of areas) cursor.setAttribute("visibility", "hidden");
       });
     }
-    inner.replaceChildren(readout, power, soc, intensity, total);
+    inner.replaceChildren(...[readout, power, soc, intensity, total].filter(Boolean));
   };
+  fill();
   return draw;
 }
 
 function heat(host, site) {
-  let what = "battery_kw", width = 0;
-  const options = [["battery_kw", "battery power (charging +)"], ["ev_kw", "EV charging power"]];
+  const options = [["battery_kw", "battery power (charging +)"], ["ev_kw", "EV charging power"]]
+    .filter(([key]) => key in site.heat_limit_kw);
+  let [[what]] = options, width = 0;
   const [, label] = choice("Difference in", options, what, (value) => { what = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const classes = site.soc_classes, [first, end] = site.soc_band;
@@ -290,9 +315,9 @@ function heat(host, site) {
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       const every = each > 430 ? 3 : 6;
       const area = plot(panel, {
-        width: each, height: 280, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
-        x: { range: [0, 24], label: "time of day", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
-        y: { range: [(100 * first) / classes, (100 * end) / classes], label: "battery SoC, %" },
+        width: each, height: site.parts.battery ? 280 : 90, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
+        x: { range: [0, 24], label: "local time", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
+        y: { range: [(100 * first) / classes, (100 * end) / classes], label: site.parts.battery ? "battery SoC, %" : "" },
       });
       shape(area.svg, "rect", { class: "never", x: area.left, y: area.top, width: area.right - area.left, height: area.bottom - area.top });
       for (let hour = 0; hour < site.hours; hour++) {
@@ -306,7 +331,7 @@ function heat(host, site) {
           };
           shape(area.svg, "rect", { class: "same", ...box });
           const cell = shape(area.svg, "rect", { ...tint(value), ...box });
-          shape(cell, "title", {}, `${hour}:00\u2013${hour + 1}:00, SoC ${(100 * level) / classes}\u2013${(100 * (level + 1)) / classes} %: ` +
+          shape(cell, "title", {}, `${hour}:00\u2013${hour + 1}:00${site.parts.battery ? `, SoC ${(100 * level) / classes}\u2013${(100 * (level + 1)) / classes} %` : ""}: ` +
             `${signed(value, 1, "+")} kW, mean of ${run.heat.steps[hour][level]} steps`);
         }
       }
@@ -371,7 +396,7 @@ function sessions(host) {
   };
 }
 
-const CHARTS = { intervals, learning, days, explorer, heat, sessions };
+const CHARTS = { intervals, learning, stretches, explorer, heat, sessions };
 for (const host of document.querySelectorAll(".chart")) {
   const draw = CHARTS[host.dataset.chart](host, data.sites[host.dataset.site]);
   let width = 0;

@@ -3,7 +3,7 @@
 Needs no torch: `history` starts without it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -136,7 +136,7 @@ def newest_sessions_table(runs: Iterable[_Row]) -> Table:
 
 
 def comparison_table(policies: Iterable[_Row], title: str | None = None) -> Table:
-    """Return policies side by side on held-out days.
+    """Return policies side by side in held-out stretches.
 
     Args:
         policies: Each with its title as `policy` and its figures; a rule or the optimum with its
@@ -146,14 +146,49 @@ def comparison_table(policies: Iterable[_Row], title: str | None = None) -> Tabl
     nothing = dict.fromkeys(("vs_rbc_b_kg", "vs_rbc_b_kg_interval"))
     rows = [row | nothing if row.get("name") == "rbc_b" else row for row in policies]
     episode = [Metric("episode", "episode", "{}")] if "episode" in rows[0] else []
+    known = [m for m in HELD_OUT.values() if any(row.get(m.key) is not None for row in rows)]
+    certain = rows[0].get("co2_kg_interval") is not None
+    interval = "± half the 95 % interval over stretches. " if certain else ""
     return Table(
-        (Metric("policy", "policy"), *episode, *HELD_OUT.values()),
+        (Metric("policy", "policy"), *episode, *known),
         rows,
         title,
-        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
-        "Unmet: beyond what charging on arrival leaves.",
+        caption=f"{interval}Each stretch in one go, settled by what the best operation of the next "
+        "two days would cost. Gap: from uncontrolled to the optimum. Unmet: beyond what charging "
+        "on arrival leaves.",
         boxed=True,
     )
+
+
+def stretches_table(
+    stretches: Sequence[_Row], policies: Mapping[str, Sequence[_Row]], title: str | None = None
+) -> Table:
+    """Return each held-out stretch with the settled CO2 of policies.
+
+    Args:
+        stretches: Each with `begin`, `hours`, `turned_away_kwh` and `clipped_kwh`.
+        policies: Title -> what the policy did in each stretch, `co2_kg` and `unmet_kwh`.
+        title: Above it, in a terminal.
+    """
+    rows: list[_Row] = []
+    for w, stretch in enumerate(stretches):
+        whole = {f"kg of {name}": figures[w]["co2_kg"] for name, figures in policies.items()}
+        whole["unmet_kwh"] = max(figures[w]["unmet_kwh"] for figures in policies.values())
+        whole |= {key: stretch[key] for key in ("turned_away_kwh", "clipped_kwh")}
+        a_day = {key: value / stretch["hours"] * 24 for key, value in whole.items()}
+        rows.append({"begin": stretch["begin"], **a_day})
+    columns = (
+        Metric("begin", "from"),
+        *(Metric(f"kg of {name}", name, "{:.1f}") for name in policies),
+        Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+        Metric("turned_away_kwh", "turned away, kWh/day", "{:.1f}", "turned\naway"),
+        Metric("clipped_kwh", "clipped, kWh/day", "{:.1f}", "clipped"),
+    )
+    caption = (
+        "Settled CO2 of each policy in kg a day. Unmet: the most of any of them. Turned away, "
+        "clipped: of the site's sessions, in kWh a day."
+    )
+    return Table(columns, rows, title, caption, boxed=True)
 
 
 def _figures(metrics: _Row) -> _Row:
