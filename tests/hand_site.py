@@ -87,7 +87,9 @@ def hand_site(
         days=tuple(str(date(2025, 3, 1) + timedelta(days=day)) for day in range(days)),
         held_out=held_out,
         stretches=np.array(stretches, dtype=np.int64).reshape(-1, 2),
-        sessions=Sessions(*whole.T, each[:, 0], each[:, 1], np.zeros(len(rows))),
+        sessions=Sessions(
+            *(whole[:, 0], whole[:, 1], whole[:, 2]), each[:, 0], each[:, 1], np.zeros(len(rows))
+        ),
         turned_away=np.zeros(steps, dtype=np.int64),
         turned_away_kwh=np.zeros(steps),
         clipped_kwh=np.zeros(steps),

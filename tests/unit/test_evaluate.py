@@ -142,7 +142,7 @@ def test_a_policy_below_the_optimum_is_named_with_its_stretch() -> None:
 WEEK_AND_DAY = ((2, 4), (6, 7))
 
 
-def nine_days(seed: int, **kwargs: object) -> Site:
+def nine_days(seed: int, **kwargs: Any) -> Site:
     return random_site(seed, steps=9 * 24, stretches=WEEK_AND_DAY, **kwargs)
 
 
@@ -233,7 +233,9 @@ def at_the_end(rule: Rule, ends: list[int], steps: int, trick: tuple[float, floa
     def tricky(model: SiteModel, state: State) -> Tensor:
         left = torch.tensor(ends) - state.place
         late = ((left <= steps) & (left > 0))[:, None] & ~instead.isnan()
-        return torch.where(late, instead.nan_to_num(), rule(model, state))
+        action = rule(model, state)
+        assert isinstance(action, Tensor)
+        return torch.where(late, instead.nan_to_num(), action)
 
     return tricky
 
