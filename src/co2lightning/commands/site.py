@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from co2lightning.commands.run import Parser, check_bound
-from co2lightning.errors import UserError
-from co2lightning.places import check_directory
+from co2lightning.places import check_output_directory
 from co2lightning.runs.files import write_atomic
 from co2lightning.terminal import say, show_tables
 
@@ -63,7 +60,7 @@ def _check(argv: Sequence[str]) -> int:
         words = "what if it were so much" + ("; scales the series" if key == "pv_kwp" else "")
         parser.add_argument(f"--{key}", type=float, metavar=unit, help=words)
     options = parser.parse_args(list(argv))
-    figures = _directory("--figures", options.figures)
+    figures = check_output_directory("--figures", options.figures)
     given = {key: getattr(options, key) for key in _WHAT_IF}
     changes = {key: value for key, value in given.items() if value is not None}
     # Only now: torch takes seconds, a mistyped flag should not.
@@ -97,15 +94,3 @@ def _check(argv: Sequence[str]) -> int:
 
 
 _COMMANDS = {"check": _check}
-
-
-def _directory(flag: str, name: str | None) -> Path | None:
-    """Return the directory that files shall go to; refuse it before work is spent on them."""
-    if name is None:
-        return None
-    directory = Path(name)
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise UserError(f"{flag} {directory}: is not a directory")
-    parent = directory if directory.is_dir() else directory.resolve().parent
-    check_directory(f"{flag} {directory}", parent)
-    return directory

@@ -6,7 +6,7 @@ Shapes: W held-out stretches.
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,18 +31,31 @@ from co2lightning.sim.schedule import start_soc
 
 def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF."""
+    several = len(results) > 1
+    places = [f"-{r.site.name}-{r.site.sha256[:6]}" if several else "" for r in results]
+    return as_files(
+        (name + place, figure)
+        for result, place in zip(results, places, strict=True)
+        for name, figure in _figures(result)
+    )
+
+
+def as_files(figures: Iterable[tuple[str, Figure]]) -> dict[str, bytes]:
+    """Return figures by file name, each as PNG and as PDF.
+
+    Args:
+        figures: Each with its name; those of a generator are made in `STYLE`.
+    """
     files: dict[str, bytes] = {}
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a name: drawn as a box
-        for result in results:
-            place = f"-{result.site.name}-{result.site.sha256[:6]}" if len(results) > 1 else ""
-            for name, figure in _figures(result):
-                stem = re.sub(r"[^\w.-]", "_", name + place)
-                for kind in ("png", "pdf"):
-                    buffer = io.BytesIO()
-                    figure.savefig(buffer, format=kind, dpi=200)
-                    files[f"{stem}.{kind}"] = buffer.getvalue()
-                    figure.set_layout_engine("none")  # as the first found it: slow to find again
+        for name, figure in figures:
+            stem = re.sub(r"[^\w.-]", "_", name)
+            for kind in ("png", "pdf"):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=kind, dpi=200)
+                files[f"{stem}.{kind}"] = buffer.getvalue()
+                figure.set_layout_engine("none")  # as the first found it: slow to find again
     return files
 
 

@@ -6,9 +6,7 @@ stretches, H times of the day.
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -243,23 +241,14 @@ def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[t
 
 def draw_site(site: Site, evaluation: Evaluation) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF; what a site has not is not drawn."""
-    from matplotlib import rc_context
+    from co2lightning.report.figures import as_files
 
-    from co2lightning.report.day import STYLE
+    return as_files(_figures(site, evaluation))
 
-    files: dict[str, bytes] = {}
-    with rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a name: drawn as a box
-        for name, figure in (
-            ("site_day", _usual_day(site)),
-            ("site_references", _references(evaluation)),
-        ):
-            for kind in ("png", "pdf"):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=kind, dpi=200)
-                files[f"{name}.{kind}"] = buffer.getvalue()
-                figure.set_layout_engine("none")  # as the first found it: slow to find again
-    return files
+
+def _figures(site: Site, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    yield "site_day", _usual_day(site)
+    yield "site_references", _references(evaluation)
 
 
 def _usual_day(site: Site) -> Figure:
