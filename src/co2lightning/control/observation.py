@@ -81,6 +81,7 @@ _AHEAD = slice(len(_EXOGENOUS) - 2, None)  # surplus_ahead, deficit_ahead
 _SEASON_DAYS = 20
 _WAIT_H = 2.0, 5.0  # of owed_2_h, owed_5_h
 _RARE = 0.999  # this share of the steps shall not be clamped
+_ROUNDING = 1e-9  # relative, of sums over a long series
 _ROWS_AT_ONCE = 4096
 
 
@@ -217,10 +218,14 @@ def _exogenous_features(site: Site) -> Floats:
     usual_pv_kw = _seasonal(site.pv_kw, known, slot, day, days)
     carbon = site.carbon_kg_per_kwh
 
+    def beyond_now(expected: Floats) -> Floats:
+        change = expected - carbon  # of a constant intensity nothing but rounding
+        return np.where(np.abs(change) > _ROUNDING * np.abs(carbon).max(), change, 0.0)
+
     def carbon_ahead(hours: float) -> Floats:
         steps = site.steps(hours)
         until = np.concatenate([[0.0], usual_carbon.cumsum()])
-        return (until[steps + 1 : steps + 1 + n] - until[1 : 1 + n]) / steps - carbon
+        return beyond_now((until[steps + 1 : steps + 1 + n] - until[1 : 1 + n]) / steps)
 
     ahead = np.lib.stride_tricks.sliding_window_view(usual_carbon[1:], a_day)
 
@@ -258,7 +263,7 @@ def _exogenous_features(site: Site) -> Floats:
             carbon_ahead(1.0),
             carbon_ahead(3.0),
             carbon_ahead(6.0),
-            ahead[:n].max(axis=1) - carbon,
+            beyond_now(ahead[:n].max(axis=1)),
             recent,
             outlook,
             *(step_h * _expected_ahead(outlook, usual_pv_kw, usual_load_kw, a_day)),
