@@ -15,7 +15,7 @@ from torch import Tensor
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.report.comparison import count_text, evaluation_data
 from co2lightning.report.looks import RunLook, run_looks
@@ -307,7 +307,7 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
     """Return what a policy does in held-out stretches other than RBC B in the same states."""
     seen: list[Tensor] = []  # of each step [4, B]: place, SoC, what is other than the rule's
 
-    def watched(model: SiteModel, state: State) -> Tensor:
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
         action = policy(model, state)
         _, own = step(model, state, action)
         _, rule = step(model, state, rbc_b(model, state))

@@ -118,7 +118,7 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
         error: dict[str, Any] = {"ecolor": "#1b1f24", "capsize": 2, "xerr": s.co2_kg_interval}
         mean.barh(y, s.co2_kg, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    mean.set(xlabel=HELD_OUT["co2_kg"].axis)
+    mean.set_xlabel(HELD_OUT["co2_kg"].axis, loc="right")
     paired_titles = [TITLES[name] for name in TITLES if name in result.paired]
     others = [row for i, row in enumerate(rows) if i < len(result.runs) or row[0] in paired_titles]
     for y, (_, colour, s) in enumerate(others):
@@ -126,7 +126,7 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
             s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", ms=4, color=colour, capsize=2
         )
     paired.set_yticks(range(len(others)), [title for title, _, _ in others])
-    paired.set(xlabel=HELD_OUT["vs_rbc_b_kg"].axis)
+    paired.set_xlabel(HELD_OUT["vs_rbc_b_kg"].axis, loc="right")
     paired.set_ylim(-0.5, len(others) - 0.5)
     paired.axvline(0.0, color="#1b1f24", lw=1)
     for axes in (mean, paired):
@@ -162,7 +162,7 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
         {"battery_kw": "battery (charging +)", "ev_kw": "EV charging"},
     )
     count = len(result.compared)
-    figure = Figure(figsize=(3.6 * count, 3.0 if battery else 1.5))
+    figure = Figure(figsize=(3.6 * count, 3.2 if battery else 2.0))
     first, end = soc_band(battery)
     colours = LinearSegmentedColormap.from_list("", [HEAT[n] for n in ("minus", "same", "plus")])
     panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
@@ -172,14 +172,14 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
         difference_kw = getattr(run.heat, what)[:, first:end].T
         mesh = axes.pcolormesh(*edges, difference_kw, cmap=colours, vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
-        figure.colorbar(mesh, ax=axes, label="run minus RBC B, kW", extend="both")
+        figure.colorbar(mesh, ax=axes, label="minus RBC B, kW", extend="both")
         axes.set_title(titles[what], fontsize=9)
         hours = range(0, HOURS + 1, 6)
         axes.set_xticks(hours, [f"{hour}:00" for hour in hours])
         axes.set(xlabel="local time", facecolor=HEAT["never"])
         axes.grid(False)
     panels[0].set(ylabel="battery SoC, %") if battery else panels[0].set(yticks=[])
-    figure.suptitle(f"{run.title} in its own states; grey: it was never there", fontsize=9)
+    figure.suptitle(f"{run.title} in its own states;\ngrey: it was never there", fontsize=9)
     return figure
 
 

@@ -22,6 +22,7 @@ _SESSION = (
     Metric("duration_seconds", "seconds", "{:.1f}"),
     Metric("device", "device"),
 )
+_KG_OF = "kg of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
 
 
@@ -172,14 +173,14 @@ def stretches_table(
     """
     rows: list[_Row] = []
     for w, stretch in enumerate(stretches):
-        whole = {f"kg of {name}": figures[w]["co2_kg"] for name, figures in policies.items()}
+        whole = {_KG_OF + name: figures[w]["co2_kg"] for name, figures in policies.items()}
         whole["unmet_kwh"] = max(figures[w]["unmet_kwh"] for figures in policies.values())
         whole |= {key: stretch[key] for key in ("turned_away_kwh", "clipped_kwh")}
         a_day = {key: value / stretch["hours"] * 24 for key, value in whole.items()}
         rows.append({"begin": stretch["begin"], **a_day})
     columns = (
         Metric("begin", "from"),
-        *(Metric(f"kg of {name}", name, "{:.1f}") for name in policies),
+        *(Metric(_KG_OF + name, name, "{:.1f}") for name in policies),
         Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
         Metric("turned_away_kwh", "turned away, kWh/day", "{:.1f}", "turned\naway"),
         Metric("clipped_kwh", "clipped, kWh/day", "{:.1f}", "clipped"),
@@ -254,9 +255,10 @@ def in_terminal(table: Table) -> TerminalTable:
 def table_in_page(table: Table) -> str:
     """Return a table as HTML; a column of text has `text` for its class, numbers stand right."""
     kinds = ["" if column.form else ' class="text"' for column in table.columns]
+    named = [' class="name"' if c.key.startswith(_KG_OF) else "" for c in table.columns]
     head = "".join(
         f'<th scope="col"{kind}>{escape(column.heading)}</th>'
-        for kind, column in zip(kinds, table.columns, strict=True)
+        for kind, column in zip(map(str.__add__, kinds, named), table.columns, strict=True)
     )
     body = "\n".join(
         "<tr>"
