@@ -116,3 +116,28 @@ def chrome() -> Iterator[Any]:
     browser = webdriver.Chrome(options=options, service=Service(driver))
     yield browser
     browser.quit()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a site `village` and a run PPO of two episodes on it."""
+    from co2lightning.train.fit import run_fit
+    from small_site import write_site
+
+    place = tmp_path_factory.mktemp("village")
+    write_site(place / "village")
+    flags: dict[str, Any] = {
+        "episodes": 2,
+        "env.site": str(place / "village"),
+        "env.num_envs": 4,
+        "checkpoints.dir": str(place / "checkpoints"),
+        "logs.dir": str(place / "lightning_logs"),
+    }
+    run_fit(flags, agent="PPO", echo=lambda line: None)
+    return place
+
+
+@pytest.fixture
+def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in that directory."""
+    monkeypatch.chdir(trained)

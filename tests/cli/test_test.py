@@ -14,30 +14,10 @@ from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import kept
 from co2lightning.sim.evaluate import Summary
 from co2lightning.sim.optimum import Best
-from co2lightning.train.fit import run_fit
 from conftest import tree
 from small_site import HELD_OUT, write_site
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a site `village` and a run PPO of two episodes on it."""
-    place = tmp_path_factory.mktemp("evaluate")
-    write_site(place / "village")
-    flags: dict[str, Any] = {
-        "episodes": 2,
-        "env.site": str(place / "village"),
-        "env.num_envs": 4,
-        "checkpoints.dir": str(place / "checkpoints"),
-        "logs.dir": str(place / "lightning_logs"),
-    }
-    run_fit(flags, agent="PPO", echo=lambda line: None)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def said_beside_the_site(error: str) -> list[str]:
@@ -104,10 +84,12 @@ def test_the_table_says_that_actions_are_corrections(
     assert json.loads(capsys.readouterr().out)["action"] == "correction"
 
 
-def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_older_episode_and_its_scalars(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = place / "lightning_logs" / "PPO"
+    run = trained / "lightning_logs" / "PPO"
     before = sorted(p.name for p in run.iterdir() if p.is_file())
     for _ in range(2):
         assert main(["PPO", "--json", "--ckpt_path", "checkpoints/PPO/episode_0001.pt"]) == 0
@@ -130,11 +112,11 @@ def test_without_logs_none_are_made(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a place where root may only read")
 @pytest.mark.parametrize("readable", ["PPO", "references"])
 def test_where_only_reading_is_allowed(
-    readable: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    readable: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table is there, so nothing has failed; a line says what is not kept."""
     logs = tmp_path / "logs"
-    shutil.copytree(place / "lightning_logs", logs)
+    shutil.copytree(trained / "lightning_logs", logs)
     shutil.rmtree(logs / readable, ignore_errors=True)
     (logs / readable).symlink_to("/sys/kernel")
     assert main(["PPO", "--logs.dir", str(logs)]) == 0

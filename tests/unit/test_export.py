@@ -11,23 +11,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
 from test_predict import rows_of
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.cli import main
 from co2lightning.commands.export import build_onnx, metadata
-from co2lightning.commands.predict import day_schedule
-from co2lightning.control.observation import FEATURES
+from co2lightning.commands.predict import predict
+from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site
 
 Run = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
-LOW = np.array([feature.low for feature in FEATURES])
-HIGH = np.array([feature.high for feature in FEATURES])
+HIGH = np.full(len(FEATURES), HIGHEST)
+HIGH[list(RULE_FEATURES)] = 1.0
 KINDS = [
     ("A2C", {"activation": "tanh"}),
     ("SAC", {"activation": "relu", "hidden": (32,)}),
@@ -64,17 +63,17 @@ def tight(tmp_path: Path) -> Site:
 @pytest.mark.parametrize(("name", "settings"), KINDS)
 @pytest.mark.parametrize("batch", [1, 64])
 def test_actions_are_those_of_torch(
-    place: Path,  # noqa: F811
+    trained: Path,
     name: str,
     settings: dict[str, Any],
     batch: int,
 ) -> None:
     agent = decided(name, **settings)
-    session = session_of(agent, load_site(place / "village"))
+    session = session_of(agent, load_site(trained / "village"))
     draws = np.random.default_rng(batch)
     reached: set[float] = set()
     for _ in range(64 // batch + 3):
-        obs = (LOW + (HIGH - LOW) * draws.random((batch, len(FEATURES)))).astype(np.float32)
+        obs = (HIGH * draws.uniform(-1, 1, (batch, len(FEATURES)))).astype(np.float32)
         obs[:, :20] /= 4
         (action,) = session.run(["action"], {"observation": obs})
         expected, _ = agent.predict(obs)
@@ -88,12 +87,14 @@ def test_powers_are_what_the_physics_does(tight: Site, name: str, settings: dict
     agent = decided(name, **settings)
     session = session_of(agent, tight)
     yielded = 0
-    for day in tight.held_out_days:
-        planned, seen = day_schedule(agent, tight, int(day))
+    assert tight.battery
+    for day in tight.stretches[:, 0]:
+        found, seen = predict(agent, tight, int(day))
+        planned = found.schedules["agent"][0]
         action, power_kw = session.run(
             ["action", "power_kw"], {"observation": seen.astype(np.float32)}
         )
-        done_kw = np.stack([planned.ev_kw[0], planned.battery_kw[0]], axis=1)
+        done_kw = np.stack([planned.ev_kw, planned.battery_kw], axis=1)
         assert np.abs(power_kw - done_kw).max() < 1e-3
         yielded += int((np.abs(action[:, 1] * tight.battery.power_kw - done_kw[:, 1]) > 1e-3).sum())
     assert yielded, "the shield acted"
