@@ -22,7 +22,9 @@ from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site
+from small_site import write_site
 
+pytestmark = pytest.mark.usefixtures("inside")
 Run = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
 HIGH = np.full(len(FEATURES), HIGHEST)
@@ -111,11 +113,10 @@ def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> N
         *("PPO", "PPO", "2", "village"),
     )
     assert json.loads(about["observation_names"]) == [feature.name for feature in FEATURES]
-    for key in ("observation_units", "observation_meanings", "observation_low", "observation_high"):
-        assert len(json.loads(about[key])) == len(FEATURES)
+    for key in ("units", "meanings", "centre", "spread"):
+        assert len(json.loads(about[f"observation_{key}"])) == len(FEATURES)
+    assert about["step_minutes"] == "15"
     assert json.loads(about["action_names"]) == ["ev", "battery"]
-    # The battery of 20 kW is larger than three sockets of 4 kW.
-    assert (float(about["power_scale_kw"]), float(about["energy_scale_kwh"])) == (20.0, 40.0)
     assert (float(about["battery_kw"]), float(about["grid_kw"])) == (20.0, 100.0)
     assert "ev_kw = " in about["action_to_kw"]
     assert [value.name for value in model.graph.output] == ["action", "power_kw"]
@@ -124,17 +125,15 @@ def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> N
 def test_the_formula_in_the_metadata_is_the_graph(tight: Site) -> None:
     agent = decided("PPO")
     about = metadata(agent, tight)
-    _, seen = day_schedule(agent, tight, int(tight.held_out_days[0]))
+    _, seen = predict(agent, tight, int(tight.stretches[0, 0]))
     actions, powers_kw = session_of(agent, tight).run(None, {"observation": seen.astype("f4")})
     for obs, (ev, battery), power_kw in zip(seen, actions, powers_kw, strict=True):
-        names: dict[str, Any] = {
-            name: value * about["power_scale_kw"]
-            for name, value in zip(about["observation_names"], obs, strict=True)
-        }
-        names |= {"ev": ev, "battery": battery, "rating": about["battery_kw"]}
-        names["grid_kw"] = about["grid_kw"]
+        columns = zip(obs, about["observation_spread"], about["observation_centre"], strict=True)
+        values = [value * spread + centre for value, spread, centre in columns]
+        names: dict[str, Any] = dict(zip(about["observation_names"], values, strict=True))
+        names |= {"ev": ev, "battery": battery, "battery_kw": about["battery_kw"]}
         formulas = about["action_to_kw"].split("; ")
-        assert formulas.pop() == "features times power_scale_kw"
+        assert formulas.pop().startswith("of features the values in kW")
         for formula in formulas:
             name, expression = formula.split(" = ")
             names[name] = eval(expression, {"min": min, "max": max}, names)
