@@ -210,10 +210,14 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {title(agent, results)} | {episode} | {' | '.join(cells)} |")
     for name, figures in results["references"].items():
         gap = figures["gap_closed"]
-        lines.append(
-            f"| {TITLES[name]} | | {figures['co2_kg']:.1f} | {figures['vs_rbc_b_kg']:+.1f} | | "
-            f"{'' if gap is None else format(gap, '.1%')} | {figures['unmet_kwh']:.3f} |"
-        )
+        cells = [
+            f"{figures['co2_kg']:.1f}",
+            "" if name == "rbc_b" else f"{figures['vs_rbc_b_kg']:+.1f}",
+            "",
+            "" if gap is None else f"{gap:.1%}",
+            f"{figures['unmet_kwh']:.3f}",
+        ]
+        lines.append(f"| {TITLES[name]} | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
