@@ -220,7 +220,7 @@ def _exogenous_features(site: Site) -> Floats:
 
     def beyond_now(expected: Floats) -> Floats:
         change = expected - carbon  # of a constant intensity nothing but rounding
-        return np.where(np.abs(change) > _ROUNDING * np.abs(carbon).max(), change, 0.0)
+        return np.where(np.abs(change) > _ROUNDING * usual_carbon.max(), change, 0.0)
 
     def carbon_ahead(hours: float) -> Floats:
         steps = site.steps(hours)
