@@ -182,6 +182,12 @@ def test_no_mark_is_cut(page: Any) -> None:
         found = page.execute_script(near)
         assert len(found) > 30
         assert min(found) > 2.0
+        marks = page.execute_script(
+            "return [...document.querySelectorAll('[data-chart=stretches] .panel > svg')].map(svg"
+            " => [...svg.querySelectorAll('.mark, .hollow')].map(mark => mark.matches('.optimum')))"
+        )
+        for drawn in marks:
+            assert drawn == [False, False, True] * 3, "the lowest one lies on top"
 
 
 @pytest.mark.parametrize("width", [400, 700, 900, 1200])

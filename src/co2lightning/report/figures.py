@@ -144,9 +144,9 @@ def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     days = result.references.days
     at = np.arange(len(days))
     axes.vlines(at, own, rule, color=look.colour, alpha=0.55, lw=1.2)
-    axes.plot(at, best, "_", color="#1b1f24", label=TITLES["optimum"])
     axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=TITLES["rbc_b"])
     axes.plot(at, own, look.marker, color=look.colour, ms=4, label=run.title)
+    axes.plot(at, best, "_", color="#1b1f24", ms=8, label=TITLES["optimum"])
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [days[i] for i in shown])
     axes.set(xlabel="first day of the held-out stretch", ylabel="CO2, kg a day")

@@ -276,7 +276,8 @@ def _site(index: int, result: SiteResult) -> str:
         if run.trained_on[1] != site.sha256
     )
     interval = (
-        " ± half its 95 % interval (Student's t) over stretches; "
+        " ± half its 95 % interval (Student's t) over stretches: that of the difference to RBC B, "
+        "paired stretch by stretch, is the one that decides; "
         if result.runs[0].summary.co2_kg_interval is not None
         else ", without an interval, for which eight stretches are needed, so each is shown below; "
     )
@@ -292,10 +293,9 @@ from {site.day_start_h}:00 to {site.day_start_h}:00, of which {stretches}, {days
 <h3>Held out: how good is each controller?</h3>
 {_comparison(result)}
 <p class="source">Mean a day{interval}each stretch in one go, settled by what the best operation of
-the next two days would cost from the state that is left. Difference to RBC B: paired stretch by
-stretch, so its interval is the one that decides. Gap closed: share of the way from uncontrolled to
-the optimum (LP, perfect foresight). Unmet: energy not served beyond what charging on arrival also
-leaves. Self-consumption: share of the PV that found a use. {below} The same by
+the next two days would cost from the state that is left. Gap closed: share of the way from
+uncontrolled to the optimum (LP, perfect foresight). Unmet: energy not served beyond what charging
+on arrival also leaves. Self-consumption: share of the PV that found a use. {below} The same by
 <code>{tested}</code>; files: {files}; {held_out}.</p>
 {_each_stretch(result)}
 <figure>{figure}"intervals"></div>

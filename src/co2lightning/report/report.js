@@ -132,9 +132,9 @@ function stretches(host, site) {
       site.stretches.forEach((one, at) => {
         const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
         shape(area.svg, "line", { class: `join ${run.look}`, x1: x, x2: x, y1: own, y2: ruled });
-        mark(area.svg, "dash", x, area.y(level(best, at)), size, "mark optimum");
         mark(area.svg, "dot", x, ruled, size, "hollow rbc_b");
         mark(area.svg, run.mark, x, own, size, `mark ${run.look}`);
+        mark(area.svg, "dash", x, area.y(level(best, at)), 1.6 * size, "mark optimum");  // on top of what is near
         const hit = shape(area.svg, "rect", {
           class: "hit", x: x - column / 2, y: area.top, width: column, height: area.bottom - area.top,
         });

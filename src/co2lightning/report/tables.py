@@ -180,7 +180,11 @@ def stretches_table(
         rows.append({"begin": stretch["begin"], **a_day})
     columns = (
         Metric("begin", "from"),
-        *(Metric(_KG_OF + name, name, "{:.1f}") for name in policies),
+        # The page may break the longest one at a soft hyphen.
+        *(
+            Metric(_KG_OF + name, name.replace("uncontr", "uncon\u00adtr"), "{:.1f}", name)
+            for name in policies
+        ),
         Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
         Metric("turned_away_kwh", "turned away, kWh/day", "{:.1f}", "turned\naway"),
         Metric("clipped_kwh", "clipped, kWh/day", "{:.1f}", "clipped"),
