@@ -21,6 +21,7 @@ from co2lightning.site.model import Battery, Floats, Site
 
 _NO_BATTERY = Battery(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 _FRACTION_BITS = 10  # of a laxity's step, at least
+_STEPS_AT_ONCE = 1 << 20  # of sessions; bounds the memory of a long year with many sockets
 
 
 class SiteModel(NamedTuple):
@@ -118,16 +119,19 @@ def build_model(
     sockets = np.zeros((4, places * n_columns), dtype=exact)
     later_kw, max_kw, stays, arriving_kw = sockets
     max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
-    # Where a session stands in a column, step after step of its stay.
     window = sessions.departure - sessions.arrival
     arrival = sessions.arrival * n_columns + sessions.column
-    since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
-    stay = np.repeat(arrival, window) + since * n_columns
-    power_kw = np.repeat(sessions.max_kw.astype(exact), window)
-    later_kw[stay] = power_kw * (np.repeat(window - 1, window) - since)
-    max_kw[stay] = power_kw
-    stays[stay] = since > 0
     arriving_kw[arrival] = sessions.energy_kwh / step_h
+    cuts = np.arange(_STEPS_AT_ONCE, int(window.sum()), _STEPS_AT_ONCE)
+    for some in np.split(np.arange(len(window)), np.searchsorted(window.cumsum(), cuts)):
+        # Where a session stands in a column, step after step of its stay.
+        steps = window[some]
+        since = np.arange(int(steps.sum())) - np.repeat(np.cumsum(steps) - steps, steps)
+        stay = np.repeat(arrival[some], steps) + since * n_columns
+        power_kw = np.repeat(sessions.max_kw[some].astype(exact), steps)
+        later_kw[stay] = power_kw * (np.repeat(steps - 1, steps) - since)
+        max_kw[stay] = power_kw
+        stays[stay] = since > 0
 
     net_kw = site.load_kw - site.pv_kw
     series = np.stack([net_kw, site.import_limit_kw - net_kw, *prices])

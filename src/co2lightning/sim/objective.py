@@ -12,6 +12,7 @@ at once and storing grid power does not, whatever the hour.
 Shapes: P steps, B at once.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,16 @@ def _daily_kwh(site: Site) -> float:
 def priced_model(
     site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SiteModel:
-    """Turn a site into tables that hold its prices too; rewards are 0 until `rewarded`."""
+    """Turn a site into tables that hold its prices too; rewards are 0 until `rewarded`.
+
+    They are the largest a site has, so they are made once a process; never write to them.
+    """
+    return _priced_model(site, torch.device(device), dtype)
+
+
+@functools.lru_cache(maxsize=2)
+@torch.inference_mode(False)  # what it would make can never be trained on
+def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteModel:
     carbon_kg_per_kw = site.carbon_kg_per_kwh * site.step_h
     nothing = np.zeros(site.n_steps)
     return build_model(site, device, dtype, [carbon_kg_per_kw, nothing, nothing, nothing])
