@@ -191,11 +191,11 @@ def test_the_first_sentence_compares_with_the_best_reference(
     agent = load_agent(TrainingCheckpoint.read(run.path(3)), run.path(3))
     site = load_site(dark)
     policies = evaluate(policy_of(agent, site), site).policies
-    own_kg, idle_kg = policies["agent"].co2_kg.mean(), policies["uncontrolled"].co2_kg.mean()
-    assert idle_kg < policies["rbc_b"].co2_kg.mean()
+    kg = {name: figures.co2_kg.mean() for name, figures in policies.items()}
+    assert kg["rbc_c"] < kg["uncontrolled"] < kg["rbc_b"]
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert (
-        f"{own_kg - idle_kg:+.1f} kg against the best control without learning, uncontrolled."
+        f"{kg['agent'] - kg['rbc_c']:+.1f} kg against the best control without learning, RBC C."
         in html.replace("−", "-")
     )
     assert "Of the site's data: turned away 0.0 and clipped 0.0 kWh a day." in html

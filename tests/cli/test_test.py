@@ -37,7 +37,7 @@ def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str
         "episode": 2,
     }
     assert [(s["begin"], s["days"]) for s in data["stretches"]] == [(day, 1) for day in HELD_OUT]
-    names = ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
+    names = ["agent", "uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c", "optimum"]
     assert list(data["policies"]) == list(data["summary"]) == names
     for policy in data["policies"].values():
         assert {"co2_kg_per_day", "unmet_kwh_per_day", "peak_kw"} <= set(policy)
@@ -163,7 +163,7 @@ def test_a_bound_that_is_none_is_a_defect(
     assert main(["PPO", "--checkpoints.dir", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "2025-03-02: agent emits" in error
-    assert "and 11 more" in error
+    assert "and 17 more" in error
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_references_are_level_lines_of_what_test_says(
     assert main(["test", "PPO", "--json", "--ckpt_path", "checkpoints/PPO/episode_0002.pt"]) == 0
     summary = json.loads(capsys.readouterr().out)["summary"]
     uncontrolled_kg = summary["uncontrolled"]["co2_kg"]
-    for policy in ("uncontrolled", "rbc_a", "rbc_b", "optimum"):
+    for policy in ("uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c", "optimum"):
         found, co2_kg = lines(policy), summary[policy]["co2_kg"]
         for tag, value in (
             ("test/co2_kg", co2_kg),

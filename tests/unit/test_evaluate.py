@@ -152,7 +152,8 @@ def test_a_stretch_is_its_meter_and_what_it_leaves() -> None:
     assert found.days == ("2025-03-03", "2025-03-07")
     assert found.n_days.tolist() == [2, 1]
     assert found.hours.tolist() == [48.0, 24.0]
-    assert list(found.policies) == ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
+    names = ["uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c", "optimum"]
+    assert list(found.policies) == ["agent", *names]
     soc = start_soc(site)
     for (begin, end), own, played in zip(
         site.stretch_bounds.tolist(),
@@ -180,7 +181,8 @@ def test_what_may_be_missing_may_all_be_missing() -> None:
     found = evaluate(None, site)
     assert found.standard_kg.tolist() == [0.0]
     assert {name: own.co2_kg.tolist() for name, own in found.policies.items()} == {
-        name: [pytest.approx(24.0)] for name in ("uncontrolled", "rbc_a", "rbc_b", "optimum")
+        name: [pytest.approx(24.0)]
+        for name in ("uncontrolled", "rbc_a", "rbc_b", "rbc_c", "optimum")
     }
     assert violations(found) == []
 
@@ -333,7 +335,7 @@ def test_the_optimum_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     evaluate(None, nine_days(4, battery=battery(21.0)), keep=keep)
     evaluate(None, replace(site, stretches=np.array([[2, 4]])), keep=keep)
     assert len(solved) == 5
-    assert len(list(keep.iterdir())) == 3
+    assert len(list(keep.glob("*.bounds"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_what_is_damaged_is_computed_anew(
 ) -> None:
     solved, site = counted(monkeypatch), nine_days(4)
     first = evaluate(None, site, keep=tmp_path)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.bounds")
     good = file.read_bytes()
     file.write_bytes(damage(good))
     again = evaluate(None, site, keep=tmp_path)

@@ -5,6 +5,7 @@ Shapes: n steps, O features.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
     if known.any():
         which = site.days[day + int(np.flatnonzero(known)[0])]
         say(f"{which} is a training day of {site.name}", err=True)
-    found, seen = predict(agent, site, day, arguments.days)
+    found, seen = predict(
+        agent, site, day, arguments.days, Path(arguments.directory) / "references"
+    )
     own = found.schedules["agent"][0]
     grid_kw = own.grid_import_kw - own.curtailed_kwh / site.step_h
     columns = [own.ev_kw, own.battery_kw, grid_kw, own.soc, own.co2_kg]
@@ -88,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         names = [feature.name for feature in FEATURES]
         write_atomic(observations, _csv(site, begin, names, seen).encode())
     kg = {name: figures.co2_kg[0] for name, figures in found.policies.items()}
-    told = ", ".join(f"{TITLES[name]} {kg[name]:.1f}" for name in TITLES)
+    told = ", ".join(f"{TITLES[name]} {kg[name]:.1f}" for name in TITLES if name in kg)
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
         f"{site.days[day]}{until}: {type(agent).__name__} after episode {episode} emits "
@@ -98,7 +101,9 @@ def main(argv: Sequence[str]) -> int:
     return check_bound(violations(found))
 
 
-def predict(agent: Agent, site: Site, day: int, count: int = 1) -> tuple[Evaluation, Floats]:
+def predict(
+    agent: Agent, site: Site, day: int, count: int = 1, keep: Path | None = None
+) -> tuple[Evaluation, Floats]:
     """Run a policy through days in one go, as evaluation begins them.
 
     Args:
@@ -106,6 +111,7 @@ def predict(agent: Agent, site: Site, day: int, count: int = 1) -> tuple[Evaluat
         site: The site.
         day: Index of the first day.
         count: How many days.
+        keep: Directory where what is computed for the site alone is kept.
 
     Returns:
         The agent beside the rules and the optimum in this one stretch, and what the policy saw
@@ -119,7 +125,7 @@ def predict(agent: Agent, site: Site, day: int, count: int = 1) -> tuple[Evaluat
         return agent.act(seen[-1])
 
     stretch = replace(site, stretches=np.array([[day, day + count]]))
-    found = evaluate(policy, stretch, device=agent.device)
+    found = evaluate(policy, stretch, device=agent.device, keep=keep)
     return found, torch.cat(seen).double().cpu().numpy()
 
 

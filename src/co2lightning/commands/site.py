@@ -76,7 +76,7 @@ def _check(argv: Sequence[str]) -> int:
     if not options.json:  # at once: the optimum of a large site takes minutes
         show_tables(in_terminal(site_table(facts)), width=110)
         say("", *(f"- {note}" for note in site.notes), *([""] if site.notes else []))
-    evaluation = evaluate(None, site)
+    evaluation = evaluate(None, site, foresight=True)
     data = evaluation_data(evaluation)
     if options.json:
         say(json.dumps({**facts, "what_if": changes, **data}, allow_nan=False))

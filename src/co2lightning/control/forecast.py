@@ -37,6 +37,8 @@ def usual(site: Site, values: Floats, weekends: bool, steps_more: int = 0) -> Fl
     slot, weekend = clock(site, steps_more)
     known = site.training_steps
     plain = _means(values, known, slot)
+    whole = float(values[known].mean()) if known.any() else 0.0  # for slots that none shows
+    plain = np.where(np.isnan(plain), whole, plain)
     if not weekends:
         return plain
     apart = _means(values, known, slot + (int(slot.max()) + 1) * weekend)
@@ -73,7 +75,7 @@ def forecast(site: Site, signal: str) -> Floats:
         signal: Which of its series: "carbon_kg_per_kwh", "load_kw", "pv_kw" ...
     """
     values = getattr(site, signal)
-    a_day, per_lead = site.steps(DAY_H), site.steps(_LEAST_LEAD_MINUTES / 60)
+    a_day, per_lead = site.steps(DAY_H), steps_per_lead(site)
     leads = np.arange(per_lead, site.steps(REACH_H) + 1, per_lead)
     n = site.n_steps
     slots = usual(site, values, signal == "load_kw", int(leads[-1]))
@@ -100,18 +102,36 @@ def forecast(site: Site, signal: str) -> Floats:
     return expected
 
 
-def cheaper(now: Floats, expected: Floats) -> NDArray[np.int16]:
-    """Return how many of the next steps are expected to be cheaper than each, [P + 1, L + 1].
+def steps_per_lead(site: Site) -> int:
+    """Return how many steps each lead of a site's forecast stands for."""
+    return site.steps(_LEAST_LEAD_MINUTES / 60)
 
-    Column k counts among the next k steps; the row beyond the series is that of its last step.
+
+def to_come(values: Floats, steps: int) -> Floats:
+    """Return what a perfect forecast of values [P] says of the next so many steps, [P, steps].
+
+    `inf` beyond the series.
+    """
+    padded = np.concatenate([values[1:], np.full(steps, np.inf)])
+    return np.lib.stride_tricks.sliding_window_view(padded, steps)
+
+
+def cheaper(now: Floats, expected: Floats, steps_per_lead: int = 1) -> NDArray[np.int16]:
+    """Return how many of the next steps are expected to be cheaper than each, [P + 1, n + 1].
+
+    Column k counts among the next k of n = L x `steps_per_lead` steps; the row beyond the series
+    is that of its last step.
 
     Args:
         now: What each step costs [P].
-        expected: What the next L steps are expected to cost [P, L], `inf` where nobody knows.
+        expected: What the steps of the next L leads are expected to cost [P, L], `inf` where
+            nobody knows.
+        steps_per_lead: How many steps each lead stands for.
     """
-    counts = (expected < now[:, None] - _SAME).cumsum(axis=1, dtype=np.int16)
-    counts = np.pad(counts, ((0, 1), (1, 0)), mode="edge")
-    counts[:, 0] = 0
+    each = (expected < now[:, None] - _SAME).repeat(steps_per_lead, axis=1)
+    counts = np.zeros((len(now) + 1, each.shape[1] + 1), dtype=np.int16)
+    each.cumsum(axis=1, dtype=np.int16, out=counts[:-1, 1:])
+    counts[-1] = counts[-2]
     return counts
 
 
@@ -125,9 +145,9 @@ def _last(values: Floats, steps: int) -> Floats:
 
 def _before(values: Floats, steps: int) -> Floats:
     """Return the values so many steps earlier, 0 beyond the series; later ones if below 0."""
-    shifted = np.zeros_like(values)
+    shifted, left = np.zeros_like(values), max(len(values) - abs(steps), 0)
     if steps >= 0:
-        shifted[steps:] = values[: len(values) - steps]
+        shifted[steps:] = values[:left]
     else:
-        shifted[:steps] = values[-steps:]
+        shifted[:left] = values[-steps:]
     return shifted

@@ -17,7 +17,10 @@ _Data = Mapping[str, Any]
 
 
 def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
-    """Return `stretches`, `policies` and `summary` as `--json` prints them, numbers to 1e-6."""
+    """Return `stretches`, `policies`, `summary` and what RBC C does, as `--json` prints them.
+
+    Numbers to 1e-6.
+    """
     summaries = summarise(evaluation)
     stretches = {
         "begin": evaluation.days,
@@ -41,7 +44,12 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
         name: {key: None if v is None else round(v, 6) for key, v in of._asdict().items()}
         for name, of in summaries.items()
     }
-    return {"stretches": _by_row(stretches), "policies": policies, "summary": summary}
+    return {
+        "stretches": _by_row(stretches),
+        "policies": policies,
+        "summary": summary,
+        "rbc_c": evaluation.rbc_c,
+    }
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -78,9 +86,14 @@ def comparison_tables(
     ]
     tables = [comparison_table(rows, title)]
     if len(stretches) < STRETCHES_FOR_AN_INTERVAL:
-        each = {titles[name]: policy["stretches"] for name, policy in data["policies"].items()}
+        each = {
+            titles[name]: policy["stretches"]
+            for name, policy in data["policies"].items()
+            if not name.endswith("_true")  # one line of them is enough
+        }
         tables.append(stretches_table(stretches, each, "each"))
-    return tables, remarks(stretches, data["policies"], titles)
+    found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
+    return tables, [*found, *remarks(stretches, data["policies"], titles)]
 
 
 def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:

@@ -94,8 +94,8 @@ def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
         axes.plot(run.episode, share, marker=look.marker, **_hollow(look.colour))
     hollow = _hollow(LOOKS["rbc_a"]["color"])
     axes.plot([], [], "o", label="the same run, held out", **hollow)
-    for name in TITLES:
-        share = 100 * summaries[name].co2_kg / uncontrolled_kg
+    for name, summary in summaries.items():
+        share = 100 * summary.co2_kg / uncontrolled_kg
         axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held out", **LOOKS[name])
     axes.set(xlabel="episode", ylabel=TRAINING["co2_vs_uncontrolled"].axis)
     axes.set_ylim(bottom=0)
@@ -111,7 +111,7 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
         (run.title, looks[run.name].colour, run.summary) for run in result.runs
     ]
     summaries = summarise(result.references)
-    rows += [(TITLES[name], LOOKS[name]["color"], summaries[name]) for name in TITLES]
+    rows += [(TITLES[name], LOOKS[name]["color"], s) for name, s in summaries.items()]
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)))
     mean, paired = figure.subplots(1, 2)
     for y, (_, colour, s) in enumerate(rows):

@@ -32,6 +32,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "uncontrolled": {"color": "#57606a", "ls": (0, (1, 2))},
     "rbc_a": {"color": "#57606a", "ls": (0, (4, 3))},
     "rbc_b": {"color": "#1b1f24", "ls": "-"},
+    "cheap": {"color": "#57606a", "ls": (0, (6, 2, 1, 2))},
+    "rbc_c": {"color": "#1b1f24", "ls": (0, (5, 1.5))},
+    "cheap_true": {"color": "#98a1ab", "ls": (0, (6, 2, 1, 2))},
+    "rbc_c_true": {"color": "#98a1ab", "ls": (0, (5, 1.5))},
     "optimum": {"color": "#1b1f24", "ls": (0, (7, 2, 2, 2))},
 }
 DASHES = ((), (8.0, 3.0), (3.0, 2.0), (12.0, 3.0, 3.0, 3.0))

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from co2lightning import __version__
-from co2lightning.control.rules import RULES
 from co2lightning.metrics import HELD_OUT
 from co2lightning.report import looks
 from co2lightning.report.collect import (
@@ -207,7 +206,7 @@ def _lead(result: SiteResult) -> str:
     run = min(result.runs, key=lambda run: run.summary.co2_kg)
     best, references = run.summary, result.references
     means = {name: summary.co2_kg for name, summary in summarise(references).items()}
-    rival = min(RULES, key=lambda name: means[name])
+    rival = min((name for name in means if name != "optimum"), key=lambda name: means[name])
     difference_kg = best.co2_kg - means[rival]
     paired_kg = run.evaluation.policies["agent"].co2_kg - references.policies[rival].co2_kg
     _, interval = mean_interval(result.a_day(paired_kg))
@@ -339,7 +338,8 @@ def _each_stretch(result: SiteResult) -> str:
         return ""
     data, runs = result.data, [run.title for run in result.runs]
     policies = {title: data["policies"][title]["stretches"] for title in runs}
-    policies |= {TITLES[name]: data["policies"][name]["stretches"] for name in TITLES}
+    references = result.references.policies
+    policies |= {TITLES[name]: data["policies"][name]["stretches"] for name in references}
     table = stretches_table(data["stretches"], policies)
     return f'{table_in_page(table)}\n<p class="source">{escape(table.caption or "")}</p>'
 

@@ -293,9 +293,9 @@ def _references(evaluation: Evaluation) -> Figure:
     axes = figure.add_subplot()
     begins, days = evaluation.days, evaluation.hours / DAY_H
     at = np.arange(len(begins))
-    for mark, (name, title) in zip("os^D", TITLES.items(), strict=True):
+    for mark, (name, figures) in zip("os^vDPXd*", evaluation.policies.items(), strict=False):
         look = {"marker": mark, "ms": 4, "mfc": "w", "lw": 1.2, **LOOKS[name]}
-        axes.plot(at, evaluation.policies[name].co2_kg / days, label=title, **look)
+        axes.plot(at, figures.co2_kg / days, label=TITLES[name], **look)
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [begins[i] for i in shown])
     axes.set(xlabel="held-out stretch from", ylabel="CO2, kg a day")

@@ -193,7 +193,7 @@ def stretches_table(
         "Settled CO2 of each policy in kg a day. Unmet: the most of any of them. Turned away, "
         "clipped: of the site's sessions, in kWh a day."
     )
-    return Table(columns, rows, title, caption, boxed=True)
+    return Table(columns, rows, title, caption, boxed=True, whole=("begin",))
 
 
 def _figures(metrics: _Row) -> _Row:

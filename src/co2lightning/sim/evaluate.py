@@ -20,18 +20,24 @@ import numpy as np
 import torch
 from scipy import stats
 
-from co2lightning.control.rules import RULES, Rule
+from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.optimum import tail_kg
 from co2lightning.sim.schedule import Played, Schedule, play, start_soc
+from co2lightning.sim.search import rbc_c_in_words, rules_of
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
+# All that may be among the references of a site, in their order.
 TITLES = {
     "uncontrolled": "uncontrolled",
     "rbc_a": "RBC A",
     "rbc_b": "RBC B",
+    "cheap": "cheap hours",
+    "rbc_c": "RBC C",
+    "cheap_true": "cheap hours, true carbon",
+    "rbc_c_true": "RBC C, true carbon",
     "optimum": "optimum (LP)",
 }
 
@@ -72,6 +78,7 @@ class Evaluation:
         tolerance_kg: By how much rounding may put a policy below the optimum, [W].
         policies: Per policy its figures: the agent if there is one, the rules, the optimum.
         schedules: Per policy what it did in every step of each stretch.
+        rbc_c: What RBC C does, in words.
     """
 
     site: str
@@ -86,6 +93,7 @@ class Evaluation:
     tolerance_kg: Floats
     policies: dict[str, Figures]
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
+    rbc_c: str = ""
 
 
 class Summary(NamedTuple):
@@ -112,6 +120,7 @@ def evaluate(
     references: Evaluation | None = None,
     device: torch.device | str = "cpu",
     keep: Path | None = None,
+    foresight: bool = False,
 ) -> Evaluation:
     """Run a policy through the held-out stretches and put it beside the rules and the optimum.
 
@@ -121,14 +130,16 @@ def evaluate(
         site: The site.
         references: An earlier evaluation of the same site, to spare the rules and the optimum.
         device: Where the policy acts.
-        keep: Directory where the optimum is kept from one command to the next.
+        keep: Directory where the optimum and RBC C are kept from one command to the next.
+        foresight: Whether rules that look at what is to come are among the references also as
+            they were if the carbon to come were known.
     """
     if policy is None:
-        return references or _references(site, keep)
+        return references or _references(site, keep, foresight)
     own = play(priced_model(site, device), policy, site, site.stretch_bounds)
     for played in own:
         check_finite(played.schedule)
-    references = references or _references(site, keep)
+    references = references or _references(site, keep, foresight)
     figures = _settled(site, own, references.standard_kg, references.unavoidable_kwh)
     return replace(
         references,
@@ -146,13 +157,14 @@ def check_finite(own: Schedule) -> None:
         )
 
 
-def _references(site: Site, keep: Path | None) -> Evaluation:
+def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
     # As the physics holds it: whoever leaves the battery idle then settles at 0.
     soc = float(np.float32(start_soc(site)))
     bounds = bounds_of(site, soc * site.battery.capacity_kwh if site.battery else 0.0, keep)
     standard_kg = bounds.standard_kg
     model, places = priced_model(site), site.stretch_bounds
-    rules = {name: play(model, rule, site, places) for name, rule in RULES.items()}
+    own = rules_of(site, keep=keep, foresight=foresight)
+    rules = {name: play(model, rule, site, places) for name, rule in own.items()}
     unavoidable_kwh = _each(lambda plan: plan.unmet_kwh.sum(), _schedules(rules["uncontrolled"]))
     policies = {
         name: _settled(site, played, standard_kg, unavoidable_kwh) for name, played in rules.items()
@@ -179,6 +191,7 @@ def _references(site: Site, keep: Path | None) -> Evaluation:
         tolerance_kg=_tolerance_kg(site, policies["uncontrolled"].co2_kg + standard_kg),
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
+        rbc_c=rbc_c_in_words(site, keep),
     )
 
 

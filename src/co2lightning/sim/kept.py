@@ -1,18 +1,20 @@
-"""What every evaluation of a site needs and no policy changes: its optimum, kept for the next one.
+"""What every evaluation of a site needs and no policy changes, kept for the next one.
 
-The programs of a year's weeks take seconds to minutes, and `test`, `report` and `site check` ask
-for the same ones. A file holds the digest of what they were computed from, the digest of its
-numbers, and the numbers; what does not fit is computed anew.
+The programs of a year's weeks take seconds to minutes, the search for a rule some seconds, and
+`test`, `report` and `site check` ask for the same ones. A file holds the digest of what they were
+computed from, the digest of its numbers, and the numbers; what does not fit is computed anew.
 
 Shapes: W stretches, n steps of one.
 """
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from co2lightning import __version__
 from co2lightning.runs.files import make_directory, read_file, write_atomic
@@ -20,7 +22,6 @@ from co2lightning.sim.optimum import Best, optimum, tail_kg
 from co2lightning.sim.schedule import Schedule
 from co2lightning.site.model import Floats, Site
 
-_DIGEST_BYTES = 32
 _FIELDS = len(Schedule._fields)
 
 
@@ -39,60 +40,76 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
         stored_kwh: What the battery holds where a stretch begins.
         keep: Directory where they are kept. One that cannot be read or written costs time alone.
     """
-    key = _digest_of(site, stored_kwh)
-    file = keep / f"{key.hex()}.bounds" if keep else None
-    if file and (found := _read(file, key, site)):
-        return found
     places = site.stretch_bounds.tolist()
-    bounds = Bounds(
-        [optimum(site, a, b, stored_kwh, site.owed_on_arrival_kwh(a)) for a, b in places],
-        np.array([tail_kg(site, b, stored_kwh, site.owed_on_arrival_kwh(b)) for _, b in places]),
-    )
-    if file:
-        _write(file, key, bounds)
-    return bounds
 
+    def compute() -> Floats:
+        best = [optimum(site, a, b, stored_kwh, site.owed_on_arrival_kwh(a)) for a, b in places]
+        tails = [tail_kg(site, b, stored_kwh, site.owed_on_arrival_kwh(b)) for _, b in places]
+        numbers = [np.array([one.kg for one in best]), np.array(tails)]
+        numbers += [np.stack(one.schedule).ravel() for one in best]
+        return np.concatenate(numbers)
 
-def _digest_of(site: Site, stored_kwh: float) -> bytes:
-    """Return the digest of all that the programs read: a changed battery is another site."""
-    digest = hashlib.sha256(repr((__version__, site.battery, site.step_minutes)).encode())
-    sessions = site.sessions
-    for values in (
-        np.array([stored_kwh]),
-        site.stretch_bounds,
-        *(site.pv_kw, site.load_kw, site.carbon_kg_per_kwh, site.import_limit_kw),
-        *(sessions.socket, sessions.arrival, sessions.departure),
-        *(sessions.energy_kwh, sessions.max_kw),
-    ):
-        digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
-    return digest.digest()
-
-
-def _write(file: Path, key: bytes, bounds: Bounds) -> None:
-    kg = np.array([best.kg for best in bounds.best])
-    numbers = [kg, bounds.standard_kg, *(np.stack(best.schedule) for best in bounds.best)]
-    content = np.concatenate([part.ravel() for part in numbers]).astype("<f8").tobytes()
-    with contextlib.suppress(OSError):
-        make_directory(file.parent)
-        write_atomic(file, key + hashlib.sha256(content).digest() + content, durable=False)
-
-
-def _read(file: Path, key: bytes, site: Site) -> Bounds | None:
-    lengths = np.diff(site.stretch_bounds, axis=1)[:, 0]
-    count = len(lengths)
-    size = 2 * _DIGEST_BYTES + 8 * int(2 * count + _FIELDS * lengths.sum())
-    try:
-        content = read_file(file, limit=size)
-    except (OSError, ValueError):
-        return None
-    head, content = content[: 2 * _DIGEST_BYTES], content[2 * _DIGEST_BYTES :]
-    if len(content) != size - len(head) or head != key + hashlib.sha256(content).digest():
-        return None
-    numbers = np.frombuffer(content, "<f8").astype(np.float64)
-    if not np.isfinite(numbers).all():
-        return None
+    lengths, count = np.diff(site.stretch_bounds, axis=1)[:, 0], len(places)
+    key = digest_of(site, np.array([stored_kwh]), site.stretch_bounds)
+    size = int(2 * count + _FIELDS * lengths.sum())
+    numbers = recall(keep, "bounds", key, size, compute)
     kg, standard_kg, each = np.split(numbers, [count, 2 * count])
     parts = np.split(each, np.cumsum(_FIELDS * lengths)[:-1]) if count else []
     schedules = [Schedule(*part.reshape(_FIELDS, -1)) for part in parts]
     best = [Best(float(one), plan) for one, plan in zip(kg, schedules, strict=True)]
     return Bounds(best, standard_kg)
+
+
+def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
+    """Return the digest of a site's equipment, series and sessions, and of more arrays.
+
+    Whatever is read of a site must be in it: a changed battery is another site.
+    """
+    digest = hashlib.sha256(repr((__version__, site.battery, site.step_minutes)).encode())
+    sessions = site.sessions
+    for values in (
+        *(site.pv_kw, site.load_kw, site.carbon_kg_per_kwh, site.import_limit_kw),
+        *(sessions.socket, sessions.arrival, sessions.departure),
+        *(sessions.energy_kwh, sessions.max_kw, sessions.min_kw),
+        *more,
+    ):
+        digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
+    return digest.digest()
+
+
+def recall(
+    keep: Path | None, kind: str, key: bytes, count: int, compute: Callable[[], Floats]
+) -> Floats:
+    """Return numbers [count] as they were computed before, or compute and keep them.
+
+    Args:
+        keep: Directory of the files; None keeps nothing.
+        kind: What their names end in.
+        key: Digest of all that the numbers follow from.
+        count: How many they are.
+        compute: Computes them.
+    """
+    file = keep / f"{key.hex()}.{kind}" if keep else None
+    if file and (found := _read(file, key, count)) is not None:
+        return found
+    numbers = compute()
+    if file:
+        content = numbers.astype("<f8").tobytes()
+        with contextlib.suppress(OSError):
+            make_directory(file.parent)
+            write_atomic(file, key + hashlib.sha256(content).digest() + content, durable=False)
+    return numbers
+
+
+def _read(file: Path, key: bytes, count: int) -> Floats | None:
+    head_bytes = 2 * len(key)
+    size = head_bytes + 8 * count
+    try:
+        content = read_file(file, limit=size)
+    except (OSError, ValueError):
+        return None
+    head, content = content[:head_bytes], content[head_bytes:]
+    if len(content) != size - len(head) or head != key + hashlib.sha256(content).digest():
+        return None
+    numbers = np.frombuffer(content, "<f8").astype(np.float64)
+    return numbers if np.isfinite(numbers).all() else None
