@@ -231,7 +231,7 @@ def column_of(run: Played, name: str) -> np.ndarray:
     return np.array([value[0].double().numpy() for value in run.each(name)])
 
 
-@few
+@settings(few, max_examples=4)
 @given(site=sites(), seed=seeds, batch=st.integers(2, 3))
 def test_a_single_run_is_a_row_of_the_batch(site: Site, seed: int, batch: int) -> None:
     actions = random_actions(site, seed, batch)

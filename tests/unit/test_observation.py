@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,15 @@ def anything(seed: int = 0) -> Rule:
 
 
 def observations(
-    site: Site, places: Ints, steps: int, rule: Rule, soc: float = 0.5
+    site: Site, places: Ints, steps: int, rule: Rule, soc: float = 0.5, high: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what is observed [n, B, O] in runs of a rule, and what the rule does [n, B, 2]."""
+    """Return what is observed [n, B, O] in runs of a rule, and what the rule does [n, B, 2].
+
+    Args:
+        high: How much higher the bounds are than they should be.
+    """
     model, observer = priced_model(site), observer_of(site)
+    observer = observer._replace(high=high * observer.high)
     seen: list[Tensor] = []
     actions: list[Tensor] = []
 
@@ -157,7 +163,7 @@ def test_hours_ahead_are_hours_whatever_a_step_is(step_minutes: int) -> None:
 
 @pytest.mark.parametrize("name", ["iquitos", "caltech-2019", "citylearn-5"])
 def test_the_rule_in_the_observation_is_the_rule(name: str) -> None:
-    site = shipped() if name == "iquitos" else real(name)
+    site = site_of(name)
     seen, own = observations(site, site.day_bounds[:-2:12], site.steps(24.0), rbc_b)
     for column, feature in enumerate(RULE_FEATURES):
         part = (site.sockets, site.battery)[column]
@@ -168,52 +174,63 @@ def test_the_rule_in_the_observation_is_the_rule(name: str) -> None:
 # --- of order one --------------------------------------------------------------------------------
 
 MANY = {"days": 30, "step_minutes": 60}
-ODD: dict[str, Site] = {
-    "iquitos": shipped(),
-    "caltech-2019": real("caltech-2019"),
-    "citylearn-5": real("citylearn-5"),
-    "all parts": random_site(1, days=20),
-    "5 minutes": random_site(2, days=8, step_minutes=5),
-    "1 socket": random_site(3, **MANY, sockets=1),
-    "1,000 sockets": random_site(4, days=12, step_minutes=60, sockets=1000),
-    "1 kWh": random_site(5, **MANY, capacity_kwh=1.0, power_kw=0.5),
-    "10 MWh": random_site(6, **MANY, capacity_kwh=10_000.0, power_kw=2_500.0),
-    "10 MWh, 1 socket": random_site(7, **MANY, capacity_kwh=1e4, power_kw=2_500.0, sockets=1),
-    "clean": random_site(8, **MANY, carbon=0.05 * np.random.default_rng(0).random((30, 24))),
-    "dirty": random_site(9, **MANY, carbon=1.5 + np.random.default_rng(0).random((30, 24))),
-    "constant, clean": random_site(10, **MANY, carbon=0.05),
-    "constant, dirty": random_site(11, **MANY, carbon=1.5),
-    "no battery": random_site(12, **MANY, capacity_kwh=None),
-    "no sockets": random_site(13, **MANY, sockets=0),
-    "no PV": random_site(14, **MANY, pv=0.0),
-    "no load": random_site(15, **MANY, load=0.0),
-    "battery alone": random_site(16, **MANY, sockets=0, pv=0.0, load=0.0),
-    "vehicles alone": random_site(17, **MANY, capacity_kwh=None, pv=0.0, load=0.0),
-    "net meter": random_site(18, **MANY, pv=0.0, load=-1.0),
-    "least power": random_site(19, **MANY, min_kw=0.9),
-    "dimmed": random_site(
-        20, **MANY, import_limit_kw=np.random.default_rng(0).choice([4.0, 11.0], (30, 24))
-    ),
+DRAWN = np.random.default_rng(0).random((30, 24))
+ODD: dict[str, dict[str, Any]] = {
+    "all parts": {"days": 20},
+    "5 minutes": {"days": 8, "step_minutes": 5},
+    "1 socket": {**MANY, "sockets": 1},
+    "1,000 sockets": {"days": 12, "step_minutes": 60, "sockets": 1000},
+    "a vehicle now and then": {
+        **MANY,
+        "sessions": [(day, 0, 8, 17, 20.0, 4.0) for day in range(1, 30, 3)],
+    },
+    "1 kWh": {**MANY, "capacity_kwh": 1.0, "power_kw": 0.5},
+    "10 MWh": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0},
+    "10 MWh, 1 socket": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0, "sockets": 1},
+    "clean": {**MANY, "carbon": 0.05 * DRAWN},
+    "dirty": {**MANY, "carbon": 1.5 + DRAWN},
+    "constant, clean": {**MANY, "carbon": 0.05},
+    "constant, dirty": {**MANY, "carbon": 1.5},
+    "no battery": {**MANY, "capacity_kwh": None},
+    "no sockets": {**MANY, "sockets": 0},
+    "no PV": {**MANY, "pv": 0.0},
+    "no load": {**MANY, "load": 0.0},
+    "battery alone": {**MANY, "sockets": 0, "pv": 0.0, "load": 0.0},
+    "vehicles alone": {**MANY, "capacity_kwh": None, "pv": 0.0, "load": 0.0},
+    "net meter": {**MANY, "pv": 0.0, "load": -1.0},
+    "least power": {**MANY, "min_kw": 0.9},
+    "dimmed": {**MANY, "import_limit_kw": np.where(DRAWN < 0.5, 4.0, 11.0)},
+    "rarely dimmed": {**MANY, "import_limit_kw": np.where(DRAWN < 0.01, 4.0, 1e6)},
 }
+REAL = ("iquitos", "caltech-2019", "citylearn-5")
 
 
-def mixed(site: Site) -> Tensor:
+@functools.cache
+def site_of(name: str) -> Site:
+    if name in REAL:
+        return shipped(name) if name == "iquitos" else real(name)
+    return random_site(len(name), **ODD[name])
+
+
+def mixed(site: Site, high: float = 1.0) -> Tensor:
     """Return what is observed [M, O] under RBC B and a policy that does anything."""
     days = site.day_bounds[:-1][site.training_days]
     days = days[:: -(-len(days) // 30)]
-    parts = [observations(site, days, site.steps(23.0), rule)[0] for rule in (rbc_b, anything())]
+    steps, rules = site.steps(23.0), (rbc_b, anything())
+    parts = [observations(site, days, steps, rule, high=high)[0] for rule in rules]
     return torch.cat(parts).flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", [*REAL, *ODD])
 def test_inputs_are_of_order_one_on_every_site(name: str) -> None:
-    seen = mixed(ODD[name])
+    seen = mixed(site_of(name))
     assert seen.dtype == torch.float32
     assert seen.isfinite().all()
     assert seen.abs().max() <= HIGHEST
     assert seen[:, list(RULE_FEATURES)].abs().max() <= 1.0
+    free = mixed(site_of(name), high=1e6)
     for i in PLAIN:
-        clipped = (seen[:, i].abs() >= HIGHEST).float().mean().item()
+        clipped = (free[:, i].abs() > HIGHEST + 1e-4).float().mean().item()
         assert clipped <= 1e-3, f"{NAMES[i]}: {clipped:.2%} of the steps are clipped"
         spread = seen[:, i].std().item()
         assert spread < 1e-6 or 0.1 <= spread <= 3.0, f"{NAMES[i]}: {spread}"
@@ -237,7 +254,7 @@ ABSENT = {
 
 @pytest.mark.parametrize("name", ABSENT)
 def test_what_belongs_to_an_absent_part_is_0_and_nothing_else(name: str) -> None:
-    seen = mixed(ODD[name])
+    seen = mixed(site_of(name))
     silent = {NAMES[i] for i in range(len(FEATURES)) if not seen[:, i].any()}
     assert silent == ABSENT[name] | {"import_limit"}
 
@@ -269,7 +286,7 @@ def changed(site: Site, where: Ints, factor: Floats | float, shift: float = 0.0)
     return dataclasses.replace(site, **series)
 
 
-@pytest.mark.parametrize("now", [0, 30, 47, 70, 95, 300])
+@pytest.mark.parametrize("now", [0, 47, 95, 250])
 def test_what_comes_later_is_not_seen(now: int) -> None:
     """Another future of held-out weeks: series after `now`, vehicles that arrive after it."""
     site = shipped()
@@ -285,17 +302,17 @@ def test_what_comes_later_is_not_seen(now: int) -> None:
         known &= ~((rows.arrival > begin + now) & (rows.departure < end - 96))
     columns = (getattr(rows, field.name)[known] for field in dataclasses.fields(Sessions))
     other = dataclasses.replace(other, sessions=Sessions(*columns))
-    seen, _ = observations(site, weeks[:, 0], 400, anything())
-    otherwise, _ = observations(other, weeks[:, 0], 400, anything())
+    seen, _ = observations(site, weeks[:, 0], 260, anything())
+    otherwise, _ = observations(other, weeks[:, 0], 260, anything())
     torch.testing.assert_close(seen[: now + 1], otherwise[: now + 1], atol=1e-5, rtol=0.0)
     assert (seen[now + 1 :] - otherwise[now + 1 :]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.7, 1e6])
+@pytest.mark.parametrize("factor", [0.0, 1e6])
 @pytest.mark.parametrize("name", ["iquitos", "citylearn-5"])
 def test_held_out_days_teach_nothing(name: str, factor: float) -> None:
     """They may be anything: what is observed on other days is the same, but for the day after."""
-    site = shipped() if name == "iquitos" else real(name)
+    site = site_of(name)
     poisoned = [np.arange(*site.day_bounds[[last - 4, last - 1]]) for _, last in site.stretches]
     other = changed(site, np.concatenate(poisoned), factor, shift=factor)
     places, steps = site.day_bounds[site.training_days][::3], site.steps(23.0)
