@@ -180,10 +180,6 @@ ODD: dict[str, dict[str, Any]] = {
     "5 minutes": {"days": 8, "step_minutes": 5},
     "1 socket": {**MANY, "sockets": 1},
     "1,000 sockets": {"days": 12, "step_minutes": 60, "sockets": 1000},
-    "a vehicle now and then": {
-        **MANY,
-        "sessions": [(day, 0, 8, 17, 20.0, 4.0) for day in range(1, 30, 3)],
-    },
     "1 kWh": {**MANY, "capacity_kwh": 1.0, "power_kw": 0.5},
     "10 MWh": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0},
     "10 MWh, 1 socket": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0, "sockets": 1},
