@@ -12,6 +12,7 @@ from test_report import HOSTILE, embedded, made, place  # noqa: F401  (fixtures)
 
 from co2lightning.cli import main
 from co2lightning.report.looks import AGENTS, HEAT
+from co2lightning.sim.evaluate import TITLES
 from conftest import TINY
 
 CHARTS = "return [...document.querySelectorAll('.chart')]"
@@ -131,8 +132,8 @@ def test_a_reference_beside_the_run(page: Any) -> None:
         "return [...document.querySelector('[data-chart=explorer]').querySelectorAll("
         "'.panel:nth-of-type(2) > svg .line')].map(line => line.getAttribute('class'))"
     )
-    assert len(names) == 6
-    for chosen in range(6):
+    assert len(names) == 2 + len(TITLES)
+    for chosen in range(len(names)):
         choose(page, "explorer", 1, str(chosen))
         lines = page.execute_script(drawn)
         assert sum("agent-PPO" in line for line in lines) == 1, (names[chosen], lines)

@@ -83,7 +83,7 @@ def recall(
     """Return numbers [count] as they were computed before, or compute and keep them.
 
     Args:
-        keep: Directory of the files; None keeps nothing.
+        keep: Directory of the files, made where the one it lies in is there; None keeps nothing.
         kind: What their names end in.
         key: Digest of all that the numbers follow from.
         count: How many they are.
@@ -93,7 +93,7 @@ def recall(
     if file and (found := _read(file, key, count)) is not None:
         return found
     numbers = compute()
-    if file:
+    if file and file.parent.parent.is_dir():
         content = numbers.astype("<f8").tobytes()
         with contextlib.suppress(OSError):
             make_directory(file.parent)
