@@ -320,7 +320,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_optimum_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    solved, keep = counted(monkeypatch), tmp_path / "checkpoints" / "references"
+    solved, keep = counted(monkeypatch), tmp_path / "references"
     site = nine_days(4, battery=battery(20.0))
     first = evaluate(None, site, keep=keep)
     assert len(solved) == 2

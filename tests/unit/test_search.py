@@ -160,7 +160,7 @@ FOUND = Choice("solar", Window(63, 7), True, Window(8, 12), 0.85, Window(68, 5))
 
 
 def test_the_rule_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched, keep = counted(monkeypatch, FOUND), tmp_path / "checkpoints" / "references"
+    searched, keep = counted(monkeypatch, FOUND), tmp_path / "references"
     assert choice_of(ten_weeks(), keep) == FOUND
     assert choice_of(ten_weeks(), keep) == FOUND
     # What is evaluated does not change it; another battery, another held-out week do.
