@@ -136,6 +136,15 @@ def test_later_in_the_day_the_outlook_is_that_of_the_sun_so_far() -> None:
     assert told["deficit_ahead"] == pytest.approx(deficit_kwh, abs=1e-3)
 
 
+def test_a_day_begins_with_a_little_of_the_day_before() -> None:
+    """Yesterday had 3 kW instead of 7: three tenths of that until the sun has shown itself."""
+    site = by_hand()
+    seen, _ = observations(site, np.array([192]), 1, rbc_b)
+    prior, weight = 1.0 + 0.3 * (3.0 / 7.0 - 1.0), 0.1 * 96 * 7.0
+    outlook = (11.0 + weight * prior) / (7.0 + weight)
+    assert in_units(site, seen[0, 0])["pv_outlook"] == pytest.approx(outlook, rel=1e-4)
+
+
 @pytest.mark.parametrize("step_minutes", [5, 60])
 def test_hours_ahead_are_hours_whatever_a_step_is(step_minutes: int) -> None:
     """From noon on the intensity is 0.6 instead of 0.3, every day; load 2 kW, PV 3."""

@@ -83,7 +83,8 @@ def staying(steps: int, step_minutes: int = 15) -> SiteModel:
     ("sockets", "longest", "step_minutes"),
     [
         *((sockets, 96, 15) for sockets in (1, 2, 3, 128, 1000)),
-        (1000, 7 * 288, 5),  # a week of 5 minutes: the order needs more than 32 bits
+        (1000, 7 * 288, 5),  # a week of 5 minutes
+        (1000, 14 * 288, 5),  # two: the order needs more than 32 bits
         (128, 24, 60),
     ],
 )
