@@ -182,9 +182,11 @@ def stretched() -> Site:
 def test_each_stretch_is_played_in_one_go_from_the_same_battery() -> None:
     site = stretched()
     model, bounds = priced_model(site), site.stretch_bounds
-    for rule in (rbc_a, rbc_b):
+    for rule in (rbc_b, hesitant):
         together = play(model, rule, site, bounds)
         assert [len(one.schedule.soc) for one in together] == [72, 24, 72, 24]
+        if rule is hesitant:
+            assert together[0].stored_kwh != together[2].stored_kwh
         for (begin, end), own in zip(bounds.tolist(), together, strict=True):
             begun = start(model, site, np.array([begin]), start_soc(site))
             trace, ended = run(model, rule, begun, end - begin)
