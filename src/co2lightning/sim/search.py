@@ -171,7 +171,7 @@ def search(site: Site) -> Choice:
     batteries = _battery_choices(site)
 
     # Each way of charging with each single window of the battery.
-    driven = [_drive(trial, Choice(way, greedy=has_battery)) for way in _ways(site)]
+    driven = _drive(trial, [Choice(way, greedy=has_battery) for way in _ways(site)])
     cost = _costs(trial, driven, batteries)
     order = cost.min(1).argsort(kind="stable").tolist()
     found = [_joined(driven[i].choice, batteries[int(cost[i].argmin())]) for i in order]
@@ -181,7 +181,7 @@ def search(site: Site) -> Choice:
     ways = [driven[i].choice for i in order[:_BEST] if driven[i].choice.vehicles != "arrival"]
     windows = [Window(*w) for w in itertools.product(_begins(site), _lengths(site))]
     driven = [driven[i] for i in order[:_BEST]]
-    driven += _drive_all(trial, [way._replace(charge=w) for way in ways for w in windows])
+    driven += _drive(trial, [way._replace(charge=w) for way in ways for w in windows])
     cost = _costs(trial, driven, kinds)
     order = cost.min(1).argsort(kind="stable").tolist()[:3]
     driven = [driven[i] for i in order]
@@ -194,7 +194,7 @@ def search(site: Site) -> Choice:
     found.append(best)
     for hours in (1.0, 0.5, 0.25):
         unit = site.steps(hours)
-        driven = _drive_all(trial, _finer_charging(best, unit, _slots(site)))
+        driven = _drive(trial, _finer_charging(best, unit, _slots(site)))
         some = _finer_batteries(best, unit, site) if has_battery else [best]
         cost = _costs(trial, driven, some)
         v, k = np.unravel_index(int(cost.argmin()), cost.shape)
@@ -247,11 +247,7 @@ def _left_price(site: Site) -> float:
     return _LEFT_SHARE * float(price(site)[0][site.training_steps].mean())
 
 
-def _drive(trial: _Trial, choice: Choice) -> _Driven:
-    return _drive_all(trial, [choice])[0]
-
-
-def _drive_all(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:
+def _drive(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:
     """Run choices with all of the physics; one run for each way of charging."""
     site, weeks = trial.site, len(trial.bounds)
     driven: dict[int, _Driven] = {}
@@ -259,9 +255,10 @@ def _drive_all(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:
         own = [i for i, choice in enumerate(choices) if choice.vehicles == way]
         rows = _stacked([choices[i] for i in own], weeks)
         carry = start(trial.model, site, np.tile(trial.bounds[:, 0], len(own)), start_soc(site))
-        run = _run(trial.model, functools.partial(rbc_c, rows, trial.outlook), carry, _steps(trial))
+        rule = functools.partial(rbc_c, rows, trial.outlook)
+        run = _run(trial.model, rule, carry, _steps(trial), vehicles=True)
         cost = _settled(trial, run).reshape(len(own), weeks).sum(1)
-        ev_kw = run.ev_kw.T.reshape(len(own), weeks, -1).double().cpu().numpy()
+        ev_kw = torch.stack(run.ev_kw, 1).reshape(len(own), weeks, -1).double().cpu().numpy()
         owed_kwh = run.owed_kwh.reshape(len(own), weeks)
         for j, i in enumerate(own):
             driven[i] = _Driven(choices[i], ev_kw[j], owed_kwh[j], float(cost[j]))
@@ -309,21 +306,22 @@ class _Ran(NamedTuple):
     cost: Floats  # [B] by the meter
     stored_kwh: Floats  # [B] at the end
     owed_kwh: Floats  # [B]
-    ev_kw: Tensor  # [n, B]
+    ev_kw: list[Tensor]  # n of [B]; none unless asked for
 
 
-def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> _Ran:
-    state, ev_kw = restore(model, carry), []
+def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bool = False) -> _Ran:
+    state, ev_kw = restore(model, carry), list[Tensor]()
     cost = torch.zeros_like(state.soc)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
         cost += book(state, flows).co2_kg
-        ev_kw.append(flows.ev_kw)
+        if vehicles:
+            ev_kw.append(flows.ev_kw)
         state = following
     stored_kwh = state.soc / model.soc_per_kw * model.step_h
     owed_kwh = state.owed_kw.sum(1) * model.step_h
     numbers = torch.stack([cost, stored_kwh, owed_kwh]).double().cpu().numpy()
-    return _Ran(*numbers, ev_kw=torch.stack(ev_kw))
+    return _Ran(*numbers, ev_kw=ev_kw)
 
 
 def _settled(trial: _Trial, ran: _Ran) -> Floats:
@@ -459,7 +457,7 @@ def _simplest(trial: _Trial, choices: Sequence[Choice]) -> Choice:
     uncontrolled = Choice()
     some = [uncontrolled, *choices]
     some += [one._replace(fill=_NEVER, fill_soc=0.0, hold=_NEVER) for one in choices]
-    tried = _drive_all(trial, list(dict.fromkeys(some)))
+    tried = _drive(trial, list(dict.fromkeys(some)))
     enough = min(one.cost for one in tried) + _TIE * abs(tried[0].cost)
     return min((one for one in tried if one.cost <= enough), key=_complexity).choice
 
