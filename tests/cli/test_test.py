@@ -202,3 +202,18 @@ def test_a_run_without_a_site_has_no_co2(tmp_path: Path) -> None:
     words = another_run(tmp_path, {"run": {"site": None}})
     with pytest.raises(UserError, match="was not trained on a site"):
         main(words)
+
+
+def test_mpc_stands_beside_the_rules_and_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["PPO", "--mpc", "--json"]) == 0
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("MPC")]
+    assert told == [f"MPC: {i} of 3 stretches" for i in (1, 2, 3)]
+    data = json.loads(printed.out)
+    assert list(data["policies"])[-2:] == ["mpc", "optimum"]
+    best, own, rule = (data["summary"][name]["co2_kg"] for name in ("optimum", "mpc", "rbc_b"))
+    assert best <= own < rule
+    assert main(["PPO", "--mpc"]) == 0
+    printed = capsys.readouterr()
+    assert "MPC" not in printed.err
+    assert "MPC" in printed.out

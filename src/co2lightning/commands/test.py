@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 from co2lightning.agents.load import policy_of
@@ -10,7 +12,15 @@ from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
 from co2lightning.report.comparison import comparison_tables, evaluation_data
 from co2lightning.report.tables import in_terminal
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
+from co2lightning.sim.evaluate import (
+    MPC_TITLE,
+    Evaluation,
+    beside,
+    evaluate,
+    summarise,
+    violations,
+)
+from co2lightning.site.model import Site
 from co2lightning.terminal import say, show_tables
 
 
@@ -27,6 +37,12 @@ def main(argv: list[str]) -> int:
         "co2lightning test PPO --json",
     )
     parser.add_argument("--json", action="store_true", help="data on standard output")
+    parser.add_argument(
+        "--mpc",
+        action="store_true",
+        help="beside them model predictive control: a plan of the next day in every step; a second "
+        "or more for each day, once",
+    )
     parser.add_place(
         "--logs.dir",
         dest="logs",
@@ -41,6 +57,8 @@ def main(argv: list[str]) -> int:
     site = unseen(facts, site)
     keep = Path(arguments.directory) / "references"
     evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+    if arguments.mpc:
+        evaluation = _with_mpc(evaluation, site, keep)
     data = evaluation_data(evaluation)
     if arguments.json:
         told = {
@@ -64,6 +82,29 @@ def main(argv: list[str]) -> int:
         except OSError as error:  # perhaps others' files, which one may only read
             say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
     return check_bound(violations(evaluation))
+
+
+def _with_mpc(evaluation: Evaluation, site: Site, keep: Path) -> Evaluation:
+    """Put model predictive control beside the others; show on standard error how far it is."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from co2lightning.sim.mpc_stretches import play_mpc
+
+    count = len(site.stretches)
+    live = Progress(console=Console(stderr=True), transient=True)
+    if not live.console.is_terminal or "NO_COLOR" in os.environ:
+        live = None
+
+    def done(so_far: int) -> None:
+        if live:
+            live.update(task, completed=so_far)
+        else:
+            say(f"{MPC_TITLE}: {so_far} of {count} stretches", err=True)
+
+    with live or contextlib.nullcontext():
+        task = live.add_task(MPC_TITLE, total=count) if live else TaskID(0)
+        return beside(evaluation, site, "mpc", play_mpc(site, keep, done))
 
 
 def _write_scalars(logs: Path, found: Evaluation, episode: int, run: TrainingCheckpoint) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from co2lightning.report.tables import Table, comparison_table, stretches_table
-from co2lightning.sim.evaluate import STRETCHES_FOR_AN_INTERVAL, TITLES, Evaluation, summarise
+from co2lightning.sim.evaluate import (
+    MPC_TITLE,
+    STRETCHES_FOR_AN_INTERVAL,
+    TITLES,
+    Evaluation,
+    summarise,
+)
 from co2lightning.site.model import DAY_H
 
 _Data = Mapping[str, Any]
@@ -76,7 +82,7 @@ def comparison_tables(
         who: The beginning of the title, such as `PPO, episode 3`.
         agent: What the agent is called, if there is one.
     """
-    stretches, titles = data["stretches"], {"agent": agent, **TITLES}
+    stretches, titles = data["stretches"], {"agent": agent, "mpc": MPC_TITLE, **TITLES}
     last = stretches[-1]
     end = date.fromisoformat(last["begin"]) + timedelta(days=last["days"] - 1)
     title = f"{who}, on {count_text(stretches)} of {site} ({stretches[0]['begin']} to {end})"

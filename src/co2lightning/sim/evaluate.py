@@ -41,6 +41,9 @@ TITLES = {
     "optimum": "optimum (LP)",
 }
 
+MPC_TITLE = "MPC"
+"""What model predictive control is called, which only some evaluations have."""
+
 STRETCHES_FOR_AN_INTERVAL = 8
 """With fewer, their spread says too little: each stretch is shown instead."""
 
@@ -146,6 +149,24 @@ def evaluate(
         policies={"agent": figures, **references.policies},
         schedules={"agent": _schedules(own), **references.schedules},
     )
+
+
+def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) -> Evaluation:
+    """Put another policy beside those of an evaluation, just before the optimum.
+
+    Args:
+        evaluation: Of the same site.
+        site: The site.
+        name: The policy's.
+        played: How each held-out stretch has gone under it.
+    """
+    standard_kg, unavoidable_kwh = evaluation.standard_kg, evaluation.unavoidable_kwh
+    figures = _settled(site, played, standard_kg, unavoidable_kwh)
+    policies = evaluation.policies | {name: figures}
+    schedules = evaluation.schedules | {name: _schedules(played)}
+    policies["optimum"] = policies.pop("optimum")
+    schedules["optimum"] = schedules.pop("optimum")
+    return replace(evaluation, policies=policies, schedules=schedules)
 
 
 def check_finite(own: Schedule) -> None:

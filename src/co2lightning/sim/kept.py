@@ -89,16 +89,25 @@ def recall(
         count: How many they are.
         compute: Computes them.
     """
-    file = keep / f"{key.hex()}.{kind}" if keep else None
-    if file and (found := _read(file, key, count)) is not None:
-        return found
-    numbers = compute()
-    if file and file.parent.parent.is_dir():
+    found = find(keep, kind, key, count)
+    if found is None:
+        store(keep, kind, key, found := compute())
+    return found
+
+
+def find(keep: Path | None, kind: str, key: bytes, count: int) -> Floats | None:
+    """Return numbers [count] that were kept; None if they are not there, or not as they were."""
+    return _read(keep / f"{key.hex()}.{kind}", key, count) if keep else None
+
+
+def store(keep: Path | None, kind: str, key: bytes, numbers: Floats) -> None:
+    """Keep numbers for `find`, if the disk lets us."""
+    if keep and keep.parent.is_dir():
         content = numbers.astype("<f8").tobytes()
         with contextlib.suppress(OSError):
-            make_directory(file.parent)
+            make_directory(keep)
+            file = keep / f"{key.hex()}.{kind}"
             write_atomic(file, key + hashlib.sha256(content).digest() + content, durable=False)
-    return numbers
 
 
 def _read(file: Path, key: bytes, count: int) -> Floats | None:

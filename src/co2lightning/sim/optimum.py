@@ -29,7 +29,8 @@ _THROUGHPUT_KG_PER_KWH = 1e-6
 _TOLERANCE = 1e-9
 # The simplex takes 0.4 s for nine days of 128 sockets, the interior point method 1.4 s.
 _METHODS = "highs-ds", "highs-ipm"
-_NO_BATTERY = Battery(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+NO_BATTERY = Battery(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+"""One that can do nothing, for programs of sites without."""
 
 
 class Best(NamedTuple):
@@ -99,7 +100,7 @@ class _Operation(NamedTuple):
 
 
 def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats) -> _Operation:
-    battery = site.battery or _NO_BATTERY
+    battery = site.battery or NO_BATTERY
     steps = slice(begin, min(end + site.steps(TAIL_H), site.n_steps))
     # What a kWh of import costs, 0 or more.
     price = site.carbon_kg_per_kwh[steps]
@@ -150,7 +151,7 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
     upper = np.concatenate(
         [import_kw, charge_kw, np.full(n, battery.power_kw), np.full(n, most_kwh), fleet.most_kw]
     )
-    best = _least(
+    best = least(
         cost,
         A_ub=sparse.vstack(at_most, format="csr"),
         b_ub=np.concatenate(bounds),
@@ -164,7 +165,12 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
     return _Operation(ev_kw, battery_kw, best[3 * n : 4 * n], grid_kw, co2_kg)
 
 
-def _least(cost: Floats, **problem: Any) -> Floats:
+def least(cost: Floats, **problem: Any) -> Floats:
+    """Return the best point of a program that `linprog` takes.
+
+    Raises:
+        RuntimeError: HiGHS found none.
+    """
     message = ""
     for method in _METHODS:
         options = {
