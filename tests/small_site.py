@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.state import Carry, SiteModel, State, restore
-from co2lightning.sim.objective import Booked, book, priced_model
+from co2lightning.sim.objective import metered, priced_model, reward
 from co2lightning.sim.physics import Flows, step
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Battery, Sessions, Site, SocketType
+from co2lightning.site.model import OF_CO2, Battery, Objective, Sessions, Site, SocketType
 
 # Two threads on busy cores wait for each other: a year of a rule took 8 s instead of 0.1.
 torch.set_num_threads(1)
@@ -57,6 +57,9 @@ def small_site(
     grid_kw: float = 1e6,
     import_limit_kw: object = np.inf,
     held_out: Sequence[int] = (),
+    price: object = None,
+    export_price: object = None,
+    objective: Objective = OF_CO2,
 ) -> Site:
     """A site of a few sockets; series are anything that broadcasts to [D, steps of a day].
 
@@ -65,6 +68,8 @@ def small_site(
         min_kw: Least power of every socket.
         capacity_kwh: Of the battery; None for none.
         import_limit_kw: A series, where it is below `grid_kw`.
+        price: Of a kWh, a series; None for none.
+        export_price: Likewise.
     """
     a_day = 24 * 60 // step_minutes
     n_steps = days * a_day
@@ -118,6 +123,9 @@ def small_site(
         clipped_kwh=np.zeros(n_steps),
         sessions_read=None,
         notes=(),
+        price_per_kwh=None if price is None else series(price),
+        export_price_per_kwh=None if export_price is None else series(export_price),
+        objective=objective,
     )
 
 
@@ -175,6 +183,14 @@ def random_site(
     return small_site(**(drawn | own | other))
 
 
+class Booked(NamedTuple):
+    """What a step cost and earned; every field is [B]."""
+
+    co2_kg: Tensor
+    cost: Tensor
+    reward: Tensor
+
+
 class Played(NamedTuple):
     """Steps as they went: what was at the beginning of each, what flowed, what that cost."""
 
@@ -216,7 +232,9 @@ def play(
     for action in actions.to(dtype):
         state = following
         following, flows = step(model, state, action)
-        for column, one in zip(played, (state, flows, book(state, flows)), strict=False):
+        of_step = (of[0] for of in metered(model, state.place, flows.grid_kw.unsqueeze(0)))
+        booked = Booked(*of_step, reward(state, flows))
+        for column, one in zip(played, (state, flows, booked), strict=False):
             column.append(one)
     return played
 

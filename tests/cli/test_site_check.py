@@ -93,7 +93,7 @@ def test_the_published_figures_come_out(command: Command, name: str) -> None:
         assert policy["unmet_kwh_per_day"] == pytest.approx(0.0, abs=1e-3)
         for own, best in zip(policy["stretches"], policies["optimum"]["stretches"], strict=True):
             assert own["co2_kg"] >= best["co2_kg"] - 1e-3
-    settled_kg = [stretch["settlement_kg"] for stretch in policies["uncontrolled"]["stretches"]]
+    settled_kg = [stretch["settlement"] for stretch in policies["uncontrolled"]["stretches"]]
     assert settled_kg == pytest.approx([0.0] * len(settled_kg), abs=1e-3)
     assert told["summary"]["optimum"]["gap_closed"] == 1.0
     assert told["what_if"] == {}
@@ -236,7 +236,7 @@ def test_a_bound_that_is_none_is_a_defect(
 
     def worse(*arguments: Any) -> Best:
         best = solve(*arguments)
-        return best._replace(kg=best.kg + 1000.0)
+        return best._replace(settled=best.settled + 1000.0)
 
     monkeypatch.setattr(kept, "optimum", worse)
     outcome = command("site", "check", "village", "--json")

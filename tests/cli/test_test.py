@@ -43,7 +43,7 @@ def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str
         assert {"co2_kg_per_day", "unmet_kwh_per_day", "peak_kw"} <= set(policy)
         assert len(policy["stretches"]) == 3
         for stretch in policy["stretches"]:
-            assert {"co2_kg", "settlement_kg", "unmet_kwh"} <= set(stretch)
+            assert {"co2_kg", "settlement", "unmet_kwh"} <= set(stretch)
     agent = data["policies"]["agent"]
     mean = sum(stretch["co2_kg"] for stretch in agent["stretches"]) / 3
     assert agent["co2_kg_per_day"] == pytest.approx(mean, abs=1e-5)
@@ -157,7 +157,7 @@ def test_a_bound_that_is_none_is_a_defect(
 
     def worse(*arguments: Any) -> Best:
         best = solve(*arguments)
-        return best._replace(kg=best.kg + 1000.0)
+        return best._replace(settled=best.settled + 1000.0)
 
     monkeypatch.setattr(kept, "optimum", worse)
     assert main(["PPO", "--checkpoints.dir", str(tmp_path)]) == 1

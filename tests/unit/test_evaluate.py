@@ -21,7 +21,7 @@ from co2lightning.sim import evaluate as module
 from co2lightning.sim import kept
 from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.optimum import Best, tail_kg
+from co2lightning.sim.optimum import Best, tail_objective
 from co2lightning.sim.schedule import play, start_soc
 from co2lightning.site.model import Site
 from conftest import tree
@@ -32,7 +32,8 @@ from small_site import shipped
 def figures(co2_kg: list[float], **columns: list[float]) -> Figures:
     zeros = np.zeros(len(co2_kg))
     given = {name: np.array(columns.get(name, zeros)) for name in Figures._fields}
-    return Figures(**{**given, "co2_kg": np.array(co2_kg)})
+    kg = np.array(co2_kg)
+    return Figures(**{**given, "settled": kg, "co2_kg": kg})
 
 
 def by_hand() -> Evaluation:
@@ -47,8 +48,9 @@ def by_hand() -> Evaluation:
         unavoidable_kwh=none,
         turned_away_kwh=none,
         clipped_kwh=none,
-        standard_kg=none,
-        tolerance_kg=np.full(3, 1e-6),
+        standard=none,
+        tolerance=np.full(3, 1e-6),
+        unit=200.0,
         policies={
             "agent": figures([80.0, 90.0, 190.0], curtailed_kwh=[1.0, 2.0, 3.0]),
             "uncontrolled": figures([190.0, 200.0, 410.0], peak_import_kw=[5.0, 7.0, 6.0]),
@@ -69,7 +71,7 @@ def several(count: int) -> Evaluation:
         n_days=one.astype(np.int64),
         hours=24.0 * one,
         pv_kwh=one,
-        tolerance_kg=one,
+        tolerance=one,
         policies={
             "agent": figures((10.0 * kg).tolist()),
             "uncontrolled": figures((100.0 + one).tolist()),
@@ -161,10 +163,10 @@ def test_a_stretch_is_its_meter_and_what_it_leaves() -> None:
         play(priced_model(site), rbc_b, site, site.stretch_bounds),
         strict=True,
     ):
-        standard_kg = tail_kg(site, end, soc * 20.0, site.owed_on_arrival_kwh(end))
-        left_kg = tail_kg(site, end, played.stored_kwh, played.owed_kwh)
+        standard_kg = tail_objective(site, end, soc * 20.0, site.owed_on_arrival_kwh(end))
+        left_kg = tail_objective(site, end, played.stored_kwh, played.owed_kwh)
         figure = Figures(*own)
-        assert figure.settlement_kg == pytest.approx(left_kg - standard_kg, abs=1e-5)
+        assert figure.settlement == pytest.approx(left_kg - standard_kg, abs=1e-5)
         assert figure.co2_kg == pytest.approx(
             played.schedule.co2_kg.sum() + left_kg - standard_kg, abs=1e-5
         )
@@ -179,7 +181,7 @@ def test_what_may_be_missing_may_all_be_missing() -> None:
     """No battery, no vehicles, no sun, a stretch that ends with the series and has no tail."""
     site = hand_site(3 * 24, load_kw=1.0, carbon=0.5, stretches=[(1, 3)])
     found = evaluate(None, site)
-    assert found.standard_kg.tolist() == [0.0]
+    assert found.standard.tolist() == [0.0]
     assert {name: own.co2_kg.tolist() for name, own in found.policies.items()} == {
         name: [pytest.approx(24.0)]
         for name in ("uncontrolled", "rbc_a", "rbc_b", "rbc_c", "optimum")
@@ -204,8 +206,8 @@ def test_no_policy_passes_the_bound_and_uncontrolled_owes_nothing(seed: int, gri
     found = evaluate(anything, replace(site, stretches=np.array([[2, 3], [6, 7]])))
     assert violations(found) == []
     if site.grid_kw > 1e5:  # where no limit binds
-        assert found.policies["uncontrolled"].settlement_kg == pytest.approx(0.0, abs=1e-5)
-    assert found.tolerance_kg.max() < 0.01
+        assert found.policies["uncontrolled"].settlement == pytest.approx(0.0, abs=1e-5)
+    assert found.tolerance.max() < 0.01
 
 
 def test_a_schedule_says_what_its_figures_say() -> None:
@@ -222,7 +224,7 @@ def test_a_schedule_says_what_its_figures_say() -> None:
             stored_kwh = 20.0 * np.diff(plan.soc, prepend=soc)
             assert stored_kwh == pytest.approx(inside_kw, abs=1e-4), name
             meter_kg = plan.grid_import_kw @ site.carbon_kg_per_kwh[begin:end]
-            assert figures.co2_kg - figures.settlement_kg == pytest.approx(meter_kg, abs=1e-4)
+            assert figures.co2_kg - figures.settlement == pytest.approx(meter_kg, abs=1e-4)
             assert figures.grid_import_kwh == pytest.approx(plan.grid_import_kw.sum())
             assert figures.curtailed_kwh == pytest.approx(plan.curtailed_kwh.sum())
             assert figures.peak_import_kw == plan.grid_import_kw.max()

@@ -20,7 +20,7 @@ from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.control.state import Carry
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.hindsight import HINDSIGHT
-from co2lightning.sim.objective import mean_kg_per_kwh
+from co2lightning.sim.objective import mean_per_kwh
 from co2lightning.sim.schedule import run, start, through
 from co2lightning.site.model import Site
 from small_site import T, random_site, shipped, small_site
@@ -103,7 +103,7 @@ def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None
     within = np.stack([np.arange(place, place + T) for place in PLACES], axis=1)
     saved_kg = rule.co2_kg[within] - own.co2_kg.numpy()
     more_kwh = (own.credited_kw.numpy() - rule.credited_kw[within]) * site.step_h
-    expected = saved_kg + 0.5 * mean_kg_per_kwh(site) * more_kwh
+    expected = saved_kg + 0.5 * mean_per_kwh(site)[0] * more_kwh
     np.testing.assert_allclose(rewards, expected / unit_kg(site), atol=1e-6)
     assert 0.01 < rewards.sum(0).abs().min() < rewards.sum(0).abs().max() < 3.0
 
@@ -210,7 +210,7 @@ def test_hindsight_is_what_happens_to_the_rule() -> None:
         "energy it will import within 24 hours": ahead(imported, 96),
         "energy it will import within 2 hours": ahead(imported, 8),
         "energy it will curtail within 6 hours": ahead(curtailed, 24),
-        "CO2 it will emit within 24 hours": ahead(rule.co2_kg, 96),
+        "what it will cost, CO2 or money, within 24 hours": ahead(rule.co2_kg, 96),
     }
     training = site.training_steps
     for name, values in expected.items():
@@ -231,7 +231,7 @@ def test_hindsight_ends_with_the_series() -> None:
     site = small_site(days=3, load_kw=5.0, carbon=[[0.3], [0.4], [0.5]])
     env = SiteDays(site, 1, hindsight=True)
     _, seen = play_on(env, env.begin(torch.tensor([2]), torch.tensor([0.1])), 1)
-    co2 = seen[:, 0, O + HINDSIGHT.index("CO2 it will emit within 24 hours")]
+    co2 = seen[:, 0, O + HINDSIGHT.index("what it will cost, CO2 or money, within 24 hours")]
     assert (co2.diff() < 0.0).all()
     assert env.carry.place.item() == site.n_steps
 

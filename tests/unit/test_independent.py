@@ -19,7 +19,7 @@ import yaml
 import independent
 from co2lightning.control.rules import RULES
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.optimum import optimum, tail_kg
+from co2lightning.sim.optimum import optimum, tail_objective
 from co2lightning.sim.schedule import play, start_soc
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site
@@ -83,14 +83,14 @@ def odd_site(folder: Path, day_start: int) -> Path:
 def settled_kg(site: Site, begin: int, end: int) -> dict[str, float]:
     """Return the kg of one stretch by each rule and by the optimum, and of its standard tail."""
     stored_kwh = start_soc(site) * (site.battery.capacity_kwh if site.battery else 0.0)
-    standard = tail_kg(site, end, stored_kwh, site.owed_on_arrival_kwh(end))
+    standard = tail_objective(site, end, stored_kwh, site.owed_on_arrival_kwh(end))
     kg = {"tail": standard}
     for name in independent.RULES:
         (played,) = play(priced_model(site), RULES[name], site, np.array([[begin, end]]))
-        after = tail_kg(site, end, played.stored_kwh, played.owed_kwh)
+        after = tail_objective(site, end, played.stored_kwh, played.owed_kwh)
         kg[name] = float(np.sum(played.schedule.co2_kg)) + after - standard
     best = optimum(site, begin, end, stored_kwh, site.owed_on_arrival_kwh(begin))
-    kg["optimum"] = best.kg - standard
+    kg["optimum"] = best.settled - standard
     return kg
 
 

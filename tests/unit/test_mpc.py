@@ -128,7 +128,7 @@ def test_whatever_the_site_vehicles_leave_served_and_two_runs_are_one(seed: int)
     evaluation = beside(evaluate(None, site), site, "mpc", [first])
     assert list(evaluation.policies)[-2:] == ["mpc", "optimum"]
     assert evaluation.policies["mpc"].unmet_kwh.max() < 1e-3
-    bound_kg = evaluation.policies["optimum"].co2_kg - evaluation.tolerance_kg
+    bound_kg = evaluation.policies["optimum"].co2_kg - evaluation.tolerance
     assert (evaluation.policies["mpc"].co2_kg >= bound_kg).all()
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from co2lightning.sim.optimum import optimum, tail_kg
+from co2lightning.sim.optimum import optimum, tail_objective
 from co2lightning.site.model import TAIL_H, Site
 from hand_site import battery, hand_site, random_site
 
@@ -22,11 +22,11 @@ NOBODY = np.zeros(0)
 def test_a_load_alone_is_its_own_optimum() -> None:
     site = hand_site(3, load_kw=[10.0, 20.0, -5.0], carbon=[0.5, 0.1, 0.3])
     best = optimum(site, 0, 2, 0.0, NOBODY)
-    assert best.kg == pytest.approx(5.0 + 2.0)
+    assert best.settled == pytest.approx(5.0 + 2.0)
     assert best.schedule.grid_import_kw == pytest.approx([10.0, 20.0])
     assert best.schedule.soc == pytest.approx([0.0, 0.0])
     late = optimum(site, 2, 3, 0.0, NOBODY)
-    assert late.kg == 0.0
+    assert late.settled == 0.0
     assert late.schedule.curtailed_kwh == pytest.approx([5.0])
 
 
@@ -34,12 +34,12 @@ def test_a_battery_moves_energy_to_the_dear_step_and_is_worth_nothing_in_the_end
     """4 kWh at 0.2 become 4 x 0.9 in store and 4 x 0.81 at 1.0; nothing is left."""
     site = hand_site(2, carbon=[0.2, 1.0], load_kw=[1.0, 10.0], battery=battery(10.0, 4.0, 0.9))
     best = optimum(site, 0, 2, 0.0, NOBODY)
-    assert best.kg == pytest.approx(5.0 * 0.2 + (10.0 - 4.0 * 0.81) * 1.0)
+    assert best.settled == pytest.approx(5.0 * 0.2 + (10.0 - 4.0 * 0.81) * 1.0)
     assert best.schedule.battery_kw == pytest.approx([4.0, -4.0 * 0.81])
     assert best.schedule.soc == pytest.approx([0.36, 0.0], abs=1e-9)
     # With 0.9 kWh there the rating decides: 4 kW are given, 4 / 0.9 kWh taken out for that.
     charged_kwh = (4.0 / 0.9 - 0.9) / 0.9
-    assert tail_kg(site, 0, 0.9, NOBODY) == pytest.approx((1.0 + charged_kwh) * 0.2 + 6.0)
+    assert tail_objective(site, 0, 0.9, NOBODY) == pytest.approx((1.0 + charged_kwh) * 0.2 + 6.0)
 
 
 def test_stretch_and_tail_are_one() -> None:
@@ -48,45 +48,50 @@ def test_stretch_and_tail_are_one() -> None:
     owed_kwh = site.owed_on_arrival_kwh(0)
     best = optimum(site, 0, 2, 0.0, owed_kwh)
     assert best.schedule.ev_kw == pytest.approx([2.0, 0.0], abs=1e-9)
-    assert best.kg == pytest.approx(2.0 * 0.5 + 4.0 * 0.1)
-    assert tail_kg(site, 2, 0.0, np.array([4.0])) == pytest.approx(0.4)
-    assert optimum(site, 0, 3, 0.0, owed_kwh).kg == pytest.approx(best.kg)
+    assert best.settled == pytest.approx(2.0 * 0.5 + 4.0 * 0.1)
+    assert tail_objective(site, 2, 0.0, np.array([4.0])) == pytest.approx(0.4)
+    assert optimum(site, 0, 3, 0.0, owed_kwh).settled == pytest.approx(best.settled)
 
 
 def test_who_stands_there_is_owed_what_is_left_and_who_arrives_comes_whole() -> None:
     site = hand_site(
         4, carbon=1.0, sessions=[(3, 0, 2, 8.0, 5.0), (7, 0, 3, 9.0, 5.0), (3, 2, 4, 3.0, 5.0)]
     )
-    assert tail_kg(site, 1, 0.0, np.array([0.5, 2.0])) == pytest.approx(0.5 + 2.0 + 3.0)
-    assert tail_kg(site, 2, 0.0, np.array([3.0, 0.0])) == pytest.approx(3.0)  # arrived just now
-    assert tail_kg(site, 1, 0.0, np.zeros(2)) == pytest.approx(3.0)
+    assert tail_objective(site, 1, 0.0, np.array([0.5, 2.0])) == pytest.approx(0.5 + 2.0 + 3.0)
+    assert tail_objective(site, 2, 0.0, np.array([3.0, 0.0])) == pytest.approx(
+        3.0
+    )  # arrived just now
+    assert tail_objective(site, 1, 0.0, np.zeros(2)) == pytest.approx(3.0)
     # No more than its stay holds.
-    assert tail_kg(site, 1, 0.0, np.array([7.0, 0.0])) == pytest.approx(5.0 + 3.0)
+    assert tail_objective(site, 1, 0.0, np.array([7.0, 0.0])) == pytest.approx(5.0 + 3.0)
 
 
 def test_a_tail_is_two_days_or_what_the_series_has() -> None:
     site = hand_site(60, carbon=1.0, load_kw=1.0)
-    assert tail_kg(site, 0, 0.0, NOBODY) == pytest.approx(TAIL_H)
-    assert tail_kg(site, 50, 0.0, NOBODY) == pytest.approx(10.0)
-    assert tail_kg(site, 60, 0.0, NOBODY) == 0.0
-    assert optimum(site, 0, 5, 0.0, NOBODY).kg == pytest.approx(5.0 + TAIL_H)
+    assert tail_objective(site, 0, 0.0, NOBODY) == pytest.approx(TAIL_H)
+    assert tail_objective(site, 50, 0.0, NOBODY) == pytest.approx(10.0)
+    assert tail_objective(site, 60, 0.0, NOBODY) == 0.0
+    assert optimum(site, 0, 5, 0.0, NOBODY).settled == pytest.approx(5.0 + TAIL_H)
     quarters = hand_site(400, step_minutes=15, carbon=1.0, load_kw=1.0)
-    assert tail_kg(quarters, 4, 0.0, NOBODY) == pytest.approx(TAIL_H)
+    assert tail_objective(quarters, 4, 0.0, NOBODY) == pytest.approx(TAIL_H)
 
 
 def test_sessions_are_cut_at_the_tails_end() -> None:
     site = hand_site(100, carbon=1.0, sessions=[(0, 0, 100, 90.0, 1.0), (1, 46, 100, 9.0, 1.0)])
-    assert tail_kg(site, 0, 0.0, np.array([90.0, 0.0])) == pytest.approx(48.0 + 2.0)
+    assert tail_objective(site, 0, 0.0, np.array([90.0, 0.0])) == pytest.approx(48.0 + 2.0)
 
 
 def test_who_defers_beyond_the_tail_is_no_better_than_the_bound() -> None:
     """A vehicle of 90 kWh stays 60 h beyond the tail: of what it waits for 48 are asked."""
     site = hand_site(120, carbon=1.0, sessions=[(0, 0, 120, 90.0, 1.0)])
     owed_kwh = np.array([90.0])
-    assert optimum(site, 0, 24, 0.0, owed_kwh).kg <= tail_kg(site, 24, 0.0, owed_kwh) + 1e-9
+    assert (
+        optimum(site, 0, 24, 0.0, owed_kwh).settled
+        <= tail_objective(site, 24, 0.0, owed_kwh) + 1e-9
+    )
     # Where the tail can give all, all is asked.
     asked = optimum(site, 0, 24, 0.0, np.array([48.0]))
-    assert asked.kg == pytest.approx(48.0)
+    assert asked.settled == pytest.approx(48.0)
 
 
 def test_a_battery_that_may_not_charge_from_the_grid_takes_surplus_alone() -> None:
@@ -95,18 +100,18 @@ def test_a_battery_that_may_not_charge_from_the_grid_takes_surplus_alone() -> No
         3, carbon=[0.1, 0.1, 1.0], load_kw=[2.0, 0, 9.0], pv_kw=[0, 3.0, 0], battery=own
     )
     best = optimum(site, 0, 3, 0.0, NOBODY)
-    assert best.kg == pytest.approx(0.2 + (9.0 - 3.0) * 1.0)
+    assert best.settled == pytest.approx(0.2 + (9.0 - 3.0) * 1.0)
     # A vehicle that can take less than the surplus leaves the rest, no more.
     with_vehicle = replace(site, sessions=hand_site(3, sessions=[(0, 1, 3, 2.0, 2.0)]).sessions)
-    assert optimum(with_vehicle, 0, 3, 0.0, np.zeros(1)).kg == pytest.approx(0.2 + 8.0)
+    assert optimum(with_vehicle, 0, 3, 0.0, np.zeros(1)).settled == pytest.approx(0.2 + 8.0)
 
 
 def test_a_battery_keeps_its_reserve_and_a_start_below_it_is_no_fault() -> None:
     own = replace(battery(10.0, 5.0), reserve_soc=0.4)
     site = hand_site(1, carbon=1.0, load_kw=9.0, battery=own)
-    assert tail_kg(site, 0, 6.0, NOBODY) == pytest.approx(9.0 - 2.0)
-    assert tail_kg(site, 0, 1.0, NOBODY) == pytest.approx(9.0)
-    assert tail_kg(
+    assert tail_objective(site, 0, 6.0, NOBODY) == pytest.approx(9.0 - 2.0)
+    assert tail_objective(site, 0, 1.0, NOBODY) == pytest.approx(9.0)
+    assert tail_objective(
         replace(site, battery=replace(own, soc_max=0.5)), 0, 8.0, NOBODY
     ) == pytest.approx(5.0)
 
@@ -115,13 +120,13 @@ def test_a_connection_limits_what_is_not_a_vehicles() -> None:
     """Import may reach the limit, or load and all vehicles where that is more."""
     own = battery(10.0, 10.0)
     site = hand_site(2, carbon=[0.0, 1.0], load_kw=[1.0, 9.0], battery=own, limit_kw=6.0)
-    assert optimum(site, 0, 2, 0.0, NOBODY).kg == pytest.approx(9.0 - 5.0)
-    assert tail_kg(replace(site, import_limit_kw=np.array([2.0, 2.0])), 0, 0.0, NOBODY) == (
+    assert optimum(site, 0, 2, 0.0, NOBODY).settled == pytest.approx(9.0 - 5.0)
+    assert tail_objective(replace(site, import_limit_kw=np.array([2.0, 2.0])), 0, 0.0, NOBODY) == (
         pytest.approx(9.0 - 1.0)
     )
     # No vehicle is left without because the connection is weak.
     weak = hand_site(2, carbon=1.0, load_kw=5.0, limit_kw=2.0, sessions=[(0, 0, 2, 4.0, 2.0)])
-    assert tail_kg(weak, 0, 0.0, np.array([4.0])) == pytest.approx(14.0)
+    assert tail_objective(weak, 0, 0.0, np.array([4.0])) == pytest.approx(14.0)
 
 
 # --- shapes --------------------------------------------------------------------------------------
@@ -134,9 +139,9 @@ def test_it_is_the_naive_program(seed: int, step_minutes: int, begin: int, lengt
     capacity_kwh = site.battery.capacity_kwh if site.battery else 0.0
     owed_kwh = 0.7 * site.owed_on_arrival_kwh(begin)
     ours = (
-        optimum(site, begin, begin + length, 0.5 * capacity_kwh, owed_kwh).kg
+        optimum(site, begin, begin + length, 0.5 * capacity_kwh, owed_kwh).settled
         if length
-        else tail_kg(site, begin, 0.5 * capacity_kwh, owed_kwh)
+        else tail_objective(site, begin, 0.5 * capacity_kwh, owed_kwh)
     )
     naive = naive_kg(site, begin, begin + length, 0.5 * capacity_kwh, owed_kwh)
     assert ours == pytest.approx(naive, abs=1e-4)
@@ -198,7 +203,7 @@ def test_what_is_left_is_worth_less_and_less(seed: int, a: float, b: float, shar
     most_kwh = site.owed_on_arrival_kwh(10)
 
     def kg(soc: float, owed: float) -> float:
-        return tail_kg(site, 10, soc * 30.0, owed * most_kwh)
+        return tail_objective(site, 10, soc * 30.0, owed * most_kwh)
 
     assert kg(max(a, b), share) <= kg(min(a, b), share) + 1e-4
     assert kg((a + b) / 2, share) <= (kg(a, share) + kg(b, share)) / 2 + 1e-4
@@ -222,8 +227,8 @@ def test_the_bound_is_reached_by_its_own_path(seed: int, length: int) -> None:
         since = max(one.arrival[i], 5)
         asked_kwh = owed_kwh[0] if one.arrival[i] <= 5 else one.energy_kwh[i]
         left_kwh[0] = max(asked_kwh - best.schedule.ev_kw[since - 5 :].sum(), 0.0)
-    rest_kg = tail_kg(site, end, best.schedule.soc[-1] * capacity_kwh, left_kwh)
-    assert best.schedule.co2_kg.sum() + rest_kg == pytest.approx(best.kg, abs=1e-5)
+    rest_kg = tail_objective(site, end, best.schedule.soc[-1] * capacity_kwh, left_kwh)
+    assert best.schedule.co2_kg.sum() + rest_kg == pytest.approx(best.settled, abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
@@ -238,6 +243,6 @@ def test_sites_of_any_size_are_solved(scale: float) -> None:
         battery=battery(20.0 * scale, 6.0 * scale, 0.9, 0.1, 0.9),
         sessions=replace(s, energy_kwh=s.energy_kwh * scale, max_kw=s.max_kw * scale),
     )
-    kg = optimum(site, 0, 40, 10.0 * scale, site.owed_on_arrival_kwh(0)).kg
-    unit = optimum(shape, 0, 40, 10.0, shape.owed_on_arrival_kwh(0)).kg
+    kg = optimum(site, 0, 40, 10.0 * scale, site.owed_on_arrival_kwh(0)).settled
+    unit = optimum(shape, 0, 40, 10.0, shape.owed_on_arrival_kwh(0)).settled
     assert kg / scale == pytest.approx(unit, rel=1e-6)

@@ -54,7 +54,7 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     agent = load_agent(TrainingCheckpoint.read(path), path)
     evaluation = evaluate(policy_of(agent, site), site)
     own = evaluation.policies["agent"]
-    assert co2_kg.sum() == pytest.approx(own.co2_kg[0] - own.settlement_kg[0], abs=1e-4)
+    assert co2_kg.sum() == pytest.approx(own.co2_kg[0] - own.settlement[0], abs=1e-4)
     told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2, what is left at the end settled; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, cheap hours {:.1f}, RBC C {:.1f}, optimum (LP) {:.1f}"  # noqa: E501
     said = printed.err.splitlines()[-1]
     assert said == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))

@@ -799,14 +799,14 @@ def test_parts_that_do_not_fit_together(folder: Folder) -> None:
 
 
 def test_columns_that_nobody_knows_are_left_out(folder: Folder) -> None:
-    folder.set_column("price_per_kwh", ["dear"] * 288)
-    assert folder.load().notes[0] == "series.csv.gz: column price_per_kwh is not read"
+    folder.set_column("humidity", ["dear"] * 288)
+    assert folder.load().notes[0] == "series.csv.gz: column humidity is not read"
     for i in range(6):
         folder.set_column(f"x{i}", [i] * 288)
     assert folder.load().notes[0] == (
-        "series.csv.gz: columns price_per_kwh, x0, x1, x2, x3 and 2 more are not read"
+        "series.csv.gz: columns humidity, x0, x1, x2, x3 and 2 more are not read"
     )
-    folder.drop(*[f"x{i}" for i in range(6)], "price_per_kwh", "load_kw")
+    folder.drop(*[f"x{i}" for i in range(6)], "humidity", "load_kw")
     folder.set_column("load_kW", [5] * 288)
     assert message(folder.load) == ("series.csv.gz: column load_kW is unknown; write load_kw")
 
@@ -1579,3 +1579,78 @@ def test_no_session_in_the_series(folder: Folder) -> None:
         "2024-03-01T13:05:00 UTC, the series goes from 2025-03-01T05:00:00 to 2025-03-04T05:00:00 "
         "UTC"
     )
+
+
+# --- prices --------------------------------------------------------------------------------------
+
+
+def test_prices_are_read_and_may_be_negative(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "mine")
+    folder.set_column("price_per_kwh", [-0.05, 0.3] * 144)
+    folder.set_column("export_price_per_kwh", [-0.1, 0.1] * 144)
+    folder.config["currency"] = "EUR"
+    site = folder.load()
+    assert site.price_per_kwh is not None
+    assert site.price_per_kwh[:2].tolist() == [-0.05, 0.3]
+    assert site.money_per_kwh[:, :2].tolist() == [[-0.05, 0.3], [0.0, 0.1]]
+    assert site.currency == "EUR"
+    assert site.import_price[:2].tolist() == [0.45, 0.45]
+    of_cost = load_site(folder.path, objective="cost")
+    assert of_cost is load_site(folder.path, objective={"cost": 1})
+    assert of_cost.import_price[:2].tolist() == [-0.05, 0.3]
+    both = load_site(folder.path, objective="{co2: 1, cost: 0.2}")
+    assert both.import_price[:2].tolist() == pytest.approx([0.44, 0.51])
+    assert both.export_credit[:2].tolist() == pytest.approx([0.0, 0.02])
+
+
+def test_without_prices_nothing_costs_anything(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "mine")
+    site = folder.load()
+    assert site.price_per_kwh is site.export_price_per_kwh is None
+    assert site.currency == ""
+    assert not site.money_per_kwh.any()
+    with pytest.raises(UserError, match=r"--env.objective cost: .* has no column price_per_kwh"):
+        load_site(folder.path, objective="cost")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["money", "", "{co2: -1}", "{co2: 0}", "{co2: .nan}", "{so2: 1}", "[1]", "{co2: x}"],
+)
+def test_what_is_no_objective_is_told_in_a_line(tmp_path: Path, objective: str) -> None:
+    folder = Folder(tmp_path / "mine")
+    folder.set_column("price_per_kwh", [0.3] * 288)
+    folder.load()
+    with pytest.raises(UserError, match=r"--env.objective .*co2: 1, cost: 0.2") as told:
+        load_site(folder.path, objective=objective)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("price", "export", "told"),
+    [
+        (0.1, 0.2, "row 7, column export_price_per_kwh: '0.2' is above price_per_kwh 0.1"),
+        (-0.1, 0.05, "row 7, column export_price_per_kwh: '0.05' is above price_per_kwh -0.1"),
+        (None, 0.1, "column price_per_kwh is missing, and there is export_price_per_kwh"),
+        ("much", None, "row 7, column price_per_kwh: 'much' is not a number"),
+    ],
+)
+def test_prices_that_cannot_be_are_refused(
+    tmp_path: Path, price: object, export: object, told: str
+) -> None:
+    folder = Folder(tmp_path / "mine")
+    for column, value in (("price_per_kwh", price), ("export_price_per_kwh", export)):
+        if value is not None:
+            usual = [0.3 if column == "price_per_kwh" else 0.1] * 288
+            folder.set_column(column, [*usual[:5], value, *usual[6:]])
+    with pytest.raises(UserError, match="series") as error:
+        folder.load()
+    assert told.replace("'", "") in str(error.value).replace("'", "")
+
+
+@pytest.mark.parametrize("currency", [3, "", "a b", "x" * 13])
+def test_a_currency_is_a_short_name(tmp_path: Path, currency: object) -> None:
+    folder = Folder(tmp_path / "mine")
+    folder.config["currency"] = currency
+    with pytest.raises(UserError, match=r"site.yaml: currency: .* three letters such as EUR"):
+        folder.load()

@@ -104,11 +104,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     checkpoint, path = _read(run, arguments)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
-    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
+    config = checkpoint["run"].get("config", {})
+    wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
-        site = load_site(wanted)
+        site = load_site(wanted, objective=objective)
     say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(

@@ -213,14 +213,14 @@ def _exogenous_features(site: Site) -> Floats:
 
     n = site.n_steps
     known = site.training_steps
-    usual_carbon = _usual(site.carbon_kg_per_kwh, known, slot)
+    carbon = site.import_price  # or the price, where that is to be made small
+    usual_carbon = _usual(carbon, known, slot)
     usual_load_kw = _usual(site.load_kw, known, slot, weekend[day])
     usual_pv_kw = _seasonal(site.pv_kw, known, slot, day, days)
-    carbon = site.carbon_kg_per_kwh
 
     def beyond_now(expected: Floats) -> Floats:
         change = expected - carbon  # of a constant intensity nothing but rounding
-        return np.where(np.abs(change) > _ROUNDING * usual_carbon.max(), change, 0.0)
+        return np.where(np.abs(change) > _ROUNDING * np.abs(usual_carbon).max(), change, 0.0)
 
     def carbon_ahead(hours: float) -> Floats:
         steps = site.steps(hours)

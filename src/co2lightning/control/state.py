@@ -7,7 +7,7 @@ long), two rows go through one operation where they can, a state carries what bo
 observation need.
 
 Shapes: P steps of the site, P + 1 places in the tables, B sites at once, C sockets that are ever
-taken (one that is never taken where there is none), K prices.
+taken (one that is never taken where there is none), K prices, M that the meter counts afterwards.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ class SiteModel(NamedTuple):
     """
 
     series: Tensor  # [2 + K, P + 1]: what `State` calls net_kw, room_kw, prices
+    metered: Tensor  # [M, P + 1]: what no step looks up, see `sim.objective`
     sockets: Tensor  # [4, P + 1, C]: later kW, session kW, 1.0 if it stays, owed kW
     floor_kw: Tensor | None  # [C] a socket's least power; None where no socket has one
     soc_bounds: Tensor  # [2, 1] the highest SoC that operation may reach, the lowest
@@ -107,11 +108,13 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     prices: Sequence[Floats] = (),
+    metered: Sequence[Floats] = (),
 ) -> SiteModel:
     """Turn a site into tables of `dtype` on `device`.
 
     Args:
         prices: What else is to be looked up of a step, each [P].
+        metered: What is to be looked up of steps that are done, each [P].
     """
     sessions, n_steps, step_h = site.sessions, site.n_steps, site.step_h
     places, n_columns = n_steps + 1, max(1, len(sessions.used_sockets))
@@ -135,6 +138,7 @@ def build_model(
 
     net_kw = site.load_kw - site.pv_kw
     series = np.stack([net_kw, site.import_limit_kw - net_kw, *prices])
+    afterwards = np.stack(metered) if metered else np.zeros((0, n_steps))
     battery = site.battery or _NO_BATTERY
     charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / step_h
     discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / step_h
@@ -144,6 +148,7 @@ def build_model(
 
     return SiteModel(
         series=tensor(np.pad(series, ((0, 0), (0, 1)))),
+        metered=tensor(np.pad(afterwards, ((0, 0), (0, 1)))),
         sockets=tensor(sockets.reshape(4, places, n_columns)),
         floor_kw=tensor(_floor_kw(site, n_columns)) if sessions.min_kw.any() else None,
         soc_bounds=tensor([[battery.soc_max], [battery.least_soc]]),

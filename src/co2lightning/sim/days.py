@@ -21,17 +21,18 @@ from co2lightning.errors import UserError
 from co2lightning.sim.hindsight import HINDSIGHT, hindsight
 from co2lightning.sim.interface import Environment, Step
 from co2lightning.sim.objective import (
-    Booked,
-    book,
-    mean_kg_per_kwh,
+    mean_per_kwh,
+    metered,
     priced_model,
+    reward,
     rewarded,
+    unit_a_day,
 )
 from co2lightning.sim.physics import Flows, step
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.schedule import start, through
 from co2lightning.site.load import load_site
-from co2lightning.site.model import DAY_H, Site
+from co2lightning.site.model import DAY_H, Objective, Site
 
 
 class _Tables(NamedTuple):
@@ -42,8 +43,10 @@ class _Tables(NamedTuple):
     owed_kw: Tensor  # [D, C] to the vehicles at each day's beginning
     # What of these came before each place without control, and what is owed then, [P + 1]:
     uncontrolled_kg: Tensor
+    uncontrolled_cost: Tensor
     pv_kwh: Tensor
     owed_kwh: Tensor
+    unit: float  # what objectives of a day are measured in
 
 
 @functools.lru_cache(maxsize=2)
@@ -52,9 +55,10 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     idle, rule = through(site, uncontrolled), through(site, rbc_b)
     training = site.training_steps
     days = training.sum() * site.step_h / DAY_H
-    uncontrolled_kg = float(idle.co2_kg[training].sum() / days)
-    plain = priced_model(site, device)
-    model = rewarded(plain, site, uncontrolled_kg, rule.co2_kg, rule.credited_kw)
+    objective = site.objective
+    a_day = float(objective.of(idle.co2_kg, idle.cost)[training].sum() / days)
+    of_rule = objective.of(rule.co2_kg, rule.cost)
+    model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
     ahead = np.ascontiguousarray(hindsight(site, rule))
 
     def until(values: np.ndarray) -> Tensor:
@@ -65,8 +69,10 @@ def _tables(site: Site, device: torch.device) -> _Tables:
         hindsight=torch.as_tensor(ahead).to(model.zero),
         owed_kw=start(model, site, site.day_bounds[:-1], 0.0).owed_kw,
         uncontrolled_kg=until(idle.co2_kg),
+        uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
         owed_kwh=torch.as_tensor(np.append(idle.owed_kw, 0.0) * site.step_h).to(device),
+        unit=unit_a_day(site, a_day),
     )
 
 
@@ -104,7 +110,7 @@ class SiteDays:
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._days = self.horizon * site.step_h / DAY_H
         self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
-        self._past: list[Tensor] = []  # of each step [3, B]: CO2 kg, grid kW, unmet kW
+        self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
         self._at: State | Carry | None = None
         self._build(torch.device(device))
 
@@ -178,12 +184,11 @@ class SiteDays:
         if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
         following, self.flows = step(self.model, state, action)
-        self.booked = book(state, self.flows)
         self._at = following
-        self._past.append(_past_of(self.flows, self.booked))
+        self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
-        return Step(self._observe(following), self.booked.reward, zeros, truncated, ones)
+        return Step(self._observe(following), reward(state, self.flows), zeros, truncated, ones)
 
     @property
     def carry(self) -> Carry:
@@ -205,42 +210,44 @@ class SiteDays:
 
         Returns:
             The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
-            [3, B], for `go_on`.
+            [2, B], for `go_on`.
         """
         state = restore(self.model, carry)
         following, flows = step(self.model, state, action)
-        booked = book(state, flows)
-        past = _past_of(flows, booked)
-        return following.carry, self._observe(following), booked.reward, past
+        observed, past = self._observe(following), _past_of(flows)
+        return following.carry, observed, reward(state, flows), past
 
     def go_on(self, carry: Carry, past: Tensor) -> None:
-        """Set the window to a carry that `advance` led to, with the past [n, 3, B] of n steps."""
+        """Set the window to a carry that `advance` led to, with the past [n, 2, B] of n steps."""
         self._past += past.unbind(0)
         self._at = carry
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the windows [B] added up to so far, and the same time without control.
 
-        `co2_kg` is the meter's, and what is left undone at the mean intensity: the battery below
-        where it began, vehicles owed more than charging on arrival would leave. Nothing is won by
-        putting it off beyond the window's end.
+        `co2_kg` and `cost` are the meter's, and what is left undone at the mean intensity and
+        price: the battery below where it began, vehicles owed more than charging on arrival would
+        leave. Nothing is won by putting it off beyond the window's end.
         """
         if not self._past:
             raise RuntimeError("no step was made yet")
-        co2_kg, grid_kw, unmet_kw = torch.stack(self._past, dim=1)
+        grid_kw, unmet_kw = torch.stack(self._past, dim=1)
+        co2_kg, cost = metered(self.model, self.place, grid_kw)
         tables, step_h, carry = self.tables, self.site.step_h, self.carry
         undone_kwh = (carry.owed_kw.sum(1) * step_h - tables.owed_kwh[carry.place]).relu()
         if battery := self.site.battery:
             less = (self._began.soc - carry.soc).relu()
             undone_kwh = undone_kwh + less * battery.capacity_kwh / battery.charge_efficiency
-        undone_kg = undone_kwh * mean_kg_per_kwh(self.site)
+        mean_kg, mean_price = mean_per_kwh(self.site)
         return {
-            "co2_kg": co2_kg.sum(0) + undone_kg.to(co2_kg),
+            "co2_kg": co2_kg.sum(0) + (undone_kwh * mean_kg).to(co2_kg),
+            "cost": cost.sum(0) + (undone_kwh * mean_price).to(cost),
             "grid_import_kwh": grid_kw.relu().sum(0) * step_h,
             "curtailed_kwh": (-grid_kw).relu().sum(0) * step_h,
             "unmet_kwh": unmet_kw.sum(0) * step_h,
             "pv_kwh": self._meanwhile(tables.pv_kwh),
             "uncontrolled_kg": self._meanwhile(tables.uncontrolled_kg),
+            "uncontrolled_cost": self._meanwhile(tables.uncontrolled_cost),
         }
 
     def _meanwhile(self, until: Tensor) -> Tensor:
@@ -256,7 +263,23 @@ class SiteDays:
         totals = self.totals()
         means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
+        site = self.site
+        money = (
+            {}
+            if site.price_per_kwh is None
+            else {
+                "site/cost": day["cost"],
+                "site/uncontrolled_cost": day["uncontrolled_cost"],
+            }
+        )
+        if site.objective != Objective():
+            # Above 0 whatever the sign of what is paid: what is gained, in units of a day.
+            gained = site.objective.of(
+                day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
+            )
+            money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
         return {
+            **money,
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
@@ -273,9 +296,9 @@ class SiteDays:
 _NO_DAY = "no day is running: call reset() or begin() first"
 
 
-def _past_of(flows: Flows, booked: Booked) -> Tensor:
-    """Return [3, B] what a window's totals are made of: CO2 kg, grid kW, unmet kW."""
-    return torch.stack([booked.co2_kg, flows.grid_kw, flows.unmet_kw])
+def _past_of(flows: Flows) -> Tensor:
+    """Return [2, B] what a window's totals are made of: grid kW, unmet kW."""
+    return torch.stack([flows.grid_kw, flows.unmet_kw])
 
 
 def _windows(site: Site, horizon: int, hours: float) -> np.ndarray:
@@ -309,6 +332,7 @@ def make_environment(
     hours: float = DAY_H,
     hindsight: bool = False,
     id: str | None = None,
+    objective: dict[str, float] | str = "co2",
 ) -> Environment:
     """Make the environment an agent trains in.
 
@@ -320,6 +344,8 @@ def make_environment(
             environment has no hindsight.
         id: A Gymnasium environment instead of a site, such as Pendulum-v1, for checking the
             algorithms; an episode is then one horizon of each of its copies.
+        objective: What is to be made small: co2, cost where the site has prices, or weights of
+            a kg and of a unit of its currency such as {co2: 1, cost: 0.2}.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
@@ -329,4 +355,5 @@ def make_environment(
         return GymEnvironment(id, num_envs)
     if not 1 <= hours <= 168:
         raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
-    return SiteDays(load_site(site), num_envs, hindsight=hindsight, hours=hours)
+    found = load_site(site, objective=objective)
+    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours)

@@ -6,7 +6,7 @@ leaves undone is settled by what the best operation of the two days after it wou
 charging on arrival would leave, the battery as it was at the begin, settles at 0.
 
 The physics runs in float32, as in training; the optimum is computed in float64. Both see the same
-stretch, so the optimum may lie above a policy by rounding only: `tolerance_kg` says how much.
+stretch, so the optimum may lie above a policy by rounding only: `tolerance` says how much.
 
 Shapes: W stretches, n steps of one.
 """
@@ -23,11 +23,11 @@ from scipy import stats
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
-from co2lightning.sim.objective import priced_model
-from co2lightning.sim.optimum import tail_kg
+from co2lightning.sim.objective import priced_model, unit_a_day
+from co2lightning.sim.optimum import tail_objective
 from co2lightning.sim.schedule import Played, Schedule, play, start_soc
 from co2lightning.sim.search import rbc_c_in_words, rules_of
-from co2lightning.site.model import DAY_H, Floats, Ints, Site
+from co2lightning.site.model import DAY_H, OF_CO2, Floats, Ints, Objective, Site
 
 # All that may be among the references of a site, in their order.
 TITLES = {
@@ -54,8 +54,10 @@ _ROUNDING = 1e-6  # relative, of float32 powers: no excess over a limit
 class Figures(NamedTuple):
     """What a policy did in each stretch; every field is [W]."""
 
-    co2_kg: Floats  # of the import, and settled
-    settlement_kg: Floats  # how much of it is what was left at the end
+    settled: Floats  # the site's objective, CO2 or money: what the meter counts, and settled
+    settlement: Floats  # how much of it is what was left at the end
+    co2_kg: Floats  # of the import; where it is the objective, settled
+    cost: Floats  # of import less export; where it is the objective, settled; 0 without prices
     unmet_kwh: Floats  # beyond what charging on arrival would also leave
     grid_import_kwh: Floats
     curtailed_kwh: Floats
@@ -76,10 +78,13 @@ class Evaluation:
         unavoidable_kwh: What charging on arrival leaves unserved, [W].
         turned_away_kwh: What vehicles ask for that find no socket, [W].
         clipped_kwh: What sessions ask for beyond what their stays allow, [W].
-        standard_kg: What the tail takes at least of whoever leaves what charging on arrival
+        standard: What the tail takes at least of whoever leaves what charging on arrival
             leaves, and in the battery what was there at the begin, [W].
-        tolerance_kg: By how much rounding may put a policy below the optimum, [W].
+        tolerance: By how much rounding may put a policy below the optimum, [W].
         policies: Per policy its figures: the agent if there is one, the rules, the optimum.
+        objective: What is settled.
+        unit: Of it what shares are of, a day without control; above 0.
+        currency: Of the costs; None where the site has no prices, "" where it names none.
         schedules: Per policy what it did in every step of each stretch.
         rbc_c: What RBC C does, in words.
     """
@@ -92,9 +97,12 @@ class Evaluation:
     unavoidable_kwh: Floats
     turned_away_kwh: Floats
     clipped_kwh: Floats
-    standard_kg: Floats
-    tolerance_kg: Floats
+    standard: Floats
+    tolerance: Floats
     policies: dict[str, Figures]
+    objective: Objective = OF_CO2
+    unit: float = 1.0
+    currency: str | None = None
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     rbc_c: str = ""
 
@@ -143,7 +151,7 @@ def evaluate(
     for played in own:
         check_finite(played.schedule)
     references = references or _references(site, keep, foresight)
-    figures = _settled(site, own, references.standard_kg, references.unavoidable_kwh)
+    figures = _settled(site, own, references.standard, references.unavoidable_kwh)
     return replace(
         references,
         policies={"agent": figures, **references.policies},
@@ -160,7 +168,7 @@ def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) 
         name: The policy's.
         played: How each held-out stretch has gone under it.
     """
-    standard_kg, unavoidable_kwh = evaluation.standard_kg, evaluation.unavoidable_kwh
+    standard_kg, unavoidable_kwh = evaluation.standard, evaluation.unavoidable_kwh
     figures = _settled(site, played, standard_kg, unavoidable_kwh)
     policies = evaluation.policies | {name: figures}
     schedules = evaluation.schedules | {name: _schedules(played)}
@@ -182,17 +190,17 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
     # As the physics holds it: whoever leaves the battery idle then settles at 0.
     soc = float(np.float32(start_soc(site)))
     bounds = bounds_of(site, soc * site.battery.capacity_kwh if site.battery else 0.0, keep)
-    standard_kg = bounds.standard_kg
+    standard = bounds.standard
     model, places = priced_model(site), site.stretch_bounds
     own = rules_of(site, keep=keep, foresight=foresight)
     rules = {name: play(model, rule, site, places) for name, rule in own.items()}
     unavoidable_kwh = _each(lambda plan: plan.unmet_kwh.sum(), _schedules(rules["uncontrolled"]))
     policies = {
-        name: _settled(site, played, standard_kg, unavoidable_kwh) for name, played in rules.items()
+        name: _settled(site, played, standard, unavoidable_kwh) for name, played in rules.items()
     }
     best = [one.schedule for one in bounds.best]
-    rest_kg = np.array([one.kg - one.schedule.co2_kg.sum() for one in bounds.best])
-    policies["optimum"] = _figures(site, best, rest_kg - standard_kg, unavoidable_kwh)
+    rest = np.array([one.settled for one in bounds.best]) - _each(_meter(site), best)
+    policies["optimum"] = _figures(site, best, rest - standard, unavoidable_kwh)
     starts, ends = places.T
     hours = (ends - starts) * site.step_h
 
@@ -208,15 +216,20 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
         unavoidable_kwh=unavoidable_kwh,
         turned_away_kwh=within(site.turned_away_kwh),
         clipped_kwh=within(site.clipped_kwh),
-        standard_kg=standard_kg,
-        tolerance_kg=_tolerance_kg(site, policies["uncontrolled"].co2_kg + standard_kg),
+        standard=standard,
+        tolerance=_tolerance(site, _schedules(rules["uncontrolled"]), standard),
+        objective=site.objective,
+        unit=unit_a_day(
+            site, float(policies["uncontrolled"].settled.sum() / (hours.sum() / DAY_H))
+        ),
+        currency=None if site.price_per_kwh is None else site.currency,
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
         rbc_c=rbc_c_in_words(site, keep),
     )
 
 
-def _tolerance_kg(site: Site, emitted_kg: Floats) -> Floats:
+def _tolerance(site: Site, uncontrolled: list[Schedule], standard: Floats) -> Floats:
     """Return by how much rounding may put a policy below the optimum, [W].
 
     Each of n steps may round what the battery holds; what a vehicle is owed and what the meter
@@ -224,12 +237,15 @@ def _tolerance_kg(site: Site, emitted_kg: Floats) -> Floats:
     4,000 kg with a battery of 580 kWh, where this allows 0.03 kg.
     """
     capacity_kwh = site.battery.capacity_kwh if site.battery else 0.0
-    stored_kg = [
-        (end - start) / 2 * capacity_kwh * site.carbon_kg_per_kwh[start:end].max()
-        for start, end in site.stretch_bounds
-    ]
-    rounded = float(np.finfo(np.float32).eps)
-    return 1e-6 + rounded * (np.array(stored_kg) + 16.0 * emitted_kg)
+    price, credit = site.import_price, site.export_credit
+    highest, rounded = np.abs(price).max(), float(np.finfo(np.float32).eps)
+    allowed: list[float] = []
+    for (start, end), plan, tail in zip(site.stretch_bounds, uncontrolled, standard, strict=True):
+        stored = (end - start) / 2 * capacity_kwh * np.abs(price[start:end]).max()
+        imported = (np.abs(price[start:end]) * plan.grid_import_kw).sum() * site.step_h
+        exported = (credit[start:end] * plan.curtailed_kwh).sum()
+        allowed.append(rounded * (stored + 16.0 * (imported + exported + abs(tail))))
+    return 1e-6 * max(1.0, highest) + np.array(allowed)
 
 
 def _schedules(played: list[Played]) -> list[Schedule]:
@@ -241,15 +257,15 @@ def _each(figure: Callable[[Schedule], float], schedules: list[Schedule]) -> Flo
 
 
 def _settled(
-    site: Site, played: list[Played], standard_kg: Floats, unavoidable_kwh: Floats
+    site: Site, played: list[Played], standard: Floats, unavoidable_kwh: Floats
 ) -> Figures:
     ends = zip(site.stretch_bounds[:, 1].tolist(), played, strict=True)
-    left_kg = np.array([tail_kg(site, end, one.stored_kwh, one.owed_kwh) for end, one in ends])
-    return _figures(site, _schedules(played), left_kg - standard_kg, unavoidable_kwh)
+    left = [tail_objective(site, end, one.stored_kwh, one.owed_kwh) for end, one in ends]
+    return _figures(site, _schedules(played), np.array(left) - standard, unavoidable_kwh)
 
 
 def _figures(
-    site: Site, schedules: list[Schedule], settlement_kg: Floats, unavoidable_kwh: Floats
+    site: Site, schedules: list[Schedule], settlement: Floats, unavoidable_kwh: Floats
 ) -> Figures:
     step_h = site.step_h
     over_kwh = [
@@ -257,15 +273,25 @@ def _figures(
         for plan, (a, b) in zip(schedules, site.stretch_bounds, strict=True)
     ]
     unmet_kwh = _each(lambda plan: plan.unmet_kwh.sum(), schedules)
+    settled = _each(_meter(site), schedules) + settlement
+    co2_kg = _each(lambda plan: plan.co2_kg.sum(), schedules)
+    cost = _each(lambda plan: plan.cost.sum(), schedules)
     return Figures(
-        co2_kg=_each(lambda plan: plan.co2_kg.sum(), schedules) + settlement_kg,
-        settlement_kg=settlement_kg,
+        settled=settled,
+        settlement=settlement,
+        co2_kg=settled if site.objective == Objective(1.0, 0.0) else co2_kg,
+        cost=settled if site.objective == Objective(0.0, 1.0) else cost,
         unmet_kwh=np.maximum(unmet_kwh - unavoidable_kwh, 0.0),
         grid_import_kwh=_each(lambda plan: plan.grid_import_kw.sum() * step_h, schedules),
         curtailed_kwh=_each(lambda plan: plan.curtailed_kwh.sum(), schedules),
         peak_import_kw=_each(lambda plan: plan.grid_import_kw.max(), schedules),
         over_limit_kwh=np.array(over_kwh),
     )
+
+
+def _meter(site: Site) -> Callable[[Schedule], float]:
+    """Return what works out a schedule's objective as the meter counts it."""
+    return lambda plan: float(site.objective.of(plan.co2_kg, plan.cost).sum())
 
 
 def _over_kw(plan: Schedule, limit_kw: Floats) -> Floats:
@@ -284,18 +310,18 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
     def a_day(values: Floats) -> float:
         return float(values.sum() / days.sum())
 
-    uncontrolled_kg = a_day(policies["uncontrolled"].co2_kg)
-    gap_kg = uncontrolled_kg - a_day(policies["optimum"].co2_kg)
+    uncontrolled = a_day(policies["uncontrolled"].settled)
+    gap = uncontrolled - a_day(policies["optimum"].settled)
     summaries: dict[str, Summary] = {}
     for name, figures in policies.items():
-        co2_kg, difference_kg = a_day(figures.co2_kg), figures.co2_kg - policies["rbc_b"].co2_kg
+        difference = figures.settled - policies["rbc_b"].settled
         summaries[name] = Summary(
-            co2_kg=co2_kg,
+            co2_kg=a_day(figures.co2_kg),
             co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
-            vs_rbc_b_kg=a_day(difference_kg),
-            vs_rbc_b_kg_interval=mean_interval(difference_kg / days)[1],
-            gap_closed=(uncontrolled_kg - co2_kg) / gap_kg
-            if gap_kg > _LEAST_GAP * abs(uncontrolled_kg)
+            vs_rbc_b_kg=a_day(difference),
+            vs_rbc_b_kg_interval=mean_interval(difference / days)[1],
+            gap_closed=(uncontrolled - a_day(figures.settled)) / gap
+            if gap > _LEAST_GAP * evaluation.unit
             else None,
             unmet_kwh=a_day(figures.unmet_kwh),
             self_consumption=max(0.0, 1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh)
@@ -321,10 +347,12 @@ def mean_interval(values: Floats) -> tuple[float, float | None]:
 
 def violations(evaluation: Evaluation) -> list[str]:
     """Name every stretch in which a policy is better than the optimum: each is a defect."""
-    bound_kg = evaluation.policies["optimum"].co2_kg
+    bound, of_co2 = evaluation.policies["optimum"].settled, evaluation.objective == Objective()
+    unit = "kg" if of_co2 else evaluation.currency if not evaluation.objective.co2 else ""
+    verb, unit = "emits" if of_co2 else "costs", f" {unit}" if unit else ""
     return [
-        f"{evaluation.days[i]}: {name} emits {figures.co2_kg[i]:.6f} kg, the optimum "
-        f"{bound_kg[i]:.6f} kg"
+        f"{evaluation.days[i]}: {name} {verb} {figures.settled[i]:.6f}{unit}, the optimum "
+        f"{bound[i]:.6f}{unit}"
         for name, figures in evaluation.policies.items()
-        for i in np.flatnonzero(figures.co2_kg < bound_kg - evaluation.tolerance_kg)
+        for i in np.flatnonzero(figures.settled < bound - evaluation.tolerance)
     ]

@@ -4,7 +4,7 @@ The single environment is the B = 1 case of the vector one.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 from co2lightning.control.observation import FEATURES
 from co2lightning.errors import UserError
 from co2lightning.sim.days import SiteDays, day_index
+from co2lightning.sim.objective import metered
 from co2lightning.sim.schedule import start_soc
 from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H
@@ -31,12 +32,12 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     charging power between what must and what could be charged now, and the battery's power as a
     share of its rating, charging positive. A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
-    reward is the CO2 by which the rule RBC B is beaten, in units of what the site emits on a day
-    without control (see `co2lightning.sim.objective`).
+    reward is the CO2, or what else the objective is, by which the rule RBC B is beaten, in units of
+    what the site emits on a day without control (see `co2lightning.sim.objective`).
 
-    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step; that of
-    a reset `day`, the dates. After a window's last step the next call of `step` ignores its actions
-    and begins new days (NEXT_STEP autoreset).
+    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step, and
+    `cost` where the site has prices; that of a reset `day`, the dates. After a window's last step
+    the next call of `step` ignores its actions and begins new days (NEXT_STEP autoreset).
 
     Observation, float32 of shape [B, 30], each feature less its mean and in units of its spread on
     this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
@@ -48,6 +49,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         num_envs: B, windows at once.
         site: Name of a shipped site, or a site folder.
         hours: Length of a window.
+        objective: What is to be made small, as `load_site` takes it: co2, cost or weights.
         render_mode: Only None; the report draws the days.
 
     Raises:
@@ -62,8 +64,9 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         site: str | Path = "iquitos",
         render_mode: str | None = None,
         hours: float = DAY_H,
+        objective: str | Mapping[str, float] = "co2",
     ) -> None:
-        self.days = SiteDays(load_site(site), num_envs, hours=hours)
+        self.days = SiteDays(load_site(site, objective=objective), num_envs, hours=hours)
         self.num_envs = num_envs
         self.render_mode = render_mode
         self._streams: list[np.random.Generator] = []  # that draw days: one for all, or B
@@ -129,12 +132,16 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
             action = torch.from_numpy(np.asarray(actions, dtype=np.float32))
             result = self.days.step(action)
         flows, step_h = self.days.flows, self.days.site.step_h
+        model, place = self.days.model, self.days.carry.place - 1
+        co2_kg, cost = metered(model, place, flows.grid_kw.unsqueeze(0))
         info = {
-            "co2_kg": self.days.booked.co2_kg.numpy(),
+            "co2_kg": co2_kg[0].numpy(),
             "grid_import_kwh": flows.grid_kw.relu().numpy() * step_h,
             "curtailed_kwh": (-flows.grid_kw).relu().numpy() * step_h,
             "unmet_kwh": flows.unmet_kw.numpy() * step_h,
         }
+        if self.days.site.price_per_kwh is not None:
+            info["cost"] = cost[0].numpy()
         reward = result.reward.double().numpy()
         return result.obs.numpy(), reward, never, result.truncated.numpy() > 0.5, info
 
@@ -146,6 +153,7 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         site: Name of a shipped site, or a site folder.
         render_mode: Only None; the report draws the days.
         hours: Length of a window.
+        objective: What is to be made small, as `load_site` takes it.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -155,8 +163,9 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         site: str | Path = "iquitos",
         render_mode: str | None = None,
         hours: float = DAY_H,
+        objective: str | Mapping[str, float] = "co2",
     ) -> None:
-        self._vector = ChargingSiteVectorEnv(1, site, hours=hours)
+        self._vector = ChargingSiteVectorEnv(1, site, hours=hours, objective=objective)
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from co2lightning import __version__
 from co2lightning.runs.files import make_directory, read_file, write_atomic
-from co2lightning.sim.optimum import Best, optimum, tail_kg
+from co2lightning.sim.optimum import Best, optimum, tail_objective
 from co2lightning.sim.schedule import Schedule
 from co2lightning.site.model import Floats, Site
 
@@ -29,7 +29,7 @@ class Bounds(NamedTuple):
     """What the stretches of a site are measured against."""
 
     best: list[Best]
-    standard_kg: Floats  # [W] what the tail takes of whoever charges on arrival, battery idle
+    standard: Floats  # [W] what the tail takes of whoever charges on arrival, battery idle
 
 
 def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds:
@@ -44,8 +44,12 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
 
     def compute() -> Floats:
         best = [optimum(site, a, b, stored_kwh, site.owed_on_arrival_kwh(a)) for a, b in places]
-        tails = [tail_kg(site, b, stored_kwh, site.owed_on_arrival_kwh(b)) for _, b in places]
-        numbers = [np.array([one.kg for one in best]), np.array(tails)]
+        owed_kwh = [site.owed_on_arrival_kwh(b) for _, b in places]
+        tails = [
+            tail_objective(site, b, stored_kwh, owed)
+            for (_, b), owed in zip(places, owed_kwh, strict=True)
+        ]
+        numbers = [np.array([one.settled for one in best]), np.array(tails)]
         numbers += [np.stack(one.schedule).ravel() for one in best]
         return np.concatenate(numbers)
 
@@ -53,11 +57,11 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
     key = digest_of(site, np.array([stored_kwh]), site.stretch_bounds)
     size = int(2 * count + _FIELDS * lengths.sum())
     numbers = recall(keep, "bounds", key, size, compute)
-    kg, standard_kg, each = np.split(numbers, [count, 2 * count])
+    settled, standard, each = np.split(numbers, [count, 2 * count])
     parts = np.split(each, np.cumsum(_FIELDS * lengths)[:-1]) if count else []
     schedules = [Schedule(*part.reshape(_FIELDS, -1)) for part in parts]
-    best = [Best(float(one), plan) for one, plan in zip(kg, schedules, strict=True)]
-    return Bounds(best, standard_kg)
+    best = [Best(float(one), plan) for one, plan in zip(settled, schedules, strict=True)]
+    return Bounds(best, standard)
 
 
 def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
@@ -69,6 +73,7 @@ def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
     sessions = site.sessions
     for values in (
         *(site.pv_kw, site.load_kw, site.carbon_kg_per_kwh, site.import_limit_kw),
+        *(site.money_per_kwh, np.array(site.objective)),
         *(sessions.socket, sessions.arrival, sessions.departure),
         *(sessions.energy_kwh, sessions.max_kw, sessions.min_kw),
         *more,

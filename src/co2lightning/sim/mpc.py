@@ -21,7 +21,6 @@ from scipy import sparse
 from co2lightning.control.forecast import forecast, steps_per_lead, usual
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import Powers, SiteModel, State
-from co2lightning.sim.objective import mean_kg_per_kwh
 from co2lightning.sim.optimum import NO_BATTERY, least
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
@@ -93,7 +92,7 @@ class _Planner:
         self.edges = np.unique(np.concatenate([np.arange(single), later, [self.reach]]))
         widths = np.diff(self.edges)
         self.widths, self.hours = widths, widths * step_h
-        self.mean_kg = mean_kg_per_kwh(site)
+        self.mean_price = float(np.abs(site.import_price[site.training_steps]).mean())
         # Which lead tells of each step after this one.
         self.lead = (np.arange(1, self.reach) - 1) // steps_per_lead(site)
         self.arriving = _arriving(site, self.reach)
@@ -112,8 +111,8 @@ class _Planner:
 
     def now(self, place: int, soc: float, standing: _Vehicles) -> tuple[Floats, float]:
         """Return what each vehicle that stands there, and the battery, shall take in this step."""
-        n, battery, mean_kg = len(self.hours), self.battery, self.mean_kg
-        price = np.maximum(self._ahead(place, "carbon_kg_per_kwh"), 0.0)
+        n, battery, mean_price = len(self.hours), self.battery, self.mean_price
+        price = np.maximum(self._ahead(place, "import_price"), 0.0)
         net_kw = self._ahead(place, "load_kw") - np.maximum(self._ahead(place, "pv_kw"), 0.0)
         expected = self._expected(place)
         fleet = _Vehicles(*map(np.concatenate, zip(standing, expected, strict=True)))
@@ -142,12 +141,12 @@ class _Planner:
         )
         stored_kwh = soc * battery.capacity_kwh
         cost = np.zeros(first + k)
-        cost[:n] = self.hours * price + self.sooner * _BUY_NOW * mean_kg
-        cost[n : 2 * n] = self.hours * (price + _BEYOND_LIMIT * mean_kg)
-        cost[2 * n : 3 * n] = self.sooner * _CURTAIL_NOW * mean_kg
-        cost[3 * n : 5 * n] = np.tile(self.hours * _THROUGHPUT * mean_kg, 2)
-        cost[6 * n - 1] = -_STORED * mean_kg * battery.discharge_efficiency
-        cost[6 * n : first] = _LEFT * mean_kg
+        cost[:n] = self.hours * price + self.sooner * _BUY_NOW * mean_price
+        cost[n : 2 * n] = self.hours * (price + _BEYOND_LIMIT * mean_price)
+        cost[2 * n : 3 * n] = self.sooner * _CURTAIL_NOW * mean_price
+        cost[3 * n : 5 * n] = np.tile(self.hours * _THROUGHPUT * mean_price, 2)
+        cost[6 * n - 1] = -_STORED * mean_price * battery.discharge_efficiency
+        cost[6 * n : first] = _LEFT * mean_price
         upper = np.full(first + k, np.inf)
         upper[:n] = self.site.import_limit_kw[place]
         upper[3 * n : 5 * n] = battery.power_kw

@@ -1,15 +1,18 @@
 """What a step costs and earns: the one place that knows.
 
-Physics says what flowed; grid import emits CO2, export earns nothing.
+What is to be made small is a series, not a branch: of a site and its objective come two, what an
+imported kWh adds and what an exported one takes off (`Site.import_price`, `Site.export_credit`).
+Kilograms of CO2, which export does not lessen, and money follow afterwards from what the meter has
+counted.
 
-A step's reward is what the rule RBC B is exceeded by, in units of what the site emits on a day
-without control, so that one recipe fits sites of any size: reference - CO2, where the reference is
+A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
+without control, so that one recipe fits sites of any size: reference - cost, where the reference is
 the rule's own at that step of one run through the whole series. Within it energy that is stored or
-given to vehicles counts at half the mean intensity, a potential in the sense of Ng, Harada and
+given to vehicles counts at half the mean price, a potential in the sense of Ng, Harada and
 Russell 1999: it moves reward to the step that earned it. At half the price, storing a surplus pays
 at once and storing grid power does not, whatever the hour.
 
-Shapes: P steps, B at once.
+Shapes: P steps, B at once, n steps of a run.
 """
 
 import functools
@@ -23,20 +26,24 @@ from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
 from co2lightning.site.model import DAY_H, Floats, Site
 
-_CREDIT_SHARE = 0.5  # of the mean intensity: what a kWh earns when it is stored or charged
-_CARBON, _PER_KW, _REFERENCE, _CREDIT = -4, -3, -2, -1  # the prices among the model's series
+_CREDIT_SHARE = 0.5  # of the mean price: what a kWh earns when it is stored or charged
+# The prices among the model's series. What is imported is counted at the price less the export
+# credit, and all that flows at the credit: a sum instead of two cases.
+_MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
 
 
-class Booked(NamedTuple):
-    """What a step cost and earned."""
+class Metered(NamedTuple):
+    """What the meter's power comes to; every field is [n, B]."""
 
-    co2_kg: Tensor  # [B] of the grid import
-    reward: Tensor  # [B] CO2 less than the reference, in days of the uncontrolled site
+    co2_kg: Tensor  # of the import
+    cost: Tensor  # of import less export, in the site's currency; 0 without prices
 
 
-def mean_kg_per_kwh(site: Site) -> float:
-    """Return the mean intensity of the steps that are not held out."""
-    return float(site.carbon_kg_per_kwh[site.training_steps].mean())
+def mean_per_kwh(site: Site) -> tuple[float, float]:
+    """Return the mean intensity and the mean price of the steps that are not held out."""
+    of_training = site.training_steps
+    price = site.money_per_kwh[0]
+    return float(site.carbon_kg_per_kwh[of_training].mean()), float(price[of_training].mean())
 
 
 def _daily_kwh(site: Site) -> float:
@@ -54,10 +61,23 @@ def _daily_kwh(site: Site) -> float:
     return float(used_kwh / days) or capacity_kwh
 
 
+def unit_a_day(site: Site, uncontrolled: float) -> float:
+    """Return what objectives of a day are measured in, above 0.
+
+    Args:
+        site: The site.
+        uncontrolled: Its objective on a training day without control. Where that is nothing or
+            less, the unit is what its daily energy would be at the mean absolute price.
+    """
+    price = site.import_price[site.training_steps]
+    fallback = _daily_kwh(site) * float(np.abs(price).mean())
+    return (uncontrolled if uncontrolled > 1e-6 * fallback else fallback) or 1.0
+
+
 def priced_model(
     site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SiteModel:
-    """Turn a site into tables that hold its prices too; rewards are 0 until `rewarded`.
+    """Turn a site into tables that hold its prices too; rewards are - objective until `rewarded`.
 
     They are the largest a site has, so they are made once a process; never write to them.
     """
@@ -68,40 +88,55 @@ def priced_model(
 @torch.inference_mode(False)  # what it would make can never be trained on
 def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteModel:
     carbon_kg_per_kw = site.carbon_kg_per_kwh * site.step_h
+    price, credit = site.money_per_kwh * site.step_h
+    per_kw = np.stack([site.import_price - site.export_credit, site.export_credit]) * site.step_h
     nothing = np.zeros(site.n_steps)
-    return build_model(site, device, dtype, [carbon_kg_per_kw, nothing, nothing, nothing])
+    metered = [carbon_kg_per_kw, price - credit, credit]
+    return build_model(site, device, dtype, [*per_kw, nothing, nothing], metered)
 
 
 def rewarded(
-    model: SiteModel, site: Site, uncontrolled_kg: float, co2_kg: Floats, credited_kw: Floats
+    model: SiteModel, site: Site, uncontrolled: float, rule: Floats, credited_kw: Floats
 ) -> SiteModel:
     """Return a priced model that gives rewards.
 
     Args:
         model: As `priced_model` makes it.
         site: Its site.
-        uncontrolled_kg: What the site emits on a day without control, the unit of the rewards.
-            Where that is nothing, what its daily energy would emit at the mean intensity.
-        co2_kg: Of the rule that is to be exceeded, in each step [P].
+        uncontrolled: What its objective is on a training day without control.
+        rule: The objective of the rule that is to be exceeded, in each step [P].
         credited_kw: What that rule charged, [P].
     """
-    mean_kg = mean_kg_per_kwh(site)
-    fallback_kg = _daily_kwh(site) * mean_kg
-    unit_kg = uncontrolled_kg if uncontrolled_kg > 1e-6 * fallback_kg else fallback_kg
-    unit_kg = unit_kg or 1.0
-    credit_per_kw = _CREDIT_SHARE * mean_kg * site.step_h / unit_kg
-    reference = co2_kg / unit_kg - credit_per_kw * credited_kw
+    unit = unit_a_day(site, uncontrolled)
+    of_training = float(site.import_price[site.training_steps].mean())
+    credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
+    reference = rule / unit - credit_per_kw * credited_kw
     series = model.series.clone()
-    series[_PER_KW] = series[_CARBON] / unit_kg
+    series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
     series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
     series[_CREDIT, :-1] = credit_per_kw
     return model._replace(series=series)
 
 
-def book(state: State, flows: Flows) -> Booked:
-    """Return what a step cost and earned, `state` at its beginning."""
-    carbon_kg_per_kw, per_kw, reference, credit_per_kw = state.prices
-    import_kw = flows.grid_kw.relu()
-    earned = torch.addcmul(reference, import_kw, per_kw, value=-1.0)
-    credited_kw = flows.ev_kw + flows.stored_kw
-    return Booked(import_kw * carbon_kg_per_kw, torch.addcmul(earned, credit_per_kw, credited_kw))
+def reward(state: State, flows: Flows) -> Tensor:
+    """Return what a step earned [B], `state` at its beginning: in days of the uncontrolled site."""
+    margin_per_kw, export_per_kw, reference, credit_per_kw = state.prices
+    earned = torch.addcmul(reference, flows.grid_kw.relu(), margin_per_kw, value=-1.0)
+    earned = torch.addcmul(earned, flows.grid_kw, export_per_kw, value=-1.0)
+    return torch.addcmul(earned, credit_per_kw, flows.ev_kw + flows.stored_kw)
+
+
+def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
+    """Return what n steps came to.
+
+    Args:
+        model: As `priced_model` makes it.
+        begin: [B] where each run begins.
+        grid_kw: [n, B] at the meter, import positive.
+    """
+    steps = torch.arange(len(grid_kw), device=model.device).unsqueeze(1)
+    places = (begin + steps).clamp(max=model.metered.shape[1] - 1)
+    carbon_kg_per_kw, margin_per_kw, export_per_kw = model.metered[:, places]
+    import_kw = grid_kw.relu()
+    cost = torch.addcmul(import_kw * margin_per_kw, grid_kw, export_per_kw)
+    return Metered(import_kw * carbon_kg_per_kw, cost)

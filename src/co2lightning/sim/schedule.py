@@ -12,7 +12,7 @@ from torch import Tensor
 
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Carry, SiteModel, restore
-from co2lightning.sim.objective import book, priced_model
+from co2lightning.sim.objective import metered, priced_model
 from co2lightning.sim.physics import step
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
@@ -25,9 +25,10 @@ class Trace(NamedTuple):
     grid_kw: Tensor  # at the meter, import positive
     unmet_kw: Tensor  # owed to vehicles that left at the end of the step
     soc: Tensor  # 0-1, at the end of the step
-    co2_kg: Tensor
     credited_kw: Tensor  # what was charged, for rewards
     owed_kw: Tensor  # to all vehicles present, at the beginning of the step
+    co2_kg: Tensor
+    cost: Tensor  # 0 without prices
 
 
 class Course(NamedTuple):
@@ -38,9 +39,10 @@ class Course(NamedTuple):
     grid_kw: Floats
     unmet_kw: Floats
     soc: Floats
-    co2_kg: Floats
     credited_kw: Floats
     owed_kw: Floats
+    co2_kg: Floats
+    cost: Floats
 
 
 @torch.inference_mode()
@@ -61,10 +63,10 @@ def run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> tuple[Trace, 
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
         flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, flows.soc
-        co2_kg, credited_kw = book(state, flows).co2_kg, flows.ev_kw + flows.stored_kw
-        columns.append((*flowed, co2_kg, credited_kw, state.owed_kw.sum(1)))
+        columns.append((*flowed, flows.ev_kw + flows.stored_kw, state.owed_kw.sum(1)))
         state = following
-    return Trace(*(torch.stack(column) for column in zip(*columns, strict=True))), state.carry
+    stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
+    return Trace(*(*stacked, *metered(model, carry.place, stacked[2]))), state.carry
 
 
 def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Carry:
@@ -164,6 +166,7 @@ class Schedule(NamedTuple):
     unmet_kwh: Floats  # owed to vehicles that left at the end of the step
     soc: Floats  # 0-1, at the end of the step; 0 without a battery
     co2_kg: Floats  # of the import
+    cost: Floats  # of import less export, in the site's currency; 0 without prices
 
 
 class Played(NamedTuple):
@@ -209,6 +212,7 @@ def _played(site: Site, trace: Trace, ended: Carry, row: int) -> Played:
         unmet_kwh=of.unmet_kw * step_h,
         soc=of.soc,
         co2_kg=of.co2_kg,
+        cost=of.cost,
     )
     capacity_kwh = site.battery.capacity_kwh if site.battery else 0.0
     stored_kwh = float(ended.soc[row]) * capacity_kwh

@@ -25,7 +25,7 @@ from co2lightning.control.forecast import cheaper, clock, forecast, steps_per_le
 from co2lightning.control.rules import RULES, VEHICLES, Choice, Outlook, Rule, Window, rbc_c, words
 from co2lightning.control.state import Carry, SiteModel, restore
 from co2lightning.sim.kept import digest_of, recall
-from co2lightning.sim.objective import book, priced_model
+from co2lightning.sim.objective import priced_model, reward
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import start, start_soc
 from co2lightning.site.model import Floats, Ints, Site
@@ -40,7 +40,7 @@ _NEVER = Window()
 
 def price(site: Site) -> tuple[Floats, Floats]:
     """Return what a kWh of import costs in each step [P], and is expected to cost [P, L]."""
-    return site.carbon_kg_per_kwh, forecast(site, "carbon_kg_per_kwh")
+    return site.import_price, forecast(site, "import_price")
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,13 +61,18 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
     if site.pv_kw.any() or site.load_kw.min() < 0.0:
         net_kw = forecast(site, "load_kw")[:, :leads] - forecast(site, "pv_kw")[:, :leads]
         sun_expected = net_kw < 0.0
+    credit, earns = site.export_credit, np.zeros(expected.shape)
+    if credit.any():
+        earns = forecast(site, "export_credit")[:, :leads]
     if foresight:
         expected = to_come(now, leads * each)
+        earns = to_come(credit, leads * each)
         sun_expected, each = sun_expected.repeat(each, axis=1), 1
     counts = cheaper(now, expected, each)
     with_sun = counts
     if sun.any() or sun_expected.any():
-        now, expected = np.where(sun, 0.0, now), np.where(sun_expected, 0.0, expected)
+        # A surplus costs what it would have earned.
+        now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
         with_sun = cheaper(now, expected, each)
     slot, _ = clock(site, 1)
     tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
@@ -314,7 +319,7 @@ def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bo
     cost = torch.zeros_like(state.soc)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
-        cost += book(state, flows).co2_kg
+        cost -= reward(state, flows)
         if vehicles:
             ev_kw.append(flows.ev_kw)
         state = following

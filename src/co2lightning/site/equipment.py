@@ -63,6 +63,12 @@ def _name(key: str, value: object) -> str:
     return value
 
 
+def _currency(key: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[^\W\d_]{1,12}|[^\w\s]", value):
+        raise _config_error(key, value, "three letters such as EUR, or a name of at most 12")
+    return value
+
+
 def _zone(key: str, value: object) -> str:
     try:
         if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", str(value)):
@@ -183,6 +189,7 @@ _SITE = {
     "sockets": _sockets,
     "held_out": _held_out,
     "day_start": _integer(0, 23),
+    "currency": _currency,
 }
 _SITE_OPTIONAL: dict[str, Any] = {
     "pv_kwp": 0.0,
@@ -191,6 +198,7 @@ _SITE_OPTIONAL: dict[str, Any] = {
     "sockets": (),
     "held_out": None,
     "day_start": None,
+    "currency": "",
 }
 _WHAT_IF = {
     "battery.capacity_kwh": _BATTERY["capacity_kwh"],

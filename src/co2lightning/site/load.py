@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -26,7 +27,8 @@ from co2lightning.site.calendar import (
     stretches,
 )
 from co2lightning.site.equipment import read_equipment, what_if
-from co2lightning.site.model import Site
+from co2lightning.site.model import Objective, Site
+from co2lightning.site.plain_yaml import parse_yaml
 from co2lightning.site.series import clock, read_series
 from co2lightning.site.sessions import admit, no_sessions, read_sessions
 from co2lightning.site.table import MAX_BYTES
@@ -54,7 +56,11 @@ def named_in(file: Path | None) -> Iterator[None]:
         raise UserError(f"{file}: {error}; --env.site gives its place here") from None
 
 
-def load_site(site: str | Path, changes: Mapping[str, float] | None = None) -> Site:
+def load_site(
+    site: str | Path,
+    changes: Mapping[str, float] | None = None,
+    objective: str | Mapping[str, float] = "co2",
+) -> Site:
     """Read and check a site, once a process as long as its files stay as they are.
 
     Args:
@@ -62,19 +68,23 @@ def load_site(site: str | Path, changes: Mapping[str, float] | None = None) -> S
             both means the shipped site; write `./iquitos` for the folder.
         changes: What if: other figures for battery.capacity_kwh, battery.power_kw, pv_kwp (scales
             the series) or grid_kw. The folder stays as it is; the site says so in its notes.
+        objective: What policies are settled by: co2, cost, or weights such as
+            {"co2": 1, "cost": 0.2}, of a kg and of a unit of the site's currency.
 
     Returns:
         The site, with the sessions already admitted to sockets; its arrays cannot be written.
 
     Raises:
-        UserError: The folder or a file is missing, or something in it is wrong.
+        UserError: The folder or a file is missing, or something in it is wrong; or the objective
+            is none, or needs prices that the site has not.
     """
+    wanted = _objective(objective)
     directory, remarks = _locate(site)
     site_yaml = _read_file(directory / "site.yaml", _MAX_YAML_BYTES)
     series, sessions = (_read_csv(directory, stem) for stem in ("series", "sessions"))
     if series is None:
         raise _missing("series.csv.gz", directory)
-    return _read_site(
+    found = _read_site(
         directory,
         tuple(remarks),
         site_yaml,
@@ -82,6 +92,39 @@ def load_site(site: str | Path, changes: Mapping[str, float] | None = None) -> S
         sessions,
         tuple((changes or {}).items()),
     )
+    if wanted.cost and found.price_per_kwh is None:
+        raise UserError(
+            f"--env.objective {show(objective)}: the series of site {found.name} has no column "
+            "price_per_kwh, so nobody knows what it costs; add the column, or leave it at co2"
+        )
+    return _settled_by(found, wanted)
+
+
+def _objective(given: str | Mapping[str, float]) -> Objective:
+    """Return the weights that a text or a mapping gives."""
+    named = {"co2": {"co2": 1.0}, "cost": {"cost": 1.0}}
+    weights = named.get(given.strip()) if isinstance(given, str) else given
+    if isinstance(given, str) and weights is None:
+        weights = parse_yaml(
+            given.encode(), f"--env.objective {show(given)}", "{co2: 1, cost: 0.2}"
+        )
+    if (
+        not isinstance(weights, Mapping)
+        or not set(weights) <= set(Objective._fields)
+        or not all(type(weight) in (int, float) for weight in weights.values())
+        or not all(0 <= weight <= 1e9 for weight in weights.values())
+        or not any(weights.values())
+    ):
+        raise UserError(
+            f"--env.objective {show(given)}: must be co2, cost, or weights of 0 or more, one of "
+            "them above 0, such as {co2: 1, cost: 0.2}"
+        )
+    return Objective(*(float(weights.get(name, 0.0)) for name in Objective._fields))
+
+
+@functools.lru_cache(maxsize=8)  # what is worked out of a site is kept by which site it is
+def _settled_by(site: Site, objective: Objective) -> Site:
+    return site if objective == site.objective else replace(site, objective=objective)
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,7 +144,7 @@ def _read_site(
     _check_parts(equipped, sessions, directory)
     zone = ZoneInfo(equipment["timezone"])
     reads = clock(zone)
-    line, columns = read_series(*series, equipment, reads, notes)
+    line, columns, prices = read_series(*series, equipment, reads, notes)
     if sessions is None:
         admitted, share = no_sessions(line), np.zeros(24)
     else:
@@ -123,6 +166,7 @@ def _read_site(
     site = Site(
         **equipped,
         **columns,
+        **prices,
         **admitted._asdict(),
         directory=directory,
         sha256=digest.hexdigest(),

@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -17,9 +18,25 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_Amount = TypeVar("_Amount")
+
 DAY_H = 24.0
 TAIL_H = 48.0
 """How far beyond a stretch's end the operation is looked at that settles it."""
+
+
+class Objective(NamedTuple):
+    """What is to be made small: so much for a kg of CO2, so much for a unit of the currency."""
+
+    co2: float = 1.0
+    cost: float = 0.0
+
+    def of(self, co2_kg: _Amount, cost: _Amount) -> _Amount:
+        """Return what kilograms and money are together, arrays or tensors of one shape."""
+        return self.co2 * co2_kg + self.cost * cost  # pyright: ignore
+
+
+OF_CO2 = Objective()
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,12 @@ class Site:
             their stay allows, [P].
         sessions_read: What became of the sessions file; None where there is none.
         notes: One-line remarks on what was cut, clipped or left out.
+        price_per_kwh: What a kWh from the grid costs, [P], perhaps below 0; None where it is not
+            known.
+        export_price_per_kwh: What a kWh into the grid earns, [P]; where it is below 0 a surplus is
+            curtailed. None: nothing.
+        currency: Of the prices; "" where the file names none.
+        objective: What policies are settled by.
     """
 
     name: str
@@ -171,6 +194,10 @@ class Site:
     clipped_kwh: Floats
     sessions_read: SessionsRead | None
     notes: tuple[str, ...]
+    price_per_kwh: Floats | None = None
+    export_price_per_kwh: Floats | None = None
+    currency: str = ""
+    objective: Objective = OF_CO2
 
     @property
     def n_steps(self) -> int:
@@ -180,6 +207,26 @@ class Site:
     @property
     def step_h(self) -> float:
         return self.step_minutes / 60
+
+    @functools.cached_property
+    def money_per_kwh(self) -> Floats:
+        """What an imported kWh costs and an exported one earns, [2, P]; 0 without prices."""
+        money = np.zeros((2, self.n_steps))
+        if self.price_per_kwh is not None:
+            money[0] = self.price_per_kwh
+        if self.export_price_per_kwh is not None:
+            money[1] = np.maximum(self.export_price_per_kwh, 0.0)
+        return money
+
+    @functools.cached_property
+    def import_price(self) -> Floats:
+        """What an imported kWh adds to the objective, [P], perhaps below 0."""
+        return self.objective.of(self.carbon_kg_per_kwh, self.money_per_kwh[0])
+
+    @functools.cached_property
+    def export_credit(self) -> Floats:
+        """What an exported kWh takes off it, [P]: 0 or more, and no more than the price or 0."""
+        return self.objective.of(np.zeros(self.n_steps), self.money_per_kwh[1])
 
     def steps(self, hours: float) -> int:
         """Return how many steps these hours are, at least one."""

@@ -21,6 +21,7 @@ _UTC_DAY_S = 86_400
 _STEPS_MINUTES = (5, 10, 15, 20, 30, 60)
 _NEEDED = ("time", "carbon_kg_per_kwh")
 _OPTIONAL = ("pv_kw", "load_kw", "import_limit_kw")
+_PRICES = ("price_per_kwh", "export_price_per_kwh")
 
 Clock = Callable[[str], float | str]
 """Returns the instant of a time with UTC offset, or what is wrong with the text."""
@@ -83,7 +84,7 @@ def wall_clock(times_s: Ints, zone: ZoneInfo) -> Ints:
 
 def read_series(
     name: str, data: bytes, equipment: dict[str, Any], clock: Clock, notes: list[str]
-) -> tuple[Line, dict[str, Floats]]:
+) -> tuple[Line, dict[str, Floats], dict[str, Floats]]:
     """Read and check the series.
 
     Args:
@@ -94,14 +95,14 @@ def read_series(
         notes: Remarks are added here.
 
     Returns:
-        The line of steps, and of every column but `time` its values [P]: 0 kW where there is no
-        PV or load, infinity where there is no import limit.
+        The line of steps, of every column but `time` its values [P]: 0 kW where there is no
+        PV or load, infinity where there is no import limit; and of the prices those that are there.
 
     Raises:
         UserError: The steps are of no length that is read or not all of one length, or something
             else in the file is wrong.
     """
-    table = Table(name, data, _NEEDED, _OPTIONAL)
+    table = Table(name, data, _NEEDED, (*_OPTIONAL, *_PRICES))
     notes += table.remarks
     times_s = table.read("time", clock)
     step_s = 0
@@ -113,9 +114,11 @@ def read_series(
         else np.full(table.n_rows, np.inf if column == "import_limit_kw" else 0.0)
         for column in (*_NEEDED[1:], *_OPTIONAL)
     }
+    prices = {column: table.read(column) for column in _PRICES if column in table.columns}
     _check_values(table, values, equipment)
+    _check_prices(table, prices)
     table.finish()
-    return Line(int(times_s[0]), step_s, table.n_rows), values
+    return Line(int(times_s[0]), step_s, table.n_rows), values, prices
 
 
 def _check_values(table: Table, values: dict[str, Floats], equipment: dict[str, Any]) -> None:
@@ -164,6 +167,26 @@ def _check_values(table: Table, values: dict[str, Floats], equipment: dict[str, 
         values["import_limit_kw"] < 0,
         "import_limit_kw",
         "is negative; what may be imported is 0 kW or more",
+    )
+
+
+def _check_prices(table: Table, prices: dict[str, Floats]) -> None:
+    """Note prices that cannot be: with a credit above the price, import and export pay for both."""
+    if "export_price_per_kwh" not in prices:
+        return
+    if "price_per_kwh" not in prices:
+        raise UserError(
+            f"{table.name}: column price_per_kwh is missing, and there is export_price_per_kwh; "
+            "add what import costs, or remove what export earns"
+        )
+    price, credit = prices["price_per_kwh"], prices["export_price_per_kwh"]
+    table.check(
+        credit > np.maximum(price, 0.0),
+        "export_price_per_kwh",
+        lambda i: (
+            f"is above price_per_kwh {price[i]:g}; a kWh given earns no more than one taken "
+            "costs, and nothing where that is negative"
+        ),
     )
 
 
