@@ -250,7 +250,7 @@ def test_the_readmes_results_are_the_committed_ones(monkeypatch: pytest.MonkeyPa
     assert import_module("learning").table(results) in README
     kg = {name: f"{row['co2_kg']:.1f}" for name, row in results["references"].items()}
     shown = (
-        "sin control {uncontrolled}, RBC A {rbc_a}, RBC B {rbc_b}, RBC C {rbc_c}, óptimo {optimum}"  # noqa: E501
+        "sin control {uncontrolled}, RBC A {rbc_a}, RBC B {rbc_b}, RBC C {rbc_c}, óptimo {optimum}"
     )
     assert shown.format(**kg) in SPANISH
     assert f"closes {100 * results['references']['rbc_b']['gap_closed']:.1f} % of the gap" in README

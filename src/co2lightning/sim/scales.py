@@ -12,7 +12,7 @@ from torch import Tensor
 
 from co2lightning.control.observation import Observer, build_observer
 from co2lightning.control.rules import Rule, rbc_b, uncontrolled
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import run, start
 from co2lightning.site.model import Site
@@ -45,7 +45,7 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
 
 
 def _watched(rule: Rule, watch: Callable[[State], None]) -> Rule:
-    def watched(model: SiteModel, state: State) -> Tensor:
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
         watch(state)
         return rule(model, state)
 
