@@ -27,7 +27,7 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
 
     Numbers to 1e-6.
     """
-    summaries = summarise(evaluation)
+    summaries, days = summarise(evaluation), evaluation.hours.sum() / DAY_H
     stretches = {
         "begin": evaluation.days,
         "days": evaluation.n_days.tolist(),
@@ -38,6 +38,11 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
     policies = {
         name: {
             "co2_kg_per_day": round(summaries[name].co2_kg, 6),
+            **(
+                {}
+                if evaluation.currency is None
+                else {"cost_per_day": round(float(figures.cost.sum() / days), 6)}
+            ),
             "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
             "peak_kw": round(summaries[name].peak_import_kw, 6),
             "stretches": _by_row(
