@@ -59,6 +59,13 @@ def _check(argv: Sequence[str]) -> int:
     for key, unit in _WHAT_IF.items():
         words = "what if it were so much" + ("; scales the series" if key == "pv_kwp" else "")
         parser.add_argument(f"--{key}", type=float, metavar=unit, help=words)
+    parser.add_argument(
+        "--env.objective",
+        dest="objective",
+        default="co2",
+        metavar="WHAT",
+        help="what is settled: co2, cost, or weights such as '{co2: 1, cost: 0.2}' [default: co2]",
+    )
     options = parser.parse_args(list(argv))
     figures = check_output_directory("--figures", options.figures)
     given = {key: getattr(options, key) for key in _WHAT_IF}
@@ -66,7 +73,7 @@ def _check(argv: Sequence[str]) -> int:
     # Only now: torch takes seconds, a mistyped flag should not.
     from co2lightning.site.load import load_site
 
-    site = load_site(options.site, changes)
+    site = load_site(options.site, changes, options.objective)
     from co2lightning.report.comparison import comparison_tables, evaluation_data
     from co2lightning.report.site import describe, draw_site, site_table
     from co2lightning.report.tables import in_terminal
