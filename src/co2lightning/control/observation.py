@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from co2lightning.control.forecast import clock, slots, usual
 from co2lightning.control.rules import after_solar_kw, solar_share
 from co2lightning.control.state import SiteModel, State
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
@@ -204,18 +205,15 @@ def _exogenous_features(site: Site) -> Floats:
     """Return [len(_EXOGENOUS), P]; a step's column uses measurements up to that step only."""
     step_h, a_day = site.step_h, site.steps(DAY_H)
     # Beyond the series, for a day, the clock goes on.
-    further = site.local[-1] + np.arange(1, a_day + 1) * np.timedelta64(site.step_minutes, "m")
-    local = np.concatenate([site.local, further])
+    local = clock(site, a_day)
     days, day = np.unique(local.astype("datetime64[D]"), return_inverse=True)
-    minute = (local - local.astype("datetime64[D]")).astype("timedelta64[m]").astype(np.int64)
-    slot = minute // site.step_minutes
-    weekend = ((days.astype(np.int64) + 3) % 7 >= 5).astype(np.int64)  # 1970-01-01 was a Thursday
+    slot, weekend = slots(site, a_day)
 
     n = site.n_steps
     known = site.training_steps
     carbon = site.import_price  # or the price, where that is to be made small
-    usual_carbon = _usual(carbon, known, slot)
-    usual_load_kw = _usual(site.load_kw, known, slot, weekend[day])
+    usual_carbon = usual(site, carbon, weekends=False, steps_more=a_day)
+    usual_load_kw = usual(site, site.load_kw, weekends=True, steps_more=a_day)
     usual_pv_kw = _seasonal(site.pv_kw, known, slot, day, days)
 
     def beyond_now(expected: Floats) -> Floats:
@@ -248,14 +246,15 @@ def _exogenous_features(site: Site) -> Floats:
     daylight = usual_hour_kw[:n] > 0.02 * max(float(usual_pv_kw.max()), 1e-6)
     recent = np.where(daylight, hour_kw / np.maximum(usual_hour_kw[:n], 1e-6), 1.0)
 
-    angle = 2 * np.pi * (minute[:n] / 60 + step_h / 2) / DAY_H
+    hour = (site.local - site.local.astype("datetime64[D]")) / np.timedelta64(1, "h")
+    angle = 2 * np.pi * (hour + step_h / 2) / DAY_H
     return np.stack(
         [
             np.sin(angle),
             np.cos(angle),
             np.sin(2 * angle),
             np.cos(2 * angle),
-            weekend[today].astype(np.float64),
+            weekend[:n].astype(np.float64),
             site.pv_kw,
             site.load_kw,
             site.import_limit_kw,
@@ -269,22 +268,6 @@ def _exogenous_features(site: Site) -> Floats:
             *(step_h * _expected_ahead(outlook, usual_pv_kw, usual_load_kw, a_day)),
         ]
     )
-
-
-def _usual(values: Floats, known: _Bools, slot: Ints, kind: Ints | None = None) -> Floats:
-    """Return the mean of the known steps [P] of each slot of the clock, as a series like `slot`.
-
-    Args:
-        kind: Means are taken for each kind of day apart, like `slot`.
-    """
-    n, n_slots = len(values), int(slot.max()) + 1
-    group = slot if kind is None else slot + n_slots * kind
-    sums = np.bincount(group[:n][known], values[known], int(group.max()) + 1)
-    counts = np.bincount(group[:n][known], minlength=int(group.max()) + 1)
-    if kind is None:
-        return np.where(counts, sums / np.maximum(counts, 1), values[known].mean())[group]
-    own = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)[group]
-    return np.where(np.isnan(own), _usual(values, known, slot), own)
 
 
 def _seasonal(values: Floats, known: _Bools, slot: Ints, day: Ints, days: _Days) -> Floats:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.forecast import cheaper, clock, forecast, steps_per_lead, to_come
+from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
 from co2lightning.control.rules import RULES, VEHICLES, Choice, Outlook, Rule, Window, rbc_c, words
 from co2lightning.control.state import Carry, SiteModel, restore
 from co2lightning.sim.kept import digest_of, recall
@@ -74,7 +74,7 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
         # A surplus costs what it would have earned.
         now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
         with_sun = cheaper(now, expected, each)
-    slot, _ = clock(site, 1)
+    slot, _ = slots(site, 1)
     tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
     of_step, plain, sunny = tensors
     return Outlook(of_step, _slots(site), plain, sunny)
