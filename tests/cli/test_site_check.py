@@ -106,6 +106,13 @@ def test_what_a_workplace_holds(command: Command) -> None:
     assert (told["begin"], told["end"]) == ("2019-05-01T00:00-07:00", "2020-01-01T00:00-08:00")
     assert (told["day_start"], told["days_by_hours"]) == (5, {"24": 243, "25": 1})
     assert len(told["stretches"]) == 11
+    # Of the site's own regression and of persistence, by lead.
+    (carbon,) = told["forecasts"].values()
+    off = [(row["lead_h"], row["own"], row["persistence"]) for row in carbon]
+    assert off[:2] == [
+        pytest.approx(row, rel=0.03) for row in ((0.25, 0.035, 0.039), (1, 0.053, 0.062))
+    ]
+    assert [row[0] for row in off] == [0.25, 1.0, 6.0, 24.0]
     first = told["stretches"][0]
     assert (first["begin"], first["days"], first["hours"]) == ("2019-05-15", 7, 168)
     assert (told["battery"], told["pv"], told["load"]) == (None, None, None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from co2lightning.control.forecast import forecast, steps_per_lead
 from co2lightning.metrics import Metric
 from co2lightning.report.comparison import count_text
 from co2lightning.report.looks import FLOWS, LOOKS
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MANY = 12  # stretches; more are not named one by one
+_LEADS_H = 0.25, 1.0, 6.0, 24.0
+_FORECAST = {
+    "carbon_kg_per_kwh": ("carbon", " kg/kWh"),
+    "price_per_kwh": ("price", ""),
+    "load_kw": ("load", " kW"),
+    "pv_kw": ("PV", " kW"),
+}
 
 
 def describe(site: Site) -> dict[str, Any]:
@@ -66,6 +74,7 @@ def describe(site: Site) -> dict[str, Any]:
         },
         "carbon": _carbon(site),
         "sessions": _sessions(site, in_days),
+        "forecasts": _forecasts(site),
         "remarks": list(site.notes),
     }
 
@@ -80,6 +89,30 @@ def _carbon(site: Site) -> dict[str, Any]:
         "highest_hour": int(by_hour.argmax()),
         "by_hour_kg_per_kwh": [_rounded(value) for value in by_hour],
     }
+
+
+def _forecasts(site: Site) -> dict[str, Any]:
+    """Return how far the site's own forecast lies off on held-out steps, beside persistence.
+
+    Persistence expects of any step to come what there is now.
+    """
+    signals = {signal: getattr(site, signal) for signal in _FORECAST}
+    held_out, found = ~site.training_steps, dict[str, Any]()
+    for signal, values in signals.items():
+        if values is None or np.ptp(values) == 0.0:
+            continue
+        each, rows = steps_per_lead(site), list[dict[str, float]]()
+        expected = forecast(site, signal)
+        for hours in _LEADS_H:
+            lead = -(-site.steps(hours) // each) * each
+            target = held_out[lead:]
+            own = np.abs(expected[:-lead, lead // each - 1] - values[lead:])[target]
+            same = np.abs(values[:-lead] - values[lead:])[target]
+            row = {"lead_h": lead * site.step_h, "own": own.mean(), "persistence": same.mean()}
+            if len(own) and row["lead_h"] not in [known["lead_h"] for known in rows]:
+                rows.append({key: _rounded(value) for key, value in row.items()})
+        found[signal] = rows
+    return found
 
 
 def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
@@ -134,9 +167,23 @@ def site_table(facts: Mapping[str, Any]) -> Table:
         ("grid", _grid(facts)),
         ("carbon", _carbon_text(facts["carbon"])),
         *_sessions_rows(facts["sessions"], facts["day_start"]),
+        *_forecast_rows(facts["forecasts"]),
     ]
     rows = [{"what": what, "told": text} for what, text in told]
     return Table((Metric("what"), Metric("told")), rows, title=f"site {facts['site']}")
+
+
+def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tell the mean absolute error of each signal on held-out steps, and that of persistence."""
+    if forecasts:
+        yield "forecasts", "mean error on held-out steps after so many hours (of persistence)"
+    for signal, rows in forecasts.items():
+        name, unit = _FORECAST[signal]
+        told = ", ".join(
+            f"{row['lead_h']:g} h: {row['own']:.2g} ({row['persistence']:.2g}){unit}"
+            for row in rows
+        )
+        yield f"  {name}", told
 
 
 def _held_out(facts: Mapping[str, Any]) -> str:
