@@ -31,9 +31,16 @@ from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.report.looks import agent_colour
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
+from co2lightning.sim.evaluate import (
+    TITLES,
+    Evaluation,
+    evaluate,
+    mean_interval,
+    summarise,
+    violations,
+)
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Site
+from co2lightning.site.model import DAY_H, Site
 
 EPISODES = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
 IN_TABLE = (10, 30, 100, 300)  # and a run's last
@@ -87,8 +94,8 @@ def main() -> int:
             "days": references.n_days.tolist(),
         },
         "references": {
-            name: {key: getattr(summary, key) for key in REFERENCE_FIGURES}
-            for name, summary in summarise(references).items()
+            name: {key: figures[key] for key in REFERENCE_FIGURES}
+            for name, figures in all_figures(references).items()
         },
         "agents": {
             agent: {
@@ -141,10 +148,21 @@ def add_figures(run: Run, site: Site, references: Evaluation, place: Path) -> li
         content = files.read(path)
         evaluation = evaluate(policy_of(load_agent(content, path), site), site, references)
         broken += violations(evaluation)
-        summary = summarise(evaluation)["agent"]._asdict()
+        summary = all_figures(evaluation)["agent"]
         run["episodes"][str(episode)] = {key: summary[key] for key in FIGURES}
         run["config"] = content["run"]["config"]
     return broken
+
+
+def all_figures(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return each policy's summary, and what it emits against RBC B on the same stretches."""
+    found = {name: summary._asdict() for name, summary in summarise(evaluation).items()}
+    days = evaluation.hours / DAY_H
+    for name, own in evaluation.policies.items():
+        difference_kg = own.co2_kg - evaluation.policies["rbc_b"].co2_kg
+        found[name]["vs_rbc_b_kg"] = float(difference_kg.sum() / days.sum())
+        found[name]["vs_rbc_b_kg_interval"] = mean_interval(difference_kg / days)[1]
+    return found
 
 
 def spread(runs: list[Run]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, 
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.optimum import Best, tail_objective
 from co2lightning.sim.schedule import play, start_soc
-from co2lightning.site.model import Site
+from co2lightning.site.model import Objective, Site
 from conftest import tree
 from hand_site import battery, hand_site, random_site
 from small_site import shipped
@@ -99,8 +99,8 @@ def test_a_summary_counts_kilograms_a_day() -> None:
     summary = summarise(by_hand())
     agent = summary["agent"]
     assert agent.co2_kg == 90.0
-    assert agent.vs_rbc_b_kg == pytest.approx(-4.0)
-    assert agent.co2_kg_interval is agent.vs_rbc_b_kg_interval is None
+    assert agent.vs_best == pytest.approx(-4.0)
+    assert agent.co2_kg_interval is agent.vs_best_interval is None
     assert agent.gap_closed == pytest.approx((200.0 - 90.0) / (200.0 - 70.0))
     assert agent.self_consumption == pytest.approx(1 - 6 / 40)
     assert agent.curtailed_kwh == pytest.approx(6.0 / 4)
@@ -109,11 +109,35 @@ def test_a_summary_counts_kilograms_a_day() -> None:
     assert summary["optimum"].gap_closed == 1.0
 
 
+def test_all_are_compared_with_the_best_rule_at_ties_the_simpler_one() -> None:
+    evaluation = by_hand()
+    assert evaluation.best == "rbc_b"
+    better = {"rbc_c": figures([79.0, 91.0, 190.0]), "cheap": figures([80.0, 90.0, 190.0])}
+    beside = {"rbc_c_true": figures([0.0] * 3), "mpc": figures([1.0] * 3)}
+    found = replace(evaluation, policies={**evaluation.policies, **better, **beside})
+    assert found.best == "cheap", "none of those that know what is to come, none that plans"
+    summary = summarise(found)
+    assert summary["agent"].vs_best == summary["rbc_c"].vs_best == 0.0
+    assert summary["rbc_b"].vs_best == pytest.approx((376.0 - 360.0) / 4)
+
+
+def test_costs_are_told_where_there_are_prices_and_weights_where_they_settle() -> None:
+    evaluation = by_hand()
+    assert summarise(evaluation)["agent"].cost is summarise(evaluation)["agent"].objective is None
+    own = figures([80.0, 90.0, 190.0])._replace(cost=np.array([1.0, 2.0, 5.0]))
+    policies = {**evaluation.policies, "agent": own}
+    priced = replace(evaluation, currency="EUR", policies=policies)
+    agent = summarise(priced)["agent"]
+    assert (agent.cost, agent.cost_interval, agent.objective) == (2.0, None, None)
+    assert summarise(replace(priced, objective=Objective(0.0, 1.0)))["agent"].objective is None
+    assert summarise(replace(priced, objective=Objective(1.0, 0.5)))["agent"].objective == 90.0
+
+
 def test_differences_are_paired() -> None:
     agent = summarise(several(8))["agent"]
     width = 2.364624 * 2.449490 / 8**0.5
     assert agent.co2_kg_interval == pytest.approx(10.0 * width, rel=1e-6)
-    assert agent.vs_rbc_b_kg_interval == pytest.approx(width, rel=1e-6)
+    assert agent.vs_best_interval == pytest.approx(width, rel=1e-6)
 
 
 def test_without_a_gap_or_sun_there_is_no_share() -> None:

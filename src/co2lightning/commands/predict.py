@@ -17,6 +17,7 @@ from co2lightning.control.observation import FEATURES, observe
 from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
+from co2lightning.report.comparison import evaluation_data, settled_in
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
 from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
@@ -25,7 +26,7 @@ from co2lightning.site import trained_days
 from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
-_COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
+_COLUMNS = ("ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         "Write a day as a run's policy controls it: a header and a row for each step of the site. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
-        "soc: 0-1, at its end. co2_kg: of the import.",
+        "soc: 0-1, at its end. co2_kg: of the import. cost, where the site has prices: of the "
+        "import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
     )
     parser.add_argument(
@@ -82,7 +84,10 @@ def main(argv: Sequence[str]) -> int:
     grid_kw = own.grid_import_kw - own.curtailed_kwh / site.step_h
     columns = [own.ev_kw, own.battery_kw, grid_kw, own.soc, own.co2_kg]
     begin = int(site.day_bounds[day])
-    text = _csv(site, begin, _COLUMNS[1:], np.stack(columns, axis=1))
+    names = list(_COLUMNS)
+    if found.currency is not None:
+        names, columns = [*names, "cost"], [*columns, own.cost]
+    text = _csv(site, begin, names, np.stack(columns, axis=1))
     if output is None:
         say(*text.splitlines())
     else:
@@ -90,12 +95,19 @@ def main(argv: Sequence[str]) -> int:
     if observations is not None:
         names = [feature.name for feature in FEATURES]
         write_atomic(observations, _csv(site, begin, names, seen).encode())
-    kg = {name: figures.co2_kg[0] for name, figures in found.policies.items()}
-    told = ", ".join(f"{TITLES[name]} {kg[name]:.1f}" for name in TITLES if name in kg)
+    settled = settled_in(evaluation_data(found))
+    came_to = {name: settled.written(of.settled[0]) for name, of in found.policies.items()}
+    told = ", ".join(f"{TITLES[name]} {came_to[name]}" for name in TITLES if name in came_to)
+    unit = f" {settled.unit}" if settled.unit else ""
+    own_words = {
+        "co2_kg": f"emits {came_to['agent']} kg CO2",
+        "cost": f"costs {came_to['agent']}{unit}",
+        "objective": f"has an objective of {came_to['agent']}",
+    }[settled.key]
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
-        f"{site.days[day]}{until}: {type(agent).__name__} after episode {episode} emits "
-        f"{kg['agent']:.1f} kg CO2, what is left at the end settled; {told}",
+        f"{site.days[day]}{until}: {type(agent).__name__} after episode {episode} "
+        f"{own_words}, what is left at the end settled; {told}",
         err=True,
     )
     return check_bound(violations(found))

@@ -3,6 +3,7 @@
 Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is no battery.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
-from co2lightning.report.comparison import count_text, evaluation_data
+from co2lightning.metrics import Settled
+from co2lightning.report.comparison import count_text, evaluation_data, settled_in
 from co2lightning.report.looks import RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
@@ -26,7 +28,7 @@ from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import Schedule, play
 from co2lightning.site.load import load_site, named_in
-from co2lightning.site.model import DAY_H, Battery, Floats, Site
+from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
 
 HOURS = 24
@@ -107,7 +109,7 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class SiteResult:
-    """A site, its references and the runs evaluated on it."""
+    """A site and an objective, its references and the runs evaluated on it."""
 
     site: Site
     references: Evaluation
@@ -120,6 +122,33 @@ class SiteResult:
         for run in self.runs:
             data["policies"][run.title] = evaluation_data(run.evaluation)["policies"]["agent"]
         return data
+
+    @functools.cached_property
+    def settled(self) -> Settled:
+        """What its policies are settled by and compared with, in words."""
+        return settled_in(evaluation_data(self.references))
+
+    @property
+    def share_key(self) -> str:
+        """The figure of an episode that says how its days compare with the same uncontrolled."""
+        of_co2 = self.settled.key == "co2_kg"
+        return "co2_vs_uncontrolled" if of_co2 else "objective_vs_uncontrolled"
+
+    @functools.cached_property
+    def shares(self) -> dict[str, float]:
+        """What each policy settles at, as a share of uncontrolled: by its name, a run by its title.
+
+        Other than CO2, uncontrolled may be nothing or less, so it is what is gained in units of a
+        day, as the episodes of training tell it.
+        """
+        key, found = self.settled.key, summarise(self.references)
+        figures = {name: getattr(summary, key) for name, summary in found.items()}
+        figures |= {run.title: getattr(run.summary, key) for run in self.runs}
+        uncontrolled = figures["uncontrolled"]
+        if key == "co2_kg":
+            return {name: kg / max(uncontrolled, 1e-9) for name, kg in figures.items()}
+        unit = self.references.unit
+        return {name: 1.0 - (uncontrolled - own) / unit for name, own in figures.items()}
 
     @property
     def held_out_days(self) -> list[HeldOutDay]:
@@ -150,15 +179,16 @@ class SiteResult:
 
     @property
     def paired(self) -> list[str]:
-        """The references that are drawn by their difference to RBC B.
+        """The references that are drawn by their difference to the best of them.
 
         Uncontrolled is none where all others would shrink to a point beside it.
         """
         found = summarise(self.references)
-        others = [found[name].vs_rbc_b_kg for name in found if name != "uncontrolled"]
-        others += [run.summary.vs_rbc_b_kg for run in self.runs]
-        near = abs(found["uncontrolled"].vs_rbc_b_kg) <= 3 * max(abs(kg) for kg in others)
-        return [n for n in found if n != "rbc_b" and (near or n != "uncontrolled")]
+        others = [found[name].vs_best for name in found if name != "uncontrolled"]
+        others += [run.summary.vs_best for run in self.runs]
+        near = abs(found["uncontrolled"].vs_best) <= 3 * max(abs(value) for value in others)
+        best = self.references.best
+        return [n for n in found if n != best and (near or n != "uncontrolled")]
 
     @property
     def compared(self) -> list[str]:
@@ -192,6 +222,7 @@ class _Loaded(NamedTuple):
     episode: int
     facts: dict[str, Any]  # what the checkpoint says of the run
     site: str
+    objective: Any  # what it was trained on: text or weights
     path: Path
 
     @property
@@ -226,15 +257,17 @@ def collect(
     loaded = [one for run in runs if (one := _load(run, site, warn))]
     if not loaded:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
-    sites: dict[str, Site] = {}
-    groups: dict[tuple[str, bytes], tuple[Site, list[_Loaded]]] = {}
+    sites: dict[tuple[str, str], Site] = {}
+    groups: dict[tuple[str, Objective, bytes], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
-        if one.site not in sites:
+        wanted = one.site, str(one.objective)
+        if wanted not in sites:
             with named_in(None if site else one.path):
-                sites[one.site] = load_site(one.site)
-            for note in sites[one.site].notes:
-                warn(f"{sites[one.site].name}: {note}")
-        found = sites[one.site]
+                sites[wanted] = load_site(one.site, objective=one.objective)
+            if one.site not in [named for named, _ in list(sites)[:-1]]:
+                for note in sites[wanted].notes:
+                    warn(f"{sites[wanted].name}: {note}")
+        found = sites[wanted]
         name, sha256 = one.trained_on
         if sha256 != found.sha256:
             warn(
@@ -247,7 +280,7 @@ def collect(
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
-        key = found.sha256, found.stretches.tobytes()
+        key = found.sha256, found.objective, found.stretches.tobytes()
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in groups.values():
@@ -281,10 +314,12 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
         warn(f"{run.name}: trained by version {version} on days that stand alone, left out")
         return None
     agent = load_agent(checkpoint, path)
-    wanted = site or checkpoint["run"].get("config", {}).get("env.site")
+    config = checkpoint["run"].get("config", {})
+    wanted = site or config.get("env.site")
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
-    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, path)
+    objective = config.get("env.objective", "co2")
+    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, objective, path)
 
 
 def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from co2lightning.metrics import Settled, settled_words
 from co2lightning.report.tables import Table, comparison_table, stretches_table
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
@@ -23,7 +24,7 @@ _Data = Mapping[str, Any]
 
 
 def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
-    """Return `stretches`, `policies`, `summary` and what RBC C does, as `--json` prints them.
+    """Return what is settled, `stretches`, `policies`, `summary`, RBC C, as `--json` prints them.
 
     Numbers to 1e-6.
     """
@@ -56,11 +57,19 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
         for name, of in summaries.items()
     }
     return {
+        "objective": evaluation.objective._asdict(),
+        "currency": evaluation.currency,
+        "best": evaluation.best,
         "stretches": _by_row(stretches),
         "policies": policies,
         "summary": summary,
         "rbc_c": evaluation.rbc_c,
     }
+
+
+def settled_in(data: _Data) -> Settled:
+    """Return what the policies in what `evaluation_data` returns are settled by, in words."""
+    return settled_words(data["objective"], data["currency"], TITLES[data["best"]])
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -95,14 +104,15 @@ def comparison_tables(
         {"name": name, "policy": titles[name], **summary}
         for name, summary in data["summary"].items()
     ]
-    tables = [comparison_table(rows, title)]
+    settled = settled_in(data)
+    tables = [comparison_table(rows, settled, title)]
     if len(stretches) < STRETCHES_FOR_AN_INTERVAL:
         each = {
             titles[name]: policy["stretches"]
             for name, policy in data["policies"].items()
             if not name.endswith("_true")  # one line of them is enough
         }
-        tables.append(stretches_table(stretches, each, "each"))
+        tables.append(stretches_table(stretches, each, settled, "each"))
     found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
     return tables, [*found, *remarks(stretches, data["policies"], titles)]
 

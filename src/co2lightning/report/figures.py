@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from co2lightning.metrics import HELD_OUT, TRAINING
+from co2lightning.metrics import TRAINING
 from co2lightning.report.collect import (
     HOURS,
     SOC_CLASSES,
@@ -33,6 +33,10 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
     """Return the figures by file name, each as PNG and as PDF."""
     several = len(results) > 1
     places = [f"-{r.site.name}-{r.site.sha256[:6]}" if several else "" for r in results]
+    for i, result in enumerate(results):  # the same site, settled by something else
+        same = [r for r in results if r.site.sha256 == result.site.sha256]
+        if len({r.site.objective for r in same}) > 1:
+            places[i] += f"-{result.settled.name}"
     return as_files(
         (name + place, figure)
         for result, place in zip(results, places, strict=True)
@@ -77,28 +81,26 @@ def _hollow(colour: str) -> dict[str, Any]:
 def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     figure = Figure(figsize=(6.3, 3.8))
     axes = figure.add_subplot()
-    summaries = summarise(result.references)
-    uncontrolled_kg = max(summaries["uncontrolled"].co2_kg, 1e-9)
+    training, shares = TRAINING[result.share_key], result.shares
     for run in result.runs:
         look = looks[run.name]
         known = {
-            m["episode"]: 100 * m["co2_vs_uncontrolled"]
+            m["episode"]: 100 * m[training.key]
             for m in run.metrics
-            if m.get("co2_vs_uncontrolled") is not None
+            if m.get(training.key) is not None
         }
         episodes = range(min(known, default=1), max(known, default=0) + 1)
-        shares = [known.get(episode, np.nan) for episode in episodes]
+        curve = [known.get(episode, np.nan) for episode in episodes]
         marks = {"marker": look.marker if len(known) < 40 else "", "ms": 3}
-        axes.plot(episodes, shares, label=f"{run.title}, training days", **look.line, **marks)
-        share = 100 * run.summary.co2_kg / uncontrolled_kg
-        axes.plot(run.episode, share, marker=look.marker, **_hollow(look.colour))
+        axes.plot(episodes, curve, label=f"{run.title}, training days", **look.line, **marks)
+        axes.plot(run.episode, 100 * shares[run.title], marker=look.marker, **_hollow(look.colour))
     hollow = _hollow(LOOKS["rbc_a"]["color"])
     axes.plot([], [], "o", label="the same run, held out", **hollow)
-    for name, summary in summaries.items():
-        share = 100 * summary.co2_kg / uncontrolled_kg
-        axes.axhline(share, lw=1.2, label=f"{TITLES[name]}, held out", **LOOKS[name])
-    axes.set(xlabel="episode", ylabel=TRAINING["co2_vs_uncontrolled"].axis)
-    axes.set_ylim(bottom=0)
+    for name in result.references.policies:
+        axes.axhline(100 * shares[name], lw=1.2, label=f"{TITLES[name]}, held out", **LOOKS[name])
+    axes.set(xlabel="episode", ylabel=training.axis.format(settled=result.settled.name))
+    if axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
     last = max(run.episode for run in result.runs)
     axes.set_xlim(0.5, 1.02 * last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -114,19 +116,21 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     rows += [(TITLES[name], LOOKS[name]["color"], s) for name, s in summaries.items()]
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(rows)))
     mean, paired = figure.subplots(1, 2)
+    settled = result.settled
     for y, (_, colour, s) in enumerate(rows):
-        error: dict[str, Any] = {"ecolor": "#1b1f24", "capsize": 2, "xerr": s.co2_kg_interval}
-        mean.barh(y, s.co2_kg, 0.6, color=colour, alpha=0.6, **error)
+        value, interval = getattr(s, settled.key), getattr(s, f"{settled.key}_interval")
+        error: dict[str, Any] = {"ecolor": "#1b1f24", "capsize": 2, "xerr": interval}
+        mean.barh(y, value, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    mean.set_xlabel(HELD_OUT["co2_kg"].axis, loc="right")
+    mean.set_xlabel(f"mean {settled.name} and its 95 % interval, {settled.a_day}", loc="right")
     paired_titles = [TITLES[name] for name in TITLES if name in result.paired]
     others = [row for i, row in enumerate(rows) if i < len(result.runs) or row[0] in paired_titles]
     for y, (_, colour, s) in enumerate(others):
         paired.errorbar(
-            s.vs_rbc_b_kg, y, xerr=s.vs_rbc_b_kg_interval, fmt="o", ms=4, color=colour, capsize=2
+            s.vs_best, y, xerr=s.vs_best_interval, fmt="o", ms=4, color=colour, capsize=2
         )
     paired.set_yticks(range(len(others)), [title for title, _, _ in others])
-    paired.set_xlabel(HELD_OUT["vs_rbc_b_kg"].axis, loc="right")
+    paired.set_xlabel(f"paired difference to {settled.best}, {settled.a_day}", loc="right")
     paired.set_ylim(-0.5, len(others) - 0.5)
     paired.axvline(0.0, color="#1b1f24", lw=1)
     for axes in (mean, paired):
@@ -138,18 +142,19 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
 def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     figure = Figure(figsize=(7.2, 2.8))
     axes = figure.add_subplot()
+    settled, rival = result.settled, result.references.best
     own, rule, best = (
-        result.a_day(run.evaluation.policies[name].co2_kg) for name in ("agent", "rbc_b", "optimum")
+        result.a_day(run.evaluation.policies[name].settled) for name in ("agent", rival, "optimum")
     )
     days = result.references.days
     at = np.arange(len(days))
     axes.vlines(at, own, rule, color=look.colour, alpha=0.55, lw=1.2)
-    axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=TITLES["rbc_b"])
+    axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=settled.best)
     axes.plot(at, own, look.marker, color=look.colour, ms=4, label=run.title)
     axes.plot(at, best, "_", color="#1b1f24", ms=8, label=TITLES["optimum"])
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [days[i] for i in shown])
-    axes.set(xlabel="first day of the held-out stretch", ylabel="CO2, kg a day")
+    axes.set(xlabel="first day of the held-out stretch", ylabel=f"{settled.name}, {settled.a_day}")
     if min(own.min(), rule.min(), best.min()) > 0:
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=3)
@@ -189,7 +194,7 @@ def _day(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     begin = int(site.stretch_bounds[day.stretch, 0])
     policies: list[Drawn] = []
     for title, name, line in (
-        *((TITLES[name], name, LOOKS[name]) for name in ("optimum", "rbc_b")),
+        *((TITLES[name], name, LOOKS[name]) for name in ("optimum", result.references.best)),
         (run.title, "agent", look.line),
     ):
         plan = plans[name][day.stretch]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from co2lightning import __version__
-from co2lightning.metrics import HELD_OUT
+from co2lightning.metrics import HELD_OUT, Settled
 from co2lightning.report import looks
 from co2lightning.report.collect import (
     HOURS,
@@ -35,10 +35,11 @@ from co2lightning.report.tables import (
     comparison_table,
     convergence_table,
     in_page,
+    metered_text,
     stretches_table,
     table_in_page,
 )
-from co2lightning.sim.evaluate import TITLES, Evaluation, mean_interval, summarise
+from co2lightning.sim.evaluate import TITLES, Evaluation, summarise
 from co2lightning.sim.schedule import start_soc
 from co2lightning.site.model import DAY_H, Floats, Site
 
@@ -125,9 +126,17 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
         "soc_band": soc_band(site.battery),
         "heat_limit_kw": {what: result.heat_limit_kw(what) for what in result.compared},
         "paired": result.paired,
+        "settled": {
+            "name": result.settled.name,
+            "a_day": result.settled.a_day,
+            "unit": result.settled.unit,
+            "digits": 1 if result.settled.key == "co2_kg" else 2,
+            "best": result.references.best,
+            "best_title": result.settled.best,
+        },
         "policies": [
             {"key": name, "title": TITLES[name], "look": name}
-            | _policy_data(name, result, references)
+            | _policy_data(name, result, references, name)
             for name in references.policies
         ],
         "runs": [_run_data(result, run, result.looks[run.name]) for run in result.runs],
@@ -148,11 +157,11 @@ def _run_data(result: SiteResult, run: RunResult, look: RunLook) -> dict[str, An
         "mark": look.mark,
         "episode": run.episode,
         "curve": [
-            [m["episode"], _number(m.get("co2_kg"), 2), _number(m.get("co2_vs_uncontrolled"), 4)]
+            [m["episode"], _settled(m, result), _number(m.get(result.share_key), 4)]
             for m in run.metrics
             if m.get("co2_kg") is not None
         ],
-        **_policy_data("agent", result, run.evaluation),
+        **_policy_data("agent", result, run.evaluation, run.title),
         "heat": {
             **{what: _rounded(getattr(run.heat, what), 2) for what in result.compared},
             "steps": run.heat.steps.astype(int).tolist(),
@@ -163,9 +172,11 @@ def _run_data(result: SiteResult, run: RunResult, look: RunLook) -> dict[str, An
     }
 
 
-def _policy_data(name: str, result: SiteResult, evaluation: Evaluation) -> dict[str, Any]:
-    summaries, parts = summarise(evaluation), parts_of(result.site)
-    summary, plans = summaries[name], evaluation.schedules[name]
+def _policy_data(
+    name: str, result: SiteResult, evaluation: Evaluation, title: str
+) -> dict[str, Any]:
+    key, parts = result.settled.key, parts_of(result.site)
+    summary, plans = summarise(evaluation)[name], evaluation.schedules[name]
     fields = {
         **({"ev_kw": 2} if parts.ev else {}),
         **({"battery_kw": 2, "soc": 3} if parts.battery else {}),
@@ -177,14 +188,24 @@ def _policy_data(name: str, result: SiteResult, evaluation: Evaluation) -> dict[
             {key: _rounded(getattr(plan, key), digits) for key, digits in fields.items()}
             for plan in plans
         ],
-        "kg_a_day": _rounded(result.a_day(evaluation.policies[name].co2_kg), 3),
+        "a_day": _rounded(result.a_day(evaluation.policies[name].settled), 3),
         "unmet_kwh": _rounded(result.a_day(evaluation.policies[name].unmet_kwh), 3),
-        "mean_kg": _number(summary.co2_kg, 3),
-        "mean_interval_kg": _number(summary.co2_kg_interval, 3),
-        "vs_rbc_b_kg": _number(summary.vs_rbc_b_kg, 3),
-        "vs_rbc_b_interval_kg": _number(summary.vs_rbc_b_kg_interval, 3),
-        "share": _number(summary.co2_kg / max(summaries["uncontrolled"].co2_kg, 1e-9), 4),
+        "mean": _number(getattr(summary, key), 3),
+        "mean_interval": _number(getattr(summary, f"{key}_interval"), 3),
+        "vs_best": _number(summary.vs_best, 3),
+        "vs_best_interval": _number(summary.vs_best_interval, 3),
+        "share": _number(result.shares[title], 4),
     }
+
+
+def _settled(metrics: dict[str, Any], result: SiteResult) -> float | None:
+    """Return what an episode's training days came to of what is settled."""
+    co2_kg, cost = metrics.get("co2_kg"), metrics.get("cost")
+    if result.settled.key == "co2_kg":
+        return _number(co2_kg, 2)
+    if co2_kg is None or cost is None:
+        return None
+    return _number(result.site.objective.of(co2_kg, cost), 2)
 
 
 def _rounded(values: Floats, digits: int) -> list[Any]:
@@ -203,18 +224,14 @@ def _number(value: float | None, digits: int) -> float | None:
 
 def _lead(result: SiteResult) -> str:
     """Return the sentences that say how the best run of a site stands beside the references."""
-    run = min(result.runs, key=lambda run: run.summary.co2_kg)
-    best, references = run.summary, result.references
-    means = {name: summary.co2_kg for name, summary in summarise(references).items()}
-    rival = min((name for name in means if name != "optimum"), key=lambda name: means[name])
-    difference_kg = best.co2_kg - means[rival]
-    paired_kg = run.evaluation.policies["agent"].co2_kg - references.policies[rival].co2_kg
-    _, interval = mean_interval(result.a_day(paired_kg))
+    run = min(result.runs, key=lambda run: run.summary.vs_best)
+    best, settled = run.summary, result.settled
+    interval = best.vs_best_interval
     # An interval over stretches says something only where there are enough to speak of.
     verdict = ""
     if interval is not None:
-        verdict = ": better" if difference_kg < 0 else ": worse"
-        verdict = verdict if abs(difference_kg) > interval else ": no clear difference"
+        verdict = ": better" if best.vs_best < 0 else ": worse"
+        verdict = verdict if abs(best.vs_best) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
         share = in_page(HELD_OUT["gap_closed"], best._asdict())
@@ -222,12 +239,15 @@ def _lead(result: SiteResult) -> str:
     unmet = ""
     if result.site.n_sockets:
         unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day. {_not_asked(result.references)}"
-    paired = {"vs_rbc_b_kg": difference_kg, "vs_rbc_b_kg_interval": interval}
-    difference = in_page(HELD_OUT["vs_rbc_b_kg"], paired)
+    difference = in_page(settled.metric("vs_best"), best._asdict())
+    mean = settled.written(getattr(best, settled.key)).replace("-", "\N{MINUS SIGN}")
+    unit = escape(f" {settled.unit}" if settled.unit else "")
+    told = {"co2_kg": f"emits {mean} kg of CO2", "cost": f"costs {mean}{unit}"}
+    told = told.get(settled.key, f"has an objective of {mean}")
     return (
         f"<p>In {count_text(result.data['stretches'])} of <b>{escape(result.site.name)}</b>, "
-        f"<b>{escape(run.title)}</b> (episode {run.episode}) emits {best.co2_kg:.1f} kg of CO2 a "
-        f"day, {difference} kg against the best control without learning, {TITLES[rival]}{verdict}."
+        f"<b>{escape(run.title)}</b> (episode {run.episode}) {told} a day, "
+        f"{difference}{unit} against the best control without learning, {settled.best}{verdict}."
         f"{closed}{unmet}</p>"
     )
 
@@ -255,7 +275,7 @@ def _equipment(site: Site) -> str:
 
 
 def _site(index: int, result: SiteResult) -> str:
-    site = result.site
+    site, settled = result.site, result.settled
     files = ", ".join(
         f"{escape(run.name)} {escape(run.file.name)} (sha256 {escape(run.sha256[:12])})"
         for run in result.runs
@@ -275,44 +295,52 @@ def _site(index: int, result: SiteResult) -> str:
         if run.trained_on[1] != site.sha256
     )
     interval = (
-        " ± half its 95 % interval (Student's t) over stretches: that of the difference to RBC B, "
-        "paired stretch by stretch, is the one that decides; "
+        " ± half its 95 % interval (Student's t) over stretches: that of the difference to "
+        f"{settled.best}, paired stretch by stretch, is the one that decides; "
         if result.runs[0].summary.co2_kg_interval is not None
         else ", without an interval, for which eight stretches are needed, so each is shown below; "
     )
     figure = f'<div class="chart" data-site="{index}" data-chart='
+    what = settled.name[0].upper() + settled.name[1:]
+    by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
+    verb = "emit" if settled.key == "co2_kg" else "come to"
+    unit = escape(settled.unit or "absolute figures")
+    in_unit = escape(f"in {settled.a_day}" if settled.unit else "a day")
     return f"""
 <section>
 <h2>Site {escape(site.name)}</h2>
 <p class="facts">{_equipment(site)}; steps of {site.step_minutes} minutes; {len(site.days)} days
 from {site.day_start_h}:00 to {site.day_start_h}:00, of which {stretches}, {days[0].date} to
-{days[-1].date}. sha256 {site.sha256[:12]}.</p>
+{days[-1].date}. sha256 {site.sha256[:12]}.{by}</p>
 {notes}
 {foreign}
 <h3>Held out: how good is each controller?</h3>
 {_comparison(result)}
 <p class="source">Mean a day{interval}each stretch in one go, settled by what the best operation of
-the next two days would cost from the state that is left. Gap closed: share of the way from
-uncontrolled to the optimum (LP, perfect foresight). Unmet: energy not served beyond what charging
-on arrival also leaves. Self-consumption: share of the PV that found a use. {below} The same by
+the next two days would cost from the state that is left. {metered_text(settled)}Gap
+closed: share of the way from uncontrolled to the optimum (LP, perfect foresight). Unmet: energy
+not served beyond what charging on arrival also leaves. Self-consumption: share of the PV that found
+a use. {below} The same by
 <code>{tested}</code>; files: {files}; {held_out}.</p>
 {_each_stretch(result)}
 <figure>{figure}"intervals"></div>
-<figcaption>Mean CO2 and paired difference to RBC B, with 95 % intervals where there are eight
-stretches, from the table above. Uncontrolled is left out of the second where it is too far off.
+<figcaption>Mean {settled.name} and paired difference to {settled.best}, with 95 % intervals
+where there are eight stretches, from the table above. Uncontrolled is left out of the second where
+it is too far off.
 </figcaption></figure>
 
 <h3>Learning curves</h3>
 <figure>{figure}"learning"></div>
 <figcaption>Lines of runs: each episode's <em>training</em> days, with exploration; the days differ
 from episode to episode. Large marks and straight lines: the <em>held-out</em> stretches, without
-exploration. As a share of what the same days emit without control the two can be compared; in kg
-only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
+exploration. As a share of what the same days {verb} without control the two can be compared; in
+{unit} only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
 
-<h3>CO2 of each held-out stretch</h3>
+<h3>{what} of each held-out stretch</h3>
 <figure>{figure}"stretches"></div>
-<figcaption>Every held-out stretch, settled, in kg a day: the run, the rule RBC B and the optimum
-met the same weather, vehicles and battery start. A line joins run and rule. Click a stretch to open
+<figcaption>Every held-out stretch, settled, {in_unit}: the run, the best reference, {settled.best},
+and the optimum met the same weather, vehicles and battery start. A line joins run and reference.
+Click a stretch to open
 it below. Source: as the table.</figcaption></figure>
 
 <h3>Day explorer</h3>
@@ -340,7 +368,7 @@ def _each_stretch(result: SiteResult) -> str:
     policies = {title: data["policies"][title]["stretches"] for title in runs}
     references = result.references.policies
     policies |= {TITLES[name]: data["policies"][name]["stretches"] for name in references}
-    table = stretches_table(data["stretches"], policies)
+    table = stretches_table(data["stretches"], policies, result.settled)
     return f'{table_in_page(table)}\n<p class="source">{escape(table.caption or "")}</p>'
 
 
@@ -353,7 +381,15 @@ def _comparison(result: SiteResult) -> str:
         {"name": name, "policy": TITLES[name], **summary._asdict()}
         for name, summary in summarise(result.references).items()
     ]
-    return table_in_page(comparison_table(rows))
+    return table_in_page(comparison_table(rows, result.settled))
+
+
+def _by(settled: Settled, site: Site) -> str:
+    """Return what policies are settled by where a site has prices."""
+    if settled.key != "objective":
+        return f"{settled.name}, {settled.a_day}"
+    weights = site.objective
+    return f"an objective, {weights.co2:g} of a kg of CO2 and {weights.cost:g} of what it costs"
 
 
 def _training(results: Sequence[SiteResult]) -> str:

@@ -2,7 +2,7 @@
 // a width in pixels; controls are made once, what is below them at every drawing.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const MOST_COMPARED = 4;  // in the explorer: any controller, a run, RBC B, the optimum
+const MOST_COMPARED = 4;  // in the explorer: any controller, a run, the best reference, the optimum
 const explorers = new Map();
 
 const policy = (site, key) => site.policies.find((one) => one.key === key);
@@ -47,21 +47,23 @@ function intervals(host, site) {
     const panels = [html("div", { class: "panel" }), html("div", { class: "panel" })];
     inner.append(...panels);
     host.replaceChildren(inner);
-    panel(panels[0], each, "CO2, kg a day", rows, "mean_kg", "mean_interval_kg", true);
+    const { name, a_day, best_title } = site.settled;
+    panel(panels[0], each, `${name}, ${a_day}`, rows, "mean", "mean_interval", true);
     const others = [...site.runs, ...site.policies.filter((one) => site.paired.includes(one.key))];
-    panel(panels[1], each, "CO2 against RBC B, kg a day (left is better)", others,
-      "vs_rbc_b_kg", "vs_rbc_b_interval_kg", false);
+    panel(panels[1], each, `${name} against ${best_title}, ${a_day} (left is better)`, others,
+      "vs_best", "vs_best_interval", false);
   };
 }
 
 function learning(host, site) {
+  const { name, a_day } = site.settled;
   let unit = "share", width = 0;
-  const [, label] = choice("CO2 as", [["share", "share of uncontrolled"], ["kg", "kg a day"]], unit,
+  const [, label] = choice(`${name} as`, [["share", "share of uncontrolled"], ["amount", a_day]], unit,
     (value) => { unit = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const draw = (now) => {
     width = now;
-    const share = unit === "share", column = share ? 2 : 1, mean = share ? "share" : "mean_kg";
+    const share = unit === "share", column = share ? 2 : 1, mean = share ? "share" : "mean";
     const scale = share ? 100 : 1;
     const curves = site.runs.map((run) =>
       run.curve.filter((row) => row[column] !== null).map((row) => [row[0], row[column] * scale]));
@@ -71,11 +73,11 @@ function learning(host, site) {
     if (!every.some(([at]) => at === 1) && every[0][0] > last / 12) every.unshift([1, "1"]);
     const area = plot(html("div"), {
       width, height: Math.min(420, Math.max(280, width * 0.5)),
-      name: "Learning curves: CO2 over episodes",
+      name: `Learning curves: ${name} over episodes`,
       x: { range: [1, last], label: "episode", ticks: every },
       y: {
         range: extent([...curves.flat().map((p) => p[1]), ...[...site.policies, ...site.runs].map(level)], 0),
-        label: share ? "CO2, % of the same days uncontrolled" : "CO2, kg a day",
+        label: share ? `${name}, % of the same days uncontrolled` : `${name}, ${a_day}`,
       },
     });
     for (const one of site.policies) line(area, [[1, level(one)], [last, level(one)]], `thin ${one.look}`);
@@ -102,44 +104,45 @@ function learning(host, site) {
 }
 
 function stretches(host, site) {
-  const rule = policy(site, "rbc_b"), best = policy(site, "optimum"), count = site.stretches.length;
+  const { name, a_day, best_title, digits } = site.settled, unit = site.settled.unit && ` ${site.settled.unit}`;
+  const rule = policy(site, site.settled.best), best = policy(site, "optimum"), count = site.stretches.length;
   let against = "", width = 0;
-  const [, label] = choice("Show", [["", "CO2"], ["rule", "difference to RBC B"]], against,
+  const [, label] = choice("Show", [["", name], ["rule", `difference to ${best_title}`]], against,
     (value) => { against = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const draw = (now) => {
     width = now;
-    const level = (one, at) => one.kg_a_day[at] - (against ? rule.kg_a_day[at] : 0);
-    const all = [rule, best, ...site.runs].flatMap((one) => one.kg_a_day.map((_, at) => level(one, at)));
+    const level = (one, at) => one.a_day[at] - (against ? rule.a_day[at] : 0);
+    const all = [rule, best, ...site.runs].flatMap((one) => one.a_day.map((_, at) => level(one, at)));
     const panels = site.runs.map((run) => {
       const panel = html("div", { class: "panel" });
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       panel.append(legend([
         { text: run.title, look: `mark ${run.look}`, kind: run.mark },
-        { text: rule.title, look: "hollow rbc_b", kind: "dot" },
+        { text: rule.title, look: `hollow ${rule.look}`, kind: "dot" },
         { text: best.title, look: "mark optimum", kind: "dash" },
       ]));
       const every = Math.max(1, Math.ceil(count / Math.max(1, (width - 60) / 95)));
       const area = plot(panel, {
-        width, height: 240, name: `CO2 of each held-out stretch, ${run.title}`,
+        width, height: 240, name: `${name} of each held-out stretch, ${run.title}`,
         x: {
           range: [-0.5, count - 0.5], label: "first day of the held-out stretch",
           ticks: site.stretches.map((one, at) => [at, one.from]).filter((_, at) => at % every === 0),
         },
-        y: { range: extent(all, against ? null : 0), label: against ? "CO2 against RBC B, kg a day (down is better)" : "CO2, kg a day" },
+        y: { range: extent(all, against ? null : 0), label: against ? `${name} against ${best_title}, ${a_day} (down is better)` : `${name}, ${a_day}` },
       });
       const column = (area.right - area.left) / count, size = Math.max(2, Math.min(5, column * 0.4));
       site.stretches.forEach((one, at) => {
         const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
         shape(area.svg, "line", { class: `join ${run.look}`, x1: x, x2: x, y1: own, y2: ruled });
-        mark(area.svg, "dot", x, ruled, size, "hollow rbc_b");
+        mark(area.svg, "dot", x, ruled, size, `hollow ${rule.look}`);
         mark(area.svg, run.mark, x, own, size, `mark ${run.look}`);
         mark(area.svg, "dash", x, area.y(level(best, at)), 1.6 * size, "mark optimum");  // on top of what is near
         const hit = shape(area.svg, "rect", {
           class: "hit", x: x - column / 2, y: area.top, width: column, height: area.bottom - area.top,
         });
-        shape(hit, "title", {}, `${named(one)}: ${run.title} ${run.kg_a_day[at].toFixed(1)} kg a day, ` +
-          `${rule.title} ${rule.kg_a_day[at].toFixed(1)} kg, ${best.title} ${best.kg_a_day[at].toFixed(1)} kg; ` +
+        shape(hit, "title", {}, `${named(one)}: ${run.title} ${run.a_day[at].toFixed(digits)} ${a_day}, ` +
+          `${rule.title} ${rule.a_day[at].toFixed(digits)}${unit}, ${best.title} ${best.a_day[at].toFixed(digits)}${unit}; ` +
           `unmet ${run.unmet_kwh[at].toFixed(3)} kWh a day`);
         hit.addEventListener("click", () => explorers.get(site)(at, run.key));
       });
@@ -155,7 +158,7 @@ const named = (stretch) => (stretch.from === stretch.to ? stretch.from : `${stre
 function explorer(host, site) {
   const shown = [...site.runs, ...site.policies], parts = site.parts, step = site.step_h;
   let [at, day] = site.typical_day, width = 0;
-  let chosen = site.runs.reduce((best, run, i) => (run.mean_kg < site.runs[best].mean_kg ? i : best), 0);
+  let chosen = site.runs.reduce((best, run, i) => (run.mean < site.runs[best].mean ? i : best), 0);
   let run = site.runs[chosen];  // stays in view beside a reference
   const [stretchSelect, stretchLabel] = choice("Stretch", site.stretches.map((one, i) => [i, named(one)]), at,
     (value) => open(Number(value), 0));
@@ -189,7 +192,7 @@ function explorer(host, site) {
     const stretch = site.stretches[at], [date, begin, end] = stretch.days[day];
     const own = shown[chosen];
     if (chosen < site.runs.length) run = own;
-    const compared = [...new Set([own, run, policy(site, "rbc_b"), policy(site, "optimum")])];
+    const compared = [...new Set([own, run, policy(site, site.settled.best), policy(site, "optimum")])];
     const of = (one, what) => one.schedule[at][what].slice(begin, end);
     const series = (what) => stretch[what].slice(begin, end);
     const pv = series("pv_kw"), carbon = series("carbon"), count = end - begin;

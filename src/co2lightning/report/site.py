@@ -13,7 +13,7 @@ import numpy as np
 
 from co2lightning.control.forecast import forecast, steps_per_lead
 from co2lightning.metrics import Metric
-from co2lightning.report.comparison import count_text
+from co2lightning.report.comparison import count_text, evaluation_data, settled_in
 from co2lightning.report.looks import FLOWS, LOOKS
 from co2lightning.report.tables import Table
 from co2lightning.sim.evaluate import TITLES, Evaluation
@@ -342,10 +342,11 @@ def _references(evaluation: Evaluation) -> Figure:
     at = np.arange(len(begins))
     for mark, (name, figures) in zip("os^vDPXd*", evaluation.policies.items(), strict=False):
         look = {"marker": mark, "ms": 4, "mfc": "w", "lw": 1.2, **LOOKS[name]}
-        axes.plot(at, figures.co2_kg / days, label=TITLES[name], **look)
+        axes.plot(at, figures.settled / days, label=TITLES[name], **look)
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [begins[i] for i in shown])
-    axes.set(xlabel="held-out stretch from", ylabel="CO2, kg a day")
+    settled = settled_in(evaluation_data(evaluation))
+    axes.set(xlabel="held-out stretch from", ylabel=f"{settled.name}, {settled.a_day}")
     if axes.get_ylim()[0] > 0:
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside upper center", ncols=4)

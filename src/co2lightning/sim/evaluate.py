@@ -41,6 +41,9 @@ TITLES = {
     "optimum": "optimum (LP)",
 }
 
+RULE_NAMES = ("uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c")
+"""The references that all are compared with the best of: none of them knows what is to come."""
+
 MPC_TITLE = "MPC"
 """What model predictive control is called, which only some evaluations have."""
 
@@ -106,6 +109,12 @@ class Evaluation:
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     rbc_c: str = ""
 
+    @property
+    def best(self) -> str:
+        """Name of the rule that settles lowest in all stretches, at ties the simpler one."""
+        rules = [name for name in RULE_NAMES if name in self.policies]
+        return min(rules, key=lambda name: float(self.policies[name].settled.sum()))
+
 
 class Summary(NamedTuple):
     """A policy over all stretches: totals a day, that is, by their hours.
@@ -116,8 +125,12 @@ class Summary(NamedTuple):
 
     co2_kg: float  # a day
     co2_kg_interval: float | None  # 95 % interval over stretches: +- so much
-    vs_rbc_b_kg: float  # a day
-    vs_rbc_b_kg_interval: float | None  # of the paired differences
+    cost: float | None  # a day; None where the site has no prices
+    cost_interval: float | None
+    objective: float | None  # a day, where it is neither CO2 alone nor cost alone
+    objective_interval: float | None
+    vs_best: float  # the objective a day, less that of the best rule
+    vs_best_interval: float | None  # of the paired differences
     gap_closed: float | None  # share of the way from uncontrolled to the optimum
     unmet_kwh: float  # a day
     self_consumption: float | None  # share of the PV that found a use
@@ -312,14 +325,21 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
 
     uncontrolled = a_day(policies["uncontrolled"].settled)
     gap = uncontrolled - a_day(policies["optimum"].settled)
+    best = policies[evaluation.best].settled
+    priced = evaluation.currency is not None
+    mixed = evaluation.objective not in (Objective(1.0, 0.0), Objective(0.0, 1.0))
     summaries: dict[str, Summary] = {}
     for name, figures in policies.items():
-        difference = figures.settled - policies["rbc_b"].settled
+        difference = figures.settled - best
         summaries[name] = Summary(
             co2_kg=a_day(figures.co2_kg),
             co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
-            vs_rbc_b_kg=a_day(difference),
-            vs_rbc_b_kg_interval=mean_interval(difference / days)[1],
+            cost=a_day(figures.cost) if priced else None,
+            cost_interval=mean_interval(figures.cost / days)[1] if priced else None,
+            objective=a_day(figures.settled) if mixed else None,
+            objective_interval=mean_interval(figures.settled / days)[1] if mixed else None,
+            vs_best=a_day(difference),
+            vs_best_interval=mean_interval(difference / days)[1],
             gap_closed=(uncontrolled - a_day(figures.settled)) / gap
             if gap > _LEAST_GAP * evaluation.unit
             else None,

@@ -48,7 +48,7 @@ def write_references(
     """Write what the rules and the optimum reach on a site's held-out days as level lines.
 
     Each policy is a run of its own, with the tags `test/*` and, to be seen beside the curves of
-    training, `site/co2_kg` and `site/co2_vs_uncontrolled`.
+    training, `site/co2_kg`, `site/cost` where there are prices, and `site/co2_vs_uncontrolled`.
 
     Args:
         logs: Of all runs.
@@ -61,6 +61,7 @@ def write_references(
         directory = logs / REFERENCES / f"{site} held-out days" / name
         values = {f"test/{key}": value for key, value in figures.items()}
         co2_kg = values["site/co2_kg"] = figures["co2_kg"]
+        values["site/cost"] = figures.get("cost")
         if co2_kg is not None and uncontrolled_kg:
             values["site/co2_vs_uncontrolled"] = co2_kg / uncontrolled_kg
         for place in (logs / REFERENCES, directory.parent):
