@@ -27,7 +27,7 @@ from co2lightning.site.model import DAY_H, Floats, Ints, Site
 _SINGLE_H, _SPAN_H = 2.0, 1.0  # how far steps are planned one by one, and by what after that
 # In units of the mean intensity, per kWh. What is the same now or later is done later, while less
 # is known of it: buying, and giving power away. All fall to nothing at the plan's end. Of 0.01,
-# 0.1, 0.15 and 0.2 (twice as much for curtailing) the best in sum on the training weeks of two sites.
+# 0.1, 0.15 and 0.2 (twice for curtailing) the best in sum on training weeks of two sites.
 _BUY_NOW = 0.1
 _CURTAIL_NOW = 0.2
 _THROUGHPUT = 0.1  # of the battery, each way; enough that it never burns what is curtailed
