@@ -1,5 +1,6 @@
 """`co2lightning test`: data, table and exit codes."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,47 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
         assert text in out
     assert "±" not in out, "three days are too few for an interval"
     assert "correction" not in out
+
+
+def with_prices(directory: Path) -> Path:
+    """Write a site whose power has a price."""
+    site = write_site(directory)
+    head, *rows = (site / "series.csv").read_text().splitlines()
+    priced = [f"{head},price_per_kwh", *(f"{row},0.2" for row in rows)]
+    (site / "series.csv").write_text("\n".join(priced) + "\n")
+    return site
+
+
+def test_steps_are_all_of_all_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site, steps = with_prices(tmp_path / "priced"), tmp_path / "steps.csv"
+    assert main(["PPO", "--json", "--env.site", str(site), "--steps", str(steps)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = list(csv.DictReader(steps.read_text().splitlines()))
+    names = ["PPO", *list(data["policies"])[1:]]
+    assert list(rows[0]) == [
+        *("time", "policy", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg"),
+        *("unmet_kwh", "cost"),
+    ]
+    assert len(rows) == 3 * 96 * len(names)
+    assert list(dict.fromkeys(row["policy"] for row in rows)) == names
+    for name, policy in zip(names, data["policies"].values(), strict=True):
+        own = [row for row in rows if row["policy"] == name]
+        assert [row["time"] for row in own[::96]] == [f"{day}T00:00:00+00:00" for day in HELD_OUT]
+        for i, stretch in enumerate(policy["stretches"]):
+            of_stretch = own[96 * i : 96 * (i + 1)]
+            co2_kg, cost = (
+                sum(float(row[key]) for row in of_stretch) for key in ("co2_kg", "cost")
+            )
+            assert co2_kg == pytest.approx(stretch["co2_kg"] - stretch["settlement"], abs=1e-4)
+            assert cost == pytest.approx(stretch["cost"], abs=1e-4)
+
+
+def test_steps_that_cannot_be_written_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(UserError, match=r"--steps no/where.csv: there is no directory"):
+        main(["PPO", "--steps", "no/where.csv"])
+    assert capsys.readouterr().out == ""
 
 
 def another_run(directory: Path, change: dict[str, Any]) -> list[str]:

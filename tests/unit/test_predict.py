@@ -20,7 +20,7 @@ from small_site import H, write_site
 pytestmark = pytest.mark.usefixtures("inside")
 Run = pytest.CaptureFixture[str]
 
-COLUMNS = ["time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg"]
+COLUMNS = ["time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg", "unmet_kwh"]
 
 
 def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -39,7 +39,7 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     assert header == COLUMNS
     begin = datetime.fromisoformat("2025-03-02T00:00:00+00:00")
     assert times == [(begin + timedelta(minutes=15 * step)).isoformat() for step in range(96)]
-    ev_kw, battery_kw, grid_kw, soc, co2_kg = values.T
+    ev_kw, battery_kw, grid_kw, soc, co2_kg, unmet_kwh = values.T
     site = load_site(trained / "village")
     day = site.days.index("2025-03-02")
     steps = slice(*site.day_bounds[day : day + 2])
@@ -48,6 +48,7 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     meter_kg = grid_kw.clip(0) * H * site.carbon_kg_per_kwh[steps]
     assert co2_kg == pytest.approx(meter_kg, abs=1e-5)
     assert grid_kw.min() < 0 < grid_kw.max()
+    assert unmet_kwh == pytest.approx(0.0, abs=1e-4)
     assert soc.min() >= 0.1 - 1e-6
     assert soc.max() <= 0.9 + 1e-6
     path = Path("checkpoints/PPO/episode_0002.pt")

@@ -3,7 +3,7 @@
 Shapes: n steps, O features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.report.comparison import evaluation_data, settled_in
+from co2lightning.report.steps import columns_of, rows_of
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
 from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
@@ -25,8 +26,6 @@ from co2lightning.sim.scales import observer_of
 from co2lightning.site import trained_days
 from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
-
-_COLUMNS = ("ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
         "Write a day as a run's policy controls it: a header and a row for each step of the site. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
-        "soc: 0-1, at its end. co2_kg: of the import. cost, where the site has prices: of the "
-        "import less the export, in its currency.",
+        "soc: 0-1, at its end. co2_kg: of the import. unmet_kwh: owed to vehicles that then leave. "
+        "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
     )
     parser.add_argument(
@@ -80,21 +79,15 @@ def main(argv: Sequence[str]) -> int:
     found, seen = predict(
         agent, site, day, arguments.days, Path(arguments.directory) / "references"
     )
-    own = found.schedules["agent"][0]
-    grid_kw = own.grid_import_kw - own.curtailed_kwh / site.step_h
-    columns = [own.ev_kw, own.battery_kw, grid_kw, own.soc, own.co2_kg]
     begin = int(site.day_bounds[day])
-    names = list(_COLUMNS)
-    if found.currency is not None:
-        names, columns = [*names, "cost"], [*columns, own.cost]
-    text = _csv(site, begin, names, np.stack(columns, axis=1))
+    text = _csv(site, begin, columns_of(site, found.schedules["agent"][0]))
     if output is None:
         say(*text.splitlines())
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        names = [feature.name for feature in FEATURES]
-        write_atomic(observations, _csv(site, begin, names, seen).encode())
+        features = {feature.name: seen[:, i] for i, feature in enumerate(FEATURES)}
+        write_atomic(observations, _csv(site, begin, features).encode())
     settled = settled_in(evaluation_data(found))
     came_to = {name: settled.written(of.settled[0]) for name, of in found.policies.items()}
     told = ", ".join(f"{TITLES[name]} {came_to[name]}" for name in TITLES if name in came_to)
@@ -141,11 +134,6 @@ def predict(
     return found, torch.cat(seen).double().cpu().numpy()
 
 
-def _csv(site: Site, begin: int, names: Sequence[str], values: Floats) -> str:
-    """Return the rows of a stretch: the time, then a row of values [n, columns] for each step."""
-    rows = [",".join(["time", *names])]
-    for step, row in enumerate(np.round(values, 9)):
-        # Adding 0.0 takes the sign off a zero.
-        numbers = (f"{value + 0.0:.9g}" for value in row)
-        rows.append(",".join([site.when(begin + step).isoformat(), *numbers]))
-    return "\n".join(rows) + "\n"
+def _csv(site: Site, begin: int, columns: Mapping[str, Floats]) -> str:
+    """Return a stretch as CSV: the time and each column's number [n], a row for each step."""
+    return "\n".join([",".join(["time", *columns]), *rows_of(site, begin, columns)]) + "\n"

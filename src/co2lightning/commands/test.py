@@ -9,8 +9,11 @@ from pathlib import Path
 
 from co2lightning.agents.load import policy_of
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.places import check_output
 from co2lightning.report.comparison import comparison_tables, evaluation_data
+from co2lightning.report.steps import steps_of
 from co2lightning.report.tables import in_terminal
+from co2lightning.runs.files import write_atomic
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
@@ -44,6 +47,10 @@ def main(argv: list[str]) -> int:
         "or more for each day, once",
     )
     parser.add_place(
+        "--steps",
+        help="every step of every policy there, as CSV: what predict writes, with the policy",
+    )
+    parser.add_place(
         "--logs.dir",
         dest="logs",
         default="lightning_logs",
@@ -51,6 +58,7 @@ def main(argv: list[str]) -> int:
         help="of TensorBoard; the figures go there too [default: lightning_logs]",
     )
     arguments = parser.parse_args(argv)
+    steps = check_output("--steps", arguments.steps)
     own_logs = Path(arguments.logs) / arguments.name
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run, facts = open_run(arguments)
@@ -59,6 +67,8 @@ def main(argv: list[str]) -> int:
     evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
     if arguments.mpc:
         evaluation = _with_mpc(evaluation, site, keep)
+    if steps:
+        write_atomic(steps, steps_of(site, evaluation, type(agent).__name__).encode())
     data = evaluation_data(evaluation)
     if arguments.json:
         told = {
