@@ -13,7 +13,7 @@ import torch
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.control.observation import FEATURES, HIGHEST
-from co2lightning.sim.evaluate import evaluate
+from co2lightning.sim.evaluate import TITLES, evaluate
 from co2lightning.site.load import load_site
 from small_site import H, write_site
 
@@ -113,6 +113,10 @@ def test_an_older_episode_because_the_newest_is_damaged(capsys: Run) -> None:
     [
         ([], "predict: the following arguments are required: NAME; such as: co2lightning predict"),
         (["SAC"], "predict SAC: no episode in checkpoints/SAC; runs there: PPO"),
+        (["rbc_c"], "predict rbc_c: a rule needs a site, such as --env.site iquitos"),
+        (["rbc_c", "--env.site", "nowhere"], "site nowhere: no such folder"),
+        (["rbc_c", "--env.site", "village", "--env.objective", "cost"], "price_per_kwh"),
+        (["PPO", "--env.objective", "co2"], "--env.objective: PPO is settled by what it was"),
         (["PPO", "--day", "2025-04-01"], "--day: 2025-04-01 is not a day of site village; its"),
         (["PPO", "--day", "today"], "today is not a day"),
         (["PPO", "--day", "2025-03-05", "--days", "3"], "--days 3: village has 2 days from"),
@@ -180,3 +184,29 @@ def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
         obs = env.step(agent.act(obs).detach()).obs
         planned = found.schedules["agent"][0].ev_kw[step]
         assert float(env.flows.ev_kw) == pytest.approx(planned, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c"])
+def test_a_rule_is_written_as_evaluation_plays_it(trained: Path, name: str, capsys: Run) -> None:
+    assert main(["predict", name, "--env.site", "village"]) == 0
+    printed = capsys.readouterr()
+    header, _, values = rows_of(printed.out)
+    assert header == COLUMNS
+    evaluation = evaluate(None, load_site(trained / "village"))
+    plan, own = evaluation.schedules[name][0], evaluation.policies[name]
+    assert values[:, 0] == pytest.approx(plan.ev_kw, abs=1e-6)
+    assert values[:, 1] == pytest.approx(plan.battery_kw, abs=1e-6)
+    told = f"2025-03-02: {TITLES[name]} emits {own.co2_kg[0]:.1f} kg CO2, what is left at the end"
+    assert printed.err.splitlines()[-1].startswith(told)
+
+
+def test_a_rule_follows_what_is_to_be_made_small(tmp_path: Path, capsys: Run) -> None:
+    other = write_site(tmp_path / "priced")
+    head, *rows = (other / "series.csv").read_text().splitlines()
+    priced = [f"{head},price_per_kwh", *(f"{row},0.2" for row in rows)]
+    (other / "series.csv").write_text("\n".join(priced) + "\n")
+    words = ["--env.site", str(other), "--env.objective", "cost"]
+    assert main(["predict", "rbc_c", *words]) == 0
+    printed = capsys.readouterr()
+    assert rows_of(printed.out)[0] == [*COLUMNS, "cost"]
+    assert "RBC C costs" in printed.err.splitlines()[-1]

@@ -3,9 +3,11 @@
 Shapes: n steps, O features.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +16,18 @@ from torch import Tensor
 from co2lightning.agents.agent import Agent
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
 from co2lightning.control.observation import FEATURES, observe
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.report.comparison import evaluation_data, settled_in
 from co2lightning.report.steps import columns_of, rows_of
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
+from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, violations
 from co2lightning.sim.scales import observer_of
+from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
+from co2lightning.site.load import load_site
 from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
@@ -36,12 +40,19 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = run_parser(
         "predict",
-        "Write a day as a run's policy controls it: a header and a row for each step of the site. "
+        "Write a day as a run's policy, or a rule, controls it: a header and a row for each step. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
         "soc: 0-1, at its end. co2_kg: of the import. unmet_kwh: owed to vehicles that then leave. "
         "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
+        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
+    )
+    parser.add_argument(
+        "--env.objective",
+        dest="objective",
+        metavar="WHAT",
+        help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
     )
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
@@ -57,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    agent, episode, site, _, _, facts = open_run(arguments)
+    acting = _rule(arguments) or _run(arguments)
+    site, facts = acting.site, acting.facts
     if arguments.day:
         try:
             day = day_index(site, arguments.day)
@@ -76,9 +88,8 @@ def main(argv: Sequence[str]) -> int:
     if known.any():
         which = site.days[day + int(np.flatnonzero(known)[0])]
         say(f"{which} is a training day of {site.name}", err=True)
-    found, seen = predict(
-        agent, site, day, arguments.days, Path(arguments.directory) / "references"
-    )
+    keep = Path(arguments.directory) / "references"
+    found, seen = predict(acting.policy, site, day, arguments.days, keep)
     begin = int(site.day_bounds[day])
     text = _csv(site, begin, columns_of(site, found.schedules["agent"][0]))
     if output is None:
@@ -99,38 +110,73 @@ def main(argv: Sequence[str]) -> int:
     }[settled.key]
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
-        f"{site.days[day]}{until}: {type(agent).__name__} after episode {episode} "
+        f"{site.days[day]}{until}: {acting.who} "
         f"{own_words}, what is left at the end settled; {told}",
         err=True,
     )
     return check_bound(violations(found))
 
 
+class _Acting(NamedTuple):
+    """Who is asked for a plan, and where."""
+
+    policy: Agent | str  # a rule's name
+    who: str
+    site: Site
+    facts: dict[str, Any]  # what the checkpoint says of a run
+
+
+def _run(arguments: argparse.Namespace) -> _Acting:
+    if arguments.objective is not None:
+        raise UserError(f"--env.objective: {arguments.name} is settled by what it was trained for")
+    agent, episode, site, _, _, facts = open_run(arguments)
+    return _Acting(agent, f"{type(agent).__name__} after episode {episode}", site, facts)
+
+
+def _rule(arguments: argparse.Namespace) -> _Acting | None:
+    """Return the rule that was asked for; None where it is a run."""
+    name = arguments.name
+    if name not in RULE_NAMES or arguments.ckpt_path or (Path(arguments.directory) / name).is_dir():
+        return None
+    if arguments.site is None:
+        raise UserError(f"predict {name}: a rule needs a site, such as --env.site iquitos")
+    site = load_site(arguments.site, objective=arguments.objective or "co2")
+    if name == "cheap" and not len(site.sessions.arrival):
+        raise UserError(f"predict cheap: no vehicle comes to {site.name} for it to charge")
+    say(*site.notes, err=True)
+    return _Acting(name, TITLES[name], site, {})
+
+
 def predict(
-    agent: Agent, site: Site, day: int, count: int = 1, keep: Path | None = None
+    policy: Agent | str, site: Site, day: int, count: int = 1, keep: Path | None = None
 ) -> tuple[Evaluation, Floats]:
     """Run a policy through days in one go, as evaluation begins them.
 
     Args:
-        agent: Decides.
+        policy: An agent, or the name of one of the site's rules.
         site: The site.
         day: Index of the first day.
         count: How many days.
         keep: Directory where what is computed for the site alone is kept.
 
     Returns:
-        The agent beside the rules and the optimum in this one stretch, and what the policy saw
-        [n, O].
+        The policy as "agent" beside the rules and the optimum in this one stretch, and what it saw
+        or could have seen [n, O].
     """
-    observer = observer_of(site, agent.device)
+    stretch = replace(site, stretches=np.array([[day, day + count]]))
+    rule = rules_of(stretch, keep=keep)[policy] if isinstance(policy, str) else None
+    device = torch.device("cpu") if isinstance(policy, str) else policy.device
+    observer = observer_of(site, device)
     seen: list[Tensor] = []
 
-    def policy(model: SiteModel, state: State) -> Tensor:
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
         seen.append(observe(observer, model, state))
-        return agent.act(seen[-1])
+        if isinstance(policy, Agent):
+            return policy.act(seen[-1])
+        assert rule is not None
+        return rule(model, state)
 
-    stretch = replace(site, stretches=np.array([[day, day + count]]))
-    found = evaluate(policy, stretch, device=agent.device, keep=keep)
+    found = evaluate(watched, stretch, device=device, keep=keep)
     return found, torch.cat(seen).double().cpu().numpy()
 
 

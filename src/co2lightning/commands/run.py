@@ -68,12 +68,14 @@ class _Place(argparse.Action):
         setattr(namespace, self.dest, local(str(option_string), values))
 
 
-def run_parser(command: str, description: str, example: str) -> Parser:
+def run_parser(
+    command: str, description: str, example: str, name: str = "the run, such as PPO"
+) -> Parser:
     """Return the parser of a command that uses one episode of a run, for `open_run`."""
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
     parser.set_defaults(command=command)
-    parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
+    parser.add_argument("name", metavar="NAME", help=name)
     parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
