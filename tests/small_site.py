@@ -347,18 +347,24 @@ held_out: [2025-03-02, 2025-03-04, 2025-03-05]
 HELD_OUT = ["2025-03-02", "2025-03-04", "2025-03-05"]
 
 
-def write_site(directory: Path, load_kw: float = 5.0) -> Path:
-    """A site of six days, each a little sunnier than the one before."""
+def write_site(directory: Path, load_kw: float = 5.0, currency: str | None = None) -> Path:
+    """A site of six days, each a little sunnier than the one before.
+
+    With a currency it has prices, low where carbon is high; what is sent out earns a little.
+    """
     directory.mkdir()
-    (directory / "site.yaml").write_text(SITE)
-    series, sessions = ["time,pv_kw,load_kw,carbon_kg_per_kwh"], []
+    (directory / "site.yaml").write_text(SITE + (f"currency: {currency}\n" if currency else ""))
+    priced = currency is not None
+    money = ",price_per_kwh,export_price_per_kwh" if priced else ""
+    series, sessions = [f"time,pv_kw,load_kw,carbon_kg_per_kwh{money}"], []
     for day in range(1, 7):
         date = f"2025-03-{day:02d}"
         for t in range(96):
             time = f"{date}T{t // 4:02d}:{t % 4 * 15:02d}:00+00:00"
             pv_kw = (20 + day) * max(0.0, 1 - abs(t - 48) / 24)
             carbon = 0.6 if t >= 72 else 0.4
-            series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}")
+            money = f",{0.1 if t >= 72 else 0.3},0.05" if priced else ""
+            series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}{money}")
         for i, (arrival, departure) in enumerate([(3, 9), (8, 15), (17, 22)]):
             sessions.append(
                 f"{day}-{i},moto,{date}T{arrival:02d}:00:00+00:00,"

@@ -77,7 +77,7 @@ HELD_OUT = _of(
         chart="CO2 on held-out days, kg a day",
     ),
     Metric("cost", "cost, {currency}/day", "{:.2f}"),
-    Metric("objective", "objective, a day", "{:.2f}"),
+    Metric("objective", "objective, a day", "{:.2f}", "objec-\ntive"),
     Metric("vs_best", "against {best}, {unit}/day", "{:+.1f}"),
     Metric(
         "gap_closed",

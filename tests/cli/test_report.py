@@ -227,6 +227,46 @@ def test_curve_sessions_and_convergence_are_those_of_the_history(made: Made) -> 
     assert ["PPO", begun, "1-2", "2"] in [r[:4] for r in rows]
 
 
+def test_each_run_is_judged_by_its_own_objective(
+    priced: Path, report: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(priced)
+    outcome = report("money", "air", "both", "--output", tmp_path / "r.html")
+    assert outcome.code == 0
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    shown = {site["runs"][0]["key"]: site for site in embedded(html)["sites"]}
+    assert {name: site["settled"]["name"] for name, site in shown.items()} == {
+        "money": "cost",
+        "air": "CO2",
+        "both": "objective",
+    }
+    assert shown["money"]["settled"]["a_day"] == "EUR a day"
+    rows = Page(html).rows
+    for name, objective in (
+        ("money", "cost"),
+        ("air", "co2"),
+        ("both", {"co2": 1.0, "cost": 0.5}),
+    ):
+        run = TrainingCheckpoint(priced / "checkpoints" / name)
+        agent = load_agent(TrainingCheckpoint.read(run.path(1)), run.path(1))
+        site = load_site(priced / "shop", objective=objective)
+        found = evaluate(policy_of(agent, site), site)
+        own, (drawn,) = summarise(found)["agent"], shown[name]["runs"]
+        assert drawn["a_day"] == pytest.approx(found.policies["agent"].settled, abs=6e-4)
+        assert drawn["vs_best"] == pytest.approx(own.vs_best, abs=6e-4)
+        idle = next(one for one in shown[name]["policies"] if one["key"] == "uncontrolled")
+        assert idle["share"] == 1.0
+        (metrics,) = summarize(run)["sessions"][0]["metrics"]
+        trained_on = site.objective.of(metrics["co2_kg"], metrics["cost"])
+        assert drawn["curve"][0][1] == pytest.approx(trained_on, abs=0.006)
+        (row,) = [r for r in rows if r[0] == f"{name} (PPO)" and len(r) > 8]
+        assert row[2:4] == [f"{own.co2_kg:.1f}", f"{own.cost:.2f}"]
+    text = html.replace("\u2212", "-")
+    cost, difference = (shown["money"]["runs"][0][key] for key in ("mean", "vs_best"))
+    assert f"costs {cost:.2f} EUR a day, {difference:+.2f} EUR against the best control" in text
+    assert "Cost of each held-out stretch" in html
+
+
 def test_each_number_has_its_source(made: Made) -> None:
     for run in ("PPO", "A2C"):
         assert f"co2lightning test {run}" in made.html

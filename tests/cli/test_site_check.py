@@ -156,6 +156,23 @@ def test_the_same_in_words(command: Command, village: Path) -> None:
         assert sum(day in line for line in lines) >= 2
 
 
+def test_costs_stand_beside_co2_and_what_is_settled_is_named(command: Command, place: Path) -> None:
+    write_site(place / "shop", currency="EUR")
+    by_cost = ("--env.objective", "cost")
+    of_cost, of_co2 = (
+        as_json(command("site", "check", "shop", "--json", *words)) for words in (by_cost, ())
+    )
+    assert of_cost["summary"]["optimum"]["cost"] < of_co2["summary"]["optimum"]["cost"]
+    assert of_cost["summary"]["optimum"]["co2_kg"] > of_co2["summary"]["optimum"]["co2_kg"]
+    for words, against in ((by_cost, "EUR/day"), ((), "kg/day")):
+        lines = command("site", "check", "shop", *words).out.splitlines()
+        at = next(i for i, line in enumerate(lines) if "against RBC C" in line)
+        cells = [cell.strip() for cell in lines[at + 1].split("┃")][2:5]
+        assert cells == ["kg/day", "EUR/day", against]
+    outcome = command("site", "check", "shop", *by_cost, "--figures", "drawn")
+    assert outcome.code == 0
+
+
 def test_what_if_touches_no_file(command: Command, village: Path) -> None:
     before = tree(village)
     plain = as_json(command("site", "check", "village", "--json"))

@@ -13,7 +13,7 @@ from co2lightning.commands.test import main
 from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import kept
-from co2lightning.sim.evaluate import Summary
+from co2lightning.sim.evaluate import TITLES, Summary
 from co2lightning.sim.optimum import Best
 from conftest import tree
 from small_site import HELD_OUT, write_site
@@ -244,6 +244,72 @@ def test_a_run_without_a_site_has_no_co2(tmp_path: Path) -> None:
     words = another_run(tmp_path, {"run": {"site": None}})
     with pytest.raises(UserError, match="was not trained on a site"):
         main(words)
+
+
+@pytest.mark.parametrize(
+    ("run", "heading", "key", "metered"),
+    [
+        ("money", "EUR/day", "cost", "CO2 is the meter's alone"),
+        ("air", "kg/day", "co2_kg", "Cost is the meter's alone"),
+        ("both", "a day", "objective", "CO2 and cost are the meter's alone"),
+    ],
+)
+def test_what_is_settled_has_its_name_and_its_unit(
+    run: str,
+    heading: str,
+    key: str,
+    metered: str,
+    priced: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(priced)
+    assert main([run, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    best, summary = data["best"], data["summary"]
+    rules = {name: own for name, own in summary.items() if name not in ("agent", "optimum")}
+    assert best == min(rules, key=lambda name: rules[name][key])
+    assert summary["agent"]["vs_best"] == pytest.approx(
+        summary["agent"][key] - summary[best][key], abs=2e-6
+    )
+    hours = sum(stretch["hours"] for stretch in data["stretches"])
+    for name, policy in data["policies"].items():
+        settled = sum(stretch["settled"] for stretch in policy["stretches"])
+        assert summary[name][key] == pytest.approx(settled / hours * 24, abs=1e-5)
+        assert policy["cost_per_day"] == summary[name]["cost"]
+    assert data["currency"] == "EUR"
+    assert main([run]) == 0
+    out = capsys.readouterr().out
+    headings, units = out.splitlines()[2:4]
+    assert "EUR/day" in units
+    assert f"against {TITLES[best]}" in headings
+    assert units.count(heading) >= (1 if key == "objective" else 2)
+    assert metered in " ".join(out.split())
+    assert f"Settled {'CO2' if key == 'co2_kg' else key} of each policy" in out
+
+
+def test_costs_are_scalars_for_tensorboard(
+    priced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(priced)
+    assert main(["money", "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)["summary"]["agent"]
+    events = EventAccumulator("lightning_logs/money/test").Reload()
+    for key in ("cost", "vs_best", "co2_kg"):
+        (point,) = events.Scalars(f"test/{key}")
+        assert point.value == pytest.approx(own[key], rel=1e-6)
+    assert "test/objective" not in events.Tags()["scalars"]
+
+
+def test_without_prices_nothing_is_said_of_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["PPO"]) == 0
+    out = capsys.readouterr().out
+    assert "against RBC C" in out
+    assert "meter's alone" not in out
+    assert "cost\n" not in out
+    assert "cost ┃" not in out
 
 
 def test_mpc_stands_beside_the_rules_and_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

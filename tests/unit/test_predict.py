@@ -61,6 +61,24 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     assert said == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
 
 
+def test_costs_are_a_column_where_there_are_prices(
+    priced: Path, monkeypatch: pytest.MonkeyPatch, capsys: Run
+) -> None:
+    monkeypatch.chdir(priced)
+    assert main(["predict", "money"]) == 0
+    printed = capsys.readouterr()
+    header, _, values = rows_of(printed.out)
+    assert header == [*COLUMNS, "cost"]
+    grid_kw, cost = values[:, 2], values[:, -1]
+    price = np.where(np.arange(96) >= 72, 0.1, 0.3)
+    metered = (grid_kw.clip(0) * price + grid_kw.clip(max=0) * 0.05) * H
+    assert cost == pytest.approx(metered, abs=1e-5)
+    assert cost.min() < 0 < cost.max()
+    said = printed.err.splitlines()[-1]
+    assert "PPO after episode 1 costs " in said
+    assert " EUR, what is left at the end settled; uncontrolled " in said
+
+
 def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
     output, seen = tmp_path / "schedule.csv", tmp_path / "seen.csv"
     output.write_text("an older one, longer than nothing")

@@ -99,7 +99,7 @@ def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     for name in result.references.policies:
         axes.axhline(100 * shares[name], lw=1.2, label=f"{TITLES[name]}, held out", **LOOKS[name])
     axes.set(xlabel="episode", ylabel=training.axis.format(settled=result.settled.name))
-    if axes.get_ylim()[0] > 0:
+    if axes.get_ylim()[0] > 0 or result.settled.key == "co2_kg":  # money may be earned
         axes.set_ylim(bottom=0)
     last = max(run.episode for run in result.runs)
     axes.set_xlim(0.5, 1.02 * last + 0.5)

@@ -114,13 +114,16 @@ def all_sessions_table(runs: Iterable[_Row]) -> Table:
 def convergence_table(runs: Iterable[_Row]) -> Table:
     """Return the mean figures of all sessions, each against the session before it."""
     co2, share, unmet = (TRAINING[key] for key in ("co2_kg", "co2_vs_uncontrolled", "unmet_kwh"))
+    rows = [means for run in runs for means in _convergence(run)]
     columns = (
         *(_RUN, Metric("episodes", "episodes", "{}"), co2),
         Metric("change_kg", "change, kg", "{:+.1f}"),
         Metric("change_percent", "change", "{:+.0f}%"),
-        *(share._replace(form="{:.1%}"), unmet),
+        share._replace(form="{:.1%}"),
+        *(metric for metric in _known(rows) if metric.key == "cost"),
+        unmet,
     )
-    return Table(columns, [means for run in runs for means in _convergence(run)])
+    return Table(columns, rows)
 
 
 def newest_sessions_table(runs: Iterable[_Row]) -> Table:
