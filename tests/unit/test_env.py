@@ -14,6 +14,7 @@ from co2lightning.control.observation import FEATURES
 from co2lightning.control.rules import Rule, rbc_b, uncontrolled
 from co2lightning.errors import UserError
 from co2lightning.sim.days import SiteDays, make_environment
+from co2lightning.sim.evaluate import evaluate
 from co2lightning.sim.gymnasium import ChargingSiteEnv, ChargingSiteVectorEnv
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import run, start, start_soc, through
@@ -82,6 +83,34 @@ def test_a_window_is_as_long_as_it_shall_be(hours: float, steps: int) -> None:
     vector.reset(seed=1)
     cuts = [vector.step(actions(t, 2, 2))[3].tolist() for t in range(steps)]
     assert cuts == [[False, False]] * (steps - 1) + [[True, True]]
+
+
+def test_a_held_out_stretch_is_played_as_evaluation_plays_it() -> None:
+    site = shipped()
+    day, (begin, end) = site.days[int(site.stretches[1, 0])], site.stretch_bounds[1].tolist()
+    plan = evaluate(None, site).schedules["uncontrolled"][1]
+    env, vector = gym.make(ID, disable_env_checker=True), gym.make_vec(ID, num_envs=2, hours=6)
+    assert env.get_wrapper_attr("held_out")[1] == day
+    for each, action in ((env, [1.0, 0.0]), (vector, [[1.0, 0.0]] * 2)):
+        _, info = each.reset(options={"stretch": day})
+        assert (np.array(info["day"]) == day).all()
+        steps = [each.step(np.array(action, np.float32)) for _ in range(end - begin)]
+        co2_kg = np.array([step[4]["co2_kg"] for step in steps])
+        assert np.abs(co2_kg.T - plan.co2_kg).max() < 1e-4
+        cut = np.array([step[3] for step in steps])
+        assert cut[-1].all()
+        assert not cut[:-1].any()
+    *_, info = vector.step(np.zeros((2, 2), np.float32))
+    assert set(info["day"]) <= set(np.array(site.days)[site.training_days]), "training goes on"
+    assert not any(vector.step(np.zeros((2, 2), np.float32))[3].any() for _ in range(23))
+    assert vector.step(np.zeros((2, 2), np.float32))[3].all()
+
+
+def test_what_is_no_held_out_stretch_is_one_line() -> None:
+    env, site = single(), shipped()
+    day = site.days[int(site.stretches[0, 0]) + 1]
+    with pytest.raises(UserError, match=f"no held-out stretch of iquitos begins on {day}; they"):
+        env.reset(options={"stretch": day})
 
 
 @pytest.mark.parametrize("name", ["caltech-2019", "citylearn-5"])

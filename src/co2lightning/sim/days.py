@@ -110,6 +110,7 @@ class SiteDays:
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._days = self.horizon * site.step_h / DAY_H
         self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
+        self._length = self.horizon  # of the running window, in steps
         self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
         self._at: State | Carry | None = None
         self._build(torch.device(device))
@@ -143,12 +144,18 @@ class SiteDays:
         span = battery.start_soc_max - battery.start_soc_min
         return days, battery.start_soc_min + span * share
 
-    def begin(self, days: Tensor, soc: Tensor) -> Tensor:
+    def begin(self, days: Tensor, soc: Tensor, steps: int | None = None) -> Tensor:
         """Begin given days [B] with given batteries [B]; returns observations [B, O + K].
 
         Vehicles that stand there owe what charging on arrival has left.
+
+        Args:
+            days: Indices of the site's days.
+            soc: States of charge.
+            steps: How long this window is, other than the horizon; it must lie in the series.
         """
         model = self.model
+        self._length = steps or self.horizon
         self.place = torch.tensor(self.site.day_bounds)[days.cpu()].to(model.device)
         owed_kw = self.tables.owed_kw[days.to(model.device)]
         carry = Carry(self.place, soc.to(model.zero), owed_kw)
@@ -169,7 +176,7 @@ class SiteDays:
     @property
     def steps_left(self) -> int:
         """How many steps of the running window are to be played."""
-        return self.horizon - len(self._past) if self._at is not None else 0
+        return self._length - len(self._past) if self._at is not None else 0
 
     def _observe(self, state: State) -> Tensor:
         obs = observe(self.observer, self.model, state)

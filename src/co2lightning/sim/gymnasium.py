@@ -21,7 +21,7 @@ from co2lightning.sim.days import SiteDays, day_index
 from co2lightning.sim.objective import metered
 from co2lightning.sim.schedule import start_soc
 from co2lightning.site.load import load_site
-from co2lightning.site.model import DAY_H
+from co2lightning.site.model import DAY_H, Site
 
 
 class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -38,6 +38,11 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step, and
     `cost` where the site has prices; that of a reset `day`, the dates. After a window's last step
     the next call of `step` ignores its actions and begins new days (NEXT_STEP autoreset).
+
+    Windows are of training days. `reset(options={"stretch": "2025-02-05"})` plays a whole held-out
+    stretch in one go, begun as evaluation begins it and truncated at its end, whatever `hours` is;
+    the dates are `env.unwrapped.held_out`. What is left at its end only `co2lightning.evaluate`
+    settles. `options={"day": "2025-03-01"}` begins a window on any day.
 
     Observation, float32 of shape [B, 30], each feature less its mean and in units of its spread on
     this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
@@ -75,6 +80,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (SiteDays.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self.held_out = _held_out(self.days.site)
 
     def reset(
         self,
@@ -82,12 +88,16 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin B training days, or the day named by `options={"day": "2025-03-01"}`.
+        """Begin B training days, or what `options` name.
 
         Args:
             seed: One for all days, no two of which are the same; or B of them, each of which gives
                 the days that the single environment has with it. None goes on as before.
-            options: The day, of all B.
+            options: `{"day": "2025-03-01"}` begins that day, all B of it; `{"stretch":
+                "2025-02-05"}` the held-out stretch that begins on that day, as evaluation does.
+
+        Raises:
+            UserError: There is no such day, or no held-out stretch begins on it.
         """
         if seed is None or isinstance(seed, int):
             super().reset(seed=seed)
@@ -95,15 +105,19 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
                 self._streams = [self.np_random]
         else:
             self._streams = self._streams_of(seed)
-        if options and "day" in options:
-            index = day_index(self.days.site, str(options["day"]))
+        steps, given = None, options or {}
+        if "day" in given or "stretch" in given:
+            if "stretch" in given:
+                index, steps = _stretch(self.days.site, str(given["stretch"]))
+            else:
+                index = day_index(self.days.site, str(given["day"]))
             days = torch.full((self.num_envs,), index)
             soc = torch.full((self.num_envs,), start_soc(self.days.site))
         else:
             each = self.num_envs // len(self._streams)
             drawn = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
             days, soc = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        obs = self.days.begin(days, soc)
+        obs = self.days.begin(days, soc, steps)
         return obs.numpy(), {"day": np.array([self.days.site.days[day] for day in days.tolist()])}
 
     def _streams_of(self, seeds: Sequence[int | None]) -> list[np.random.Generator]:
@@ -169,11 +183,12 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
+        self.held_out = self._vector.held_out
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a training day, or the day named by `options={"day": "2025-03-01"}`."""
+        """Begin a training day, or the day or the held-out stretch that `options` name."""
         super().reset(seed=seed)
         obs, info = self._vector.reset(seed=seed, options=options)
         return obs[0], _first(info)
@@ -182,6 +197,26 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         """Run one step."""
         obs, reward, _, truncated, info = self._vector.step(np.asarray(action)[None])
         return obs[0], float(reward[0]), False, bool(truncated[0]), _first(info)
+
+
+def _stretch(site: Site, day: str) -> tuple[int, int]:
+    """Return the first day of the held-out stretch that begins on a date, and its steps.
+
+    Raises:
+        UserError: None does.
+    """
+    if day not in (dates := _held_out(site)):
+        raise UserError(
+            f"stretch: no held-out stretch of {site.name} begins on {day}; they begin on "
+            f"{', '.join(dates)}"
+        )
+    number = dates.index(day)
+    begin, end = site.stretch_bounds[number].tolist()
+    return int(site.stretches[number, 0]), end - begin
+
+
+def _held_out(site: Site) -> tuple[str, ...]:
+    return tuple(site.days[day] for day in site.stretches[:, 0].tolist())
 
 
 def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
