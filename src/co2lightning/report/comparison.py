@@ -16,9 +16,10 @@ from co2lightning.sim.evaluate import (
     STRETCHES_FOR_AN_INTERVAL,
     TITLES,
     Evaluation,
+    Figures,
     summarise,
 )
-from co2lightning.site.model import DAY_H
+from co2lightning.site.model import DAY_H, Floats
 
 _Data = Mapping[str, Any]
 
@@ -47,7 +48,10 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
             "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
             "peak_kw": round(summaries[name].peak_import_kw, 6),
             "stretches": _by_row(
-                {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
+                {
+                    key: np.round(column, 6).tolist()
+                    for key, column in _figures_told(evaluation, figures).items()
+                }
             ),
         }
         for name, figures in evaluation.policies.items()
@@ -65,6 +69,16 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
         "summary": summary,
         "rbc_c": evaluation.rbc_c,
     }
+
+
+def _figures_told(evaluation: Evaluation, figures: Figures) -> dict[str, Floats]:
+    """Return what is told of a policy in each stretch: no cost where there are no prices."""
+    told = figures._asdict()
+    if evaluation.currency is None:
+        del told["cost"]
+    if not evaluation.objective.cost:
+        told["settlement_kg"] = figures.settlement
+    return told
 
 
 def settled_in(data: _Data) -> Settled:
