@@ -83,7 +83,7 @@ def wild(seed: int) -> Rule:
     return policy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(KINDS),

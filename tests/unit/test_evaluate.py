@@ -282,8 +282,13 @@ def references() -> Evaluation:
 
 @pytest.mark.parametrize(
     "trick",
-    [(np.nan, 1.0), (np.nan, 0.0), (np.nan, -1.0), (1.0, np.nan), (-1.0, np.nan)],
-    ids=["fill", "hold", "dump", "charge all", "defer all"],
+    [
+        pytest.param((np.nan, 1.0), id="fill"),
+        pytest.param((np.nan, 0.0), id="hold", marks=pytest.mark.slow),
+        pytest.param((np.nan, -1.0), id="dump", marks=pytest.mark.slow),
+        pytest.param((1.0, np.nan), id="charge all", marks=pytest.mark.slow),
+        pytest.param((-1.0, np.nan), id="defer all"),
+    ],
 )
 def test_a_trick_in_the_last_hours_gains_nothing(trick: tuple[float, float]) -> None:
     site = tricked()

@@ -88,18 +88,14 @@ def test_actions_are_those_of_torch(
 def test_powers_are_what_the_physics_does(tight: Site, name: str, settings: dict[str, Any]) -> None:
     agent = decided(name, **settings)
     session = session_of(agent, tight)
-    yielded = 0
     assert tight.battery
-    for day in tight.stretches[:, 0]:
-        found, seen = predict(agent, tight, int(day))
-        planned = found.schedules["agent"][0]
-        action, power_kw = session.run(
-            ["action", "power_kw"], {"observation": seen.astype(np.float32)}
-        )
-        done_kw = np.stack([planned.ev_kw, planned.battery_kw], axis=1)
-        assert np.abs(power_kw - done_kw).max() < 1e-3
-        yielded += int((np.abs(action[:, 1] * tight.battery.power_kw - done_kw[:, 1]) > 1e-3).sum())
-    assert yielded, "the shield acted"
+    found, seen = predict(agent, tight, int(tight.stretches[0, 0]))
+    planned = found.schedules["agent"][0]
+    action, power_kw = session.run(["action", "power_kw"], {"observation": seen.astype(np.float32)})
+    done_kw = np.stack([planned.ev_kw, planned.battery_kw], axis=1)
+    assert np.abs(power_kw - done_kw).max() < 1e-3
+    wanted_kw = action[:, 1] * tight.battery.power_kw
+    assert (np.abs(wanted_kw - done_kw[:, 1]) > 1e-3).any(), "the shield acted"
 
 
 def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> None:
