@@ -241,6 +241,8 @@ def test_each_run_is_judged_by_its_own_objective(
         "both": "objective",
     }
     assert shown["money"]["settled"]["a_day"] == "EUR a day"
+    assert set(shown["money"]["stretches"][0]["price"]) == {0.1, 0.3}
+    assert "price" not in shown["air"]["stretches"][0]
     rows = Page(html).rows
     for name, objective in (
         ("money", "cost"),
@@ -253,6 +255,9 @@ def test_each_run_is_judged_by_its_own_objective(
         found = evaluate(policy_of(agent, site), site)
         own, (drawn,) = summarise(found)["agent"], shown[name]["runs"]
         assert drawn["a_day"] == pytest.approx(found.policies["agent"].settled, abs=6e-4)
+        if name == "money":
+            (plan, *_), (costs, *_) = found.schedules["agent"], drawn["schedule"]
+            assert costs["cost"] == pytest.approx(plan.cost, abs=6e-5)
         assert drawn["vs_best"] == pytest.approx(own.vs_best, abs=6e-4)
         idle = next(one for one in shown[name]["policies"] if one["key"] == "uncontrolled")
         assert idle["share"] == 1.0

@@ -1,5 +1,6 @@
 """A day drawn: the site's powers, the battery, the grid's carbon and the CO2 of several policies.
 
+Where cost is what is to be made small, the price and the cost instead of carbon and CO2.
 What a site has not is not drawn. Importing it imports no matplotlib, which takes a start-up a
 second. Shapes: n steps of the day, or of whatever else is drawn.
 """
@@ -13,7 +14,7 @@ import numpy as np
 
 from co2lightning.report.looks import FLOWS
 from co2lightning.sim.schedule import Schedule
-from co2lightning.site.model import Site
+from co2lightning.site.model import Objective, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,8 @@ def draw_day(figure: Figure, site: Site, begin: int, end: int, policies: Sequenc
         policies: Of the last one the powers are drawn, too.
     """
     parts, steps = parts_of(site), slice(begin, end)
+    money = site.objective == Objective(0.0, 1.0)
+    unit = site.currency if money else "kg"
     heights = [3.0, *([1.6] if parts.battery else []), 1.0, 1.8]
     panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     power, carbon, total = panels[0], panels[-2], panels[-1]
@@ -91,14 +94,22 @@ def draw_day(figure: Figure, site: Site, begin: int, end: int, policies: Sequenc
     for title, plan, start, look in policies:
         if parts.battery:
             panels[1].plot(edges, 100 * np.append(start, plan.soc), lw=1.3, label=title, **look)
-        total_kg = np.append(0.0, plan.co2_kg.cumsum())
-        total.plot(edges, total_kg, lw=1.3, label=f"{title}, {total_kg[-1]:.1f} kg", **look)
+        sums = np.append(0.0, (plan.cost if money else plan.co2_kg).cumsum())
+        text = f"{sums[-1]:.{2 if money else 1}f} {unit}".strip()
+        total.plot(edges, sums, lw=1.3, label=f"{title}, {text}", **look)
     if parts.battery:
         panels[1].set(ylabel="battery SoC, %", ylim=(0, 100))
-    carbon.stairs(site.carbon_kg_per_kwh[steps], edges, baseline=None, color=FLOWS["carbon"][0])
-    carbon.set(ylabel="intensity,\nkg/kWh")
-    carbon.set_ylim(bottom=0)
-    total.set(ylabel="CO2 of the\nimport, kg", xlabel="local time", xlim=(0, edges[-1]))
+    signal = (site.import_price if money else site.carbon_kg_per_kwh)[steps]
+    carbon.stairs(signal, edges, baseline=None, color=FLOWS["carbon"][0])
+    of_kwh = f"price,\n{unit}/kWh" if unit else "price of\na kWh"
+    carbon.set(ylabel=of_kwh if money else "intensity,\nkg/kWh")
+    if signal.min() >= 0:
+        carbon.set_ylim(bottom=0)
+    total.set(
+        ylabel=f"cost,\n{unit}".removesuffix(",\n") if money else "CO2 of the\nimport, kg",
+        xlabel="local time",
+        xlim=(0, edges[-1]),
+    )
     total.set_title("the meter's, without settlement", fontsize=8, loc="left")
     total.set_xticks(*_clock(site, begin, end))
     for axes in (power, *panels[1:-2], total):

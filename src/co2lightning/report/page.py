@@ -102,7 +102,7 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
     site, references = result.site, result.references
     stretches = [slice(begin, end) for begin, end in site.stretch_bounds.tolist()]
     days = [[d for d in result.held_out_days if d.stretch == w] for w in range(len(stretches))]
-    typical = result.typical_day
+    typical, of_money = result.typical_day, result.settled.key == "cost"
     return {
         "name": site.name,
         "step_h": site.step_h,
@@ -116,6 +116,7 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
                 "pv_kw": _rounded(site.pv_kw[steps], 2),
                 "load_kw": _rounded(site.load_kw[steps], 2),
                 "carbon": _rounded(site.carbon_kg_per_kwh[steps], 3),
+                **({"price": _rounded(site.import_price[steps], 4)} if of_money else {}),
             }
             for steps, of_stretch in zip(stretches, days, strict=True)
         ],
@@ -127,6 +128,7 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
         "heat_limit_kw": {what: result.heat_limit_kw(what) for what in result.compared},
         "paired": result.paired,
         "settled": {
+            "key": result.settled.key,
             "name": result.settled.name,
             "a_day": result.settled.a_day,
             "unit": result.settled.unit,
@@ -181,7 +183,7 @@ def _policy_data(
         **({"ev_kw": 2} if parts.ev else {}),
         **({"battery_kw": 2, "soc": 3} if parts.battery else {}),
         "grid_import_kw": 2,
-        "co2_kg": 4,
+        **({"cost": 4} if key == "cost" else {"co2_kg": 4}),
     }
     return {
         "schedule": [
@@ -303,6 +305,7 @@ def _site(index: int, result: SiteResult) -> str:
     figure = f'<div class="chart" data-site="{index}" data-chart='
     what = settled.name[0].upper() + settled.name[1:]
     by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
+    meter = "cost" if settled.key == "cost" else "CO2"
     verb = "emit" if settled.key == "co2_kg" else "come to"
     unit = escape(settled.unit or "absolute figures")
     in_unit = escape(f"in {settled.a_day}" if settled.unit else "a day")
@@ -345,7 +348,7 @@ it below. Source: as the table.</figcaption></figure>
 
 <h3>Day explorer</h3>
 <figure>{figure}"explorer"></div>
-<figcaption>A held-out stretch day by day. The CO2 of a day is the meter's alone: a stretch is
+<figcaption>A held-out stretch day by day. The {meter} of a day is the meter's alone: a stretch is
 settled as a whole, its days are not.{" Battery: charging is positive." if site.battery else ""} It
 opens on the day with the median CO2 under RBC B. Source: the schedules behind the table; the site's
 series.</figcaption></figure>

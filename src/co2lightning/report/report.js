@@ -195,7 +195,8 @@ function explorer(host, site) {
     const compared = [...new Set([own, run, policy(site, site.settled.best), policy(site, "optimum")])];
     const of = (one, what) => one.schedule[at][what].slice(begin, end);
     const series = (what) => stretch[what].slice(begin, end);
-    const pv = series("pv_kw"), carbon = series("carbon"), count = end - begin;
+    const money = site.settled.key === "cost", unit = money ? site.settled.unit : "kg";
+    const pv = series("pv_kw"), carbon = series(money ? "price" : "carbon"), count = end - begin;
     const minutes = stretch.clock.slice(begin, end + 1);
     const every = (width > 560 ? 3 : 6) * 60;
     const clock = (minute) => `${Math.floor(minute / 60)}:${String(minute % 60).padStart(2, "0")}`;
@@ -238,15 +239,17 @@ function explorer(host, site) {
         line(area, levels.map((value, i) => [i * step, 100 * value]), one.look);
       }
     });
-    const intensity = panel("Carbon intensity", [], 150,
-      { range: extent(carbon, 0), label: "carbon intensity of the grid, kg/kWh" },
+    const of_kwh = unit ? `, ${unit}/kWh` : " of a kWh", of_unit = unit && ` ${unit}`, each_kwh = unit && ` ${unit}/kWh`;
+    const intensity = panel(money ? "Price" : "Carbon intensity", [], 150,
+      { range: extent(carbon, 0), label: `${money ? "price" : "carbon intensity"} of the grid${of_kwh}` },
       (area) => line(area, hours(carbon), "carbon"));
     const sums = compared.map((one) => {
       let sum = 0;
-      return [0, ...of(one, "co2_kg").map((kg) => (sum += kg))];
+      return [0, ...of(one, money ? "cost" : "co2_kg").map((amount) => (sum += amount))];
     });
-    const total = panel("Cumulative CO2", names, 220,
-      { range: extent(sums.flat(), 0), label: "CO2 of the import since the day began, kg" }, (area) => {
+    const since = `${money ? "cost less what export earns" : "CO2 of the import"} since the day began`;
+    const total = panel(money ? "Cumulative cost" : "Cumulative CO2", names, 220,
+      { range: extent(sums.flat(), 0), label: unit ? `${since}, ${unit}` : since }, (area) => {
         sums.forEach((values, i) => line(area, values.map((value, to) => [to * step, value]), compared[i].look));
       });
     const readout = html("output", { class: "readout" });
@@ -262,17 +265,18 @@ function explorer(host, site) {
       ["whole day", date],
       ...(parts.pv ? [["PV available", `${fixed(energy(pv))} kWh`]] : []),
       ...powers.map(([text, , values]) => [short(text), `${fixed(energy(values))} kWh`]),
-      ["mean intensity", `${(carbon.reduce((sum, value) => sum + value, 0) / count).toFixed(3)} kg/kWh`],
+      [money ? "mean price" : "mean intensity",
+        `${(carbon.reduce((sum, value) => sum + value, 0) / count).toFixed(3)}${each_kwh}`],
       ...(parts.battery ? [["SoC at its end", `${(100 * own.schedule[at].soc[end - 1]).toFixed(0)} %`]] : []),
-      ...compared.map((one, i) => [one.title, `${sums[i].at(-1).toFixed(1)} kg (meter)`]),
+      ...compared.map((one, i) => [one.title, `${sums[i].at(-1).toFixed(site.settled.digits)}${of_unit} (meter)`]),
     ]);
     const tell = (i) => say([
       ["time", `${clock(minutes[i])}\u2013${clock(minutes[i + 1])}`],
       ...(parts.pv ? [["PV available", `${fixed(pv[i])} kW`]] : []),
       ...powers.map(([text, , values]) => [short(text), `${fixed(values[i])} kW`]),
-      ["intensity", `${carbon[i].toFixed(3)} kg/kWh`],
+      [money ? "price" : "intensity", `${carbon[i].toFixed(3)}${each_kwh}`],
       ...(parts.battery ? [["SoC", `${(100 * own.schedule[at].soc[begin + i]).toFixed(0)} %`]] : []),
-      ...compared.map((one, k) => [one.title, `${sums[k][i + 1].toFixed(1)} kg (meter)`]),
+      ...compared.map((one, k) => [one.title, `${sums[k][i + 1].toFixed(site.settled.digits)}${of_unit} (meter)`]),
     ]);
     tellDay();
     for (const area of areas) {
