@@ -173,6 +173,18 @@ def test_costs_stand_beside_co2_and_what_is_settled_is_named(command: Command, p
     assert outcome.code == 0
 
 
+def test_carbon_that_never_changes_has_no_cleanest_hour(command: Command, village: Path) -> None:
+    series = village / "series.csv"
+    header, *rows = series.read_text().splitlines()
+    at = header.split(",").index("carbon_kg_per_kwh")
+    cells = [row.split(",") for row in rows]
+    constant = [",".join([*row[:at], "0.4", *row[at + 1 :]]) for row in cells]
+    series.write_text("\n".join([header, *constant]))
+    outcome = command("site", "check", "village")
+    assert outcome.code == 0
+    assert "0.400 kg/kWh at every hour" in outcome.out
+
+
 def test_what_if_touches_no_file(command: Command, village: Path) -> None:
     before = tree(village)
     plain = as_json(command("site", "check", "village", "--json"))

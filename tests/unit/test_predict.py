@@ -137,8 +137,11 @@ def test_an_older_episode_because_the_newest_is_damaged(capsys: Run) -> None:
         (["PPO", "--env.objective", "co2"], "--env.objective: PPO is settled by what it was"),
         (["PPO", "--day", "2025-04-01"], "--day: 2025-04-01 is not a day of site village; its"),
         (["PPO", "--day", "today"], "today is not a day"),
-        (["PPO", "--day", "2025-03-05", "--days", "3"], "--days 3: village has 2 days from"),
-        (["PPO", "--days", "0"], "--days 0: village has 5 days from 2025-03-02 on"),
+        (
+            ["PPO", "--day", "2025-03-05", "--days", "3"],
+            "--days 3: is not from 1 to 2; village has so many",
+        ),
+        (["PPO", "--days", "0"], "--days 0: is not from 1 to 5; village has so many"),
         (["PPO", "--output", "no/where.csv"], "--output no/where.csv: there is no directory"),
         (["PPO", "--output", "."], "--output .: is a directory"),
         (["PPO", "--observations", "village"], "--observations village: is a directory"),

@@ -7,7 +7,7 @@ import gzip
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -565,6 +565,20 @@ def test_days_begin_at_the_hour_that_the_least_energy_spans(folder: Folder) -> N
     assert folder.load().day_bounds.tolist() == [0, 96, 192, 288]
 
 
+def test_no_share_is_below_nothing(folder: Folder) -> None:
+    """Though 0.7 + 0.1 - 0.7 - 0.1 is."""
+    folder.config["held_out"] = ["2025-03-02"]
+    folder.sessions = [
+        SESSIONS_HEADER,
+        "a,moto,2025-03-02T10:30-05:00,2025-03-02T15:00-05:00,0.7,2",
+        "b,moto,2025-03-02T11:30-05:00,2025-03-02T17:00-05:00,0.1,2",
+    ]
+    site = folder.load()
+    assert site.sessions_read
+    assert not np.signbit(site.sessions_read.span_share).any()
+    assert site.sessions_read.span_share[20] == 0
+
+
 def test_all_rows_count_for_the_boundary_as_they_are(folder: Folder) -> None:
     """Also those outside the series and turned away, with all they ask for; long ones once."""
     folder.config["held_out"] = ["2025-03-02"]
@@ -653,10 +667,10 @@ def test_days_that_are_held_out_are_stretches_each(tmp_path: Path) -> None:
 def test_too_short_for_weeks(tmp_path: Path, weeks: int) -> None:
     days = 7 * weeks
     assert message(week_folder(tmp_path / "site", weeks).load) == (
-        f"site.yaml: held_out: selects 0 of the {days} days; at least one day to test on and one "
-        f"to train on are needed. The series has {days} days in {weeks} whole "
-        f"week{'s' * (weeks > 1)}; name days, such as held_out: [2025-01-{days + 5:02d}] or "
-        "{every: 3, first: 3}"
+        f"site.yaml: held_out: is not there, and every third week selects 0 of the {days} days; at "
+        "least one day to test on and one to train on are needed. The series has "
+        f"{days} days in {weeks} whole week{'s' * (weeks > 1)}; name days, such as "
+        f"held_out: [2025-01-{days + 5:02d}] or {{every: 3, first: 3}}"
     )
 
 
@@ -1157,7 +1171,7 @@ BAD_VALUES = [
     ("pv_kwp", float("inf"), "pv_kwp: inf is not a number from 0 to 1e+06 kWp"),
     ("pv_kwp", 10**400, "is not a number from 0 to 1e+06 kWp"),
     ("pv_kwp", True, "pv_kwp: True is not a number from 0 to 1e+06 kWp"),
-    ("pv_kwp", None, "pv_kwp: None is not a number from 0 to 1e+06 kWp"),
+    ("pv_kwp", None, "pv_kwp: is empty, not a number from 0 to 1e+06 kWp"),
     ("grid_kw", 0, "grid_kw: 0 is not a number above 0 up to 1e+06 kW"),
     ("grid_kw", [500], "grid_kw: [500] is not a number above 0 up to 1e+06 kW"),
     ("charger_efficiency", 92, f"charger_efficiency: 92 is not {SHARE}"),
@@ -1191,6 +1205,8 @@ BAD_VALUES = [
     ("sockets.1.name", "moto", "sockets[1].name: moto is there twice; names differ"),
     ("held_out", 6, "held_out: 6 is not {every_weeks: 6, first: 6}, {every: 6, first: 6} or a"),
     ("held_out", [], "held_out: [] is not {every_weeks: 6, first: 6}, {every: 6, first: 6} or a"),
+    ("held_out", date(2025, 3, 1), "held_out: 2025-03-01 is not {every_weeks: 6, first: 6}, "),
+    ("battery", None, "battery: is empty, not a mapping; the keys are capacity_kwh, "),
     ("held_out", ["sixth"], "held_out[0]: sixth is not a date such as 2025-01-06"),
     ("held_out", [5], "held_out[0]: 5 is not a date such as 2025-01-06"),
     (
@@ -1250,7 +1266,7 @@ def test_missing_and_unknown_keys(folder: Folder) -> None:
 
 
 HOSTILE = [
-    ("", "site.yaml: None is not a mapping; the keys are name, "),
+    ("", "site.yaml: is empty, not a mapping; the keys are name, "),
     ("- a\n", "site.yaml: ['a'] is not a mapping"),
     ("name: [", "site.yaml: line 1: is not plain YAML (expected the node content"),
     ("name: a\n\tseed: 1\n", "site.yaml: line 2: is not plain YAML ("),
@@ -1332,8 +1348,8 @@ def test_bad_csv(folder: Folder, lines: list[str], expected: str) -> None:
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
-        ("", "'' is empty; write 12.5"),
-        ("abc", "abc is not a number; write 12.5"),
+        ("", "'' is empty; every cell needs a number"),
+        ("abc", "abc is not a number; every cell needs one"),
         ('"1,5"', "1,5 is not a number; write the decimal point as a point"),
         ("nan", "nan is not a finite number; every cell needs one"),
         ("-inf", "-inf is not a finite number; every cell needs one"),
@@ -1452,7 +1468,7 @@ def test_a_series_beside_its_grid(folder: Folder) -> None:
 def test_a_gap_after_the_first_row(folder: Folder) -> None:
     del folder.series[2]
     assert message(folder.load) == (
-        "series.csv.gz: row 3, column time: 2025-03-01T00:30-05:00 comes after a gap: 1 rows are "
+        "series.csv.gz: row 3, column time: 2025-03-01T00:30-05:00 comes after a gap: 1 row is "
         "missing after 2025-03-01T00:00-05:00"
     )
 
@@ -1534,7 +1550,7 @@ GOOD = {
         ),
         ("max_kw", "0", "0 is not above 0 kW"),
         ("max_kw", "2000", "2000 is more than 1000 kW; charging power is in kW, not W"),
-        ("max_kw", "fast", "fast is not a number; write 12.5"),
+        ("max_kw", "fast", "fast is not a number; every cell needs one"),
     ],
 )
 def test_bad_session(folder: Folder, column: str, cell: str, expected: str) -> None:

@@ -80,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
     most = len(site.days) - day
     if not 1 <= arguments.days <= most:
         raise UserError(
-            f"--days {arguments.days}: {site.name} has {most} days from {site.days[day]} on"
+            f"--days {arguments.days}: is not from 1 to {most}; {site.name} has so many days from "
+            f"{site.days[day]} on"
         )
     chosen = slice(day, day + arguments.days)
     trained = trained_days.seen(facts, site)

@@ -122,7 +122,9 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
         error: dict[str, Any] = {"ecolor": "#1b1f24", "capsize": 2, "xerr": interval}
         mean.barh(y, value, 0.6, color=colour, alpha=0.6, **error)
     mean.set_yticks(range(len(rows)), [title for title, _, _ in rows])
-    mean.set_xlabel(f"mean {settled.name} and its 95 % interval, {settled.a_day}", loc="right")
+    certain = any(getattr(s, f"{settled.key}_interval") is not None for _, _, s in rows)
+    its = " and its 95 % interval" if certain else ""
+    mean.set_xlabel(f"mean {settled.name}{its}, {settled.a_day}", loc="right")
     paired_titles = [TITLES[name] for name in TITLES if name in result.paired]
     others = [row for i, row in enumerate(rows) if i < len(result.runs) or row[0] in paired_titles]
     for y, (_, colour, s) in enumerate(others):
@@ -156,7 +158,7 @@ def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     axes.set_xticks(shown, [days[i] for i in shown])
     axes.set(xlabel="first day of the held-out stretch", ylabel=f"{settled.name}, {settled.a_day}")
     if min(own.min(), rule.min(), best.min()) > 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # room for whole marks
     figure.legend(loc="outside upper center", ncols=3)
     return figure
 

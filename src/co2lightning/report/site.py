@@ -249,6 +249,8 @@ def _grid(facts: Mapping[str, Any]) -> str:
 def _carbon_text(carbon: Mapping[str, Any]) -> str:
     by_hour = carbon["by_hour_kg_per_kwh"]
     lowest, highest = carbon["lowest_hour"], carbon["highest_hour"]
+    if by_hour[lowest] == by_hour[highest]:
+        return f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh at every hour"
     return (
         f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh in the mean; least from {lowest:02d}:00, "
         f"{by_hour[lowest]:.3f}, most from {highest:02d}:00, {by_hour[highest]:.3f}"
@@ -348,6 +350,6 @@ def _references(evaluation: Evaluation) -> Figure:
     settled = settled_in(evaluation_data(evaluation))
     axes.set(xlabel="held-out stretch from", ylabel=f"{settled.name}, {settled.a_day}")
     if axes.get_ylim()[0] > 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # room for whole marks
     figure.legend(loc="outside upper center", ncols=4)
     return figure

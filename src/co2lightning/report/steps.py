@@ -18,7 +18,7 @@ def columns_of(site: Site, plan: Schedule) -> dict[str, Floats]:
         "ev_kw": plan.ev_kw,
         "battery_kw": plan.battery_kw,
         "grid_kw": plan.grid_import_kw - plan.curtailed_kwh / site.step_h,
-        "soc": plan.soc,
+        "soc": plan.soc.clip(0.0, 1.0),  # single precision leaves a little below nothing
         "co2_kg": plan.co2_kg,
         "unmet_kwh": plan.unmet_kwh,
     }

@@ -203,7 +203,12 @@ def stretches_table(
         Metric("begin", "from"),
         # The page may break the longest one at a soft hyphen.
         *(
-            Metric(_OF + name, name.replace("uncontr", "uncon\u00adtr"), form, name)
+            Metric(
+                _OF + name,
+                name.replace("uncontr", "uncon\u00adtr"),
+                form,
+                name.replace("uncontr", "uncon-\ntr"),
+            )
             for name in policies
         ),
         Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),

@@ -39,7 +39,8 @@ def span_share(arrival_s: Ints, departure_s: Ints, energy_kwh: Floats, zone: Zon
     np.add.at(change_kwh, first % 24, energy_kwh)
     np.add.at(change_kwh, first % 24 + hours, -energy_kwh)
     spanned_kwh = np.cumsum(change_kwh)[:48].reshape(2, 24).sum(0)
-    return spanned_kwh / energy_kwh.sum()
+    # Adding up and taking away leaves a little less than nothing where nothing is spanned.
+    return spanned_kwh.clip(min=0.0) / energy_kwh.sum()
 
 
 def quietest_hour(share: Floats) -> int:
@@ -104,9 +105,11 @@ def stretches(
         UserError: A date is no complete day, or nothing is left to test or to train on.
     """
     days, weeks = len(dates), len(dates) // _WEEK
+    usual = ""
     if rule is None:
         every = 6 if weeks >= _WEEKS_FOR_EVERY_SIXTH else 3
         rule = HeldOut(_WEEK, every, every)
+        usual = f"is not there, and every {'sixth' if every == 6 else 'third'} week "
     if rule.dates:
         known = {date: day for day, date in enumerate(dates)}
         for i, date in enumerate(rule.dates):
@@ -127,8 +130,8 @@ def stretches(
         right = f"name days, such as held_out: [{dates[-1]}] or {{every: 3, first: 3}}"
         right = right if days > 1 else "give a longer one"
         raise UserError(
-            f"site.yaml: held_out: selects {held_out.sum()} of the {days} days; at least one "
-            f"day to test on and one to train on are needed. The series has {what}; {right}"
+            f"site.yaml: held_out: {usual}selects {held_out.sum()} of the {days} days; at least "
+            f"one day to test on and one to train on are needed. The series has {what}; {right}"
         )
     return held_out, found
 

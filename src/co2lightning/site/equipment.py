@@ -79,7 +79,14 @@ def _zone(key: str, value: object) -> str:
 
 
 def _config_error(key: str, value: object, right: str) -> UserError:
-    return UserError(f"site.yaml: {key}: {show(value)} is not {right}")
+    return UserError(f"site.yaml: {key}: {_shown(value)} not {right}")
+
+
+def _shown(value: object) -> str:
+    """Return what stands in the file, before "not": nothing at all is None to YAML."""
+    if value is None:
+        return "is empty,"
+    return f"{value if isinstance(value, date) else show(value)} is"
 
 
 _EFFICIENCY = _number(0.5, 1, hint=" (a share, not per cent)")
@@ -225,7 +232,7 @@ def _mapping(
     where = f"{path}: " if path else ""
     keys = f"the keys are {', '.join(checks)}"
     if not isinstance(value, dict):
-        raise UserError(f"site.yaml: {where}{show(value)} is not a mapping; {keys}")
+        raise UserError(f"site.yaml: {where}{_shown(value)} not a mapping; {keys}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in checks:

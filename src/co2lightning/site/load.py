@@ -218,7 +218,7 @@ def _locate(site: str | Path) -> tuple[Path, list[str]]:
     if not found:
         raise UserError(
             f"site {show(text)}: no such folder and no shipped site; give a folder with "
-            f"site.yaml, series.csv.gz and sessions.csv.gz, or one of {', '.join(shipped)}"
+            f"site.yaml and series.csv.gz, or one of {', '.join(shipped)}"
         )
     directory = directory.resolve()
     other = f"site {show(text)}: read the folder, not the shipped site {directory.name}"

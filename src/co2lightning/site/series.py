@@ -232,8 +232,9 @@ def _check_steps(table: Table, times_s: Floats, zone: ZoneInfo) -> int:
         first = int(np.argmax(steps != step_s))
         before = table.columns["time"][first - 1]
         if (step := steps[first]) > 0:
-            bad, missing = steps > step_s, step / step_s - 1
-            problem = f"comes after a gap: {missing:.0f} rows are missing after {before}"
+            bad, missing = steps > step_s, f"{step / step_s - 1:.0f}"
+            rows = "row is" if missing == "1" else "rows are"
+            problem = f"comes after a gap: {missing} {rows} missing after {before}"
         elif step == 0:
             bad, problem = steps == 0, f"is there twice; keep one row for each {step_s // 60} min"
         else:

@@ -21,13 +21,13 @@ _MISTAKES_TOLD = 3  # of each kind so many rows, and so many kinds; the rest is 
 def _number(cell: str) -> float | str:
     """Return the finite number in a cell, or what is wrong with it."""
     if not cell.strip():
-        return "is empty; write 12.5"
+        return "is empty; every cell needs a number"
     if "_" in cell:
         return "is not a number; write it without _"
     try:
         value = float(cell)
     except ValueError:
-        hint = "write the decimal point as a point" if "," in cell else "write 12.5"
+        hint = "write the decimal point as a point" if "," in cell else "every cell needs one"
         return f"is not a number; {hint}"
     return value if math.isfinite(value) else "is not a finite number; every cell needs one"
 
