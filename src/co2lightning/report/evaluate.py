@@ -3,6 +3,7 @@
 Shapes: B stretches at once, O features, A = 2 actions.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from co2lightning.control.observation import observe
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
+from co2lightning.places import local
 from co2lightning.report.comparison import comparison_tables, evaluation_data
 from co2lightning.report.tables import in_terminal
 from co2lightning.sim import evaluate as held_out
@@ -59,7 +61,7 @@ def evaluate(
             observations [O] for actions [A].
         name: What the policy is called in the table.
         keep: A directory in which what is worked out for the site alone is kept for the next
-            time, such as `checkpoints/references`.
+            process, such as `checkpoints/references`; in one process it is worked out once.
 
     Returns:
         What `co2lightning test --json` has of stretches, policies and their summary, the policy
@@ -68,17 +70,23 @@ def evaluate(
     Raises:
         UserError: The site cannot be read, or what the policy returns are no such actions.
     """
+    where = None if keep is None else Path(local("keep", keep))
     if not isinstance(site, Site):
         site = load_site(site, objective="co2" if objective is None else objective)
     elif objective is not None:
         raise UserError("objective: a site that is loaded has its own; give it to load_site")
     rule = _as_rule(_acting(policy), site, vectorized)
-    found = held_out.evaluate(rule, site, keep=None if keep is None else Path(keep))
+    found = held_out.evaluate(rule, site, _references(site, where))
     compared = Comparison(evaluation_data(found))
     tables, below = comparison_tables(compared, site.name, name, name)
     below += [f"The optimum is no bound, a defect: {which}" for which in held_out.violations(found)]
     compared.table = as_text(*map(in_terminal, tables), below=below, width=110)
     return compared
+
+
+@functools.lru_cache(maxsize=4)  # seconds to minutes, and a policy may be looked at often
+def _references(site: Site, keep: Path | None) -> held_out.Evaluation:
+    return held_out.evaluate(None, site, keep=keep)
 
 
 def _acting(policy: Any) -> Callable[[np.ndarray], Any]:
