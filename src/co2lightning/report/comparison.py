@@ -49,7 +49,7 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
             "peak_kw": round(summaries[name].peak_import_kw, 6),
             "stretches": _by_row(
                 {
-                    key: np.round(column, 6).tolist()
+                    key: (np.round(column, 6) + 0.0).tolist()  # no zero has a sign
                     for key, column in _figures_told(evaluation, figures).items()
                 }
             ),
