@@ -246,7 +246,8 @@ def _exogenous_features(site: Site) -> Floats:
     daylight = usual_hour_kw[:n] > 0.02 * max(float(usual_pv_kw.max()), 1e-6)
     recent = np.where(daylight, hour_kw / np.maximum(usual_hour_kw[:n], 1e-6), 1.0)
 
-    hour = (site.local - site.local.astype("datetime64[D]")) / np.timedelta64(1, "h")
+    since_midnight = (site.local - site.local.astype("datetime64[D]")).astype("timedelta64[m]")
+    hour = since_midnight.astype(np.int64) / 60
     angle = 2 * np.pi * (hour + step_h / 2) / DAY_H
     return np.stack(
         [
