@@ -25,7 +25,7 @@ from co2lightning.agents.ppo import PPO
 from co2lightning.learn.dataset import RolloutDataset
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Site, T
+from co2lightning.site.model import Site
 
 
 class Actor(PPO):
@@ -37,7 +37,7 @@ class Actor(PPO):
 
 def day_of(env: SiteDays) -> Callable[[], None]:
     """Return a function that plays a day with actions drawn beforehand."""
-    actions = torch.rand(T, env.num_envs, 2) * 2.0 - 1.0
+    actions = torch.rand(env.horizon, env.num_envs, 2) * 2.0 - 1.0
 
     def play() -> None:
         with torch.inference_mode():
@@ -53,7 +53,9 @@ def episode_of(dataset: RolloutDataset) -> Callable[[], object]:
     return lambda: list(dataset.play())
 
 
-def steps_per_second(play: Callable[[], object], batch: int, seconds: float) -> tuple[float, float]:
+def steps_per_second(
+    play: Callable[[], object], env: SiteDays, seconds: float
+) -> tuple[float, float]:
     """Return median and best environment steps a second over days for about `seconds`."""
     play()
     rates: list[float] = []
@@ -61,15 +63,21 @@ def steps_per_second(play: Callable[[], object], batch: int, seconds: float) -> 
     while len(rates) < 3 or time.perf_counter() - start < seconds:
         began = time.process_time()
         play()
-        rates.append(T * batch / (time.process_time() - began))
+        rates.append(env.horizon * env.num_envs / (time.process_time() - began))
     return statistics.median(rates), max(rates)
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that still live."""
+    """Counts the bytes of the tensors that operations made and that still live.
 
-    def __init__(self) -> None:
+    Args:
+        tables: Tensors that were there before; views of them are no memory.
+    """
+
+    def __init__(self, tables: tuple[object, ...]) -> None:
         super().__init__()
+        made = [table for table in tables if isinstance(table, torch.Tensor)]
+        self.known = {table.untyped_storage().data_ptr() for table in made}
         self.users: dict[int, int] = {}
         self.bytes = self.peak = 0
 
@@ -80,7 +88,7 @@ class Held(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             storage = tensor.untyped_storage()
             place = storage.data_ptr()
-            if place not in self.users and tensor._base is not None:
+            if place in self.known or (place not in self.users and tensor._base is not None):
                 continue  # a view of what was there before
             if place not in self.users:
                 self.users[place] = 0
@@ -101,9 +109,9 @@ class Held(TorchDispatchMode):
 def memory(site: Site, batch: int) -> tuple[float, float]:
     """Return the bytes an environment holds between the steps of a day, and within them."""
     env = SiteDays(site, batch)
-    with torch.no_grad(), Held() as held:
+    with torch.no_grad(), Held((*env.model, *env.observer, *env.tables)) as held:
         env.reset(0)
-        for _ in range(T - 1):
+        for _ in range(env.horizon - 1):
             env.step(torch.zeros(batch, 2))
         gc.collect()
         return held.bytes / batch, held.peak / batch
@@ -128,14 +136,14 @@ def main() -> None:
     print("environments | steps a second, median (best)")
     for size in arguments.sizes.split(","):
         env = SiteDays(site, int(size))
-        median, best = steps_per_second(day_of(env), int(size), arguments.seconds)
+        median, best = steps_per_second(day_of(env), env, arguments.seconds)
         print(f"{size:>12} | {median:9,.0f} ({best:,.0f})")
     for compile in (False, True):
         env = SiteDays(site, 64)
         actor = Actor(env.observation_dim, env.action_dim, compile=compile)
         actor.say = lambda line: None
         dataset = RolloutDataset(env, actor)
-        median, best = steps_per_second(episode_of(dataset), 64, arguments.seconds)
+        median, best = steps_per_second(episode_of(dataset), env, arguments.seconds)
         print(f"  rollout 64 | {median:9,.0f} ({best:,.0f}){' compiled' if compile else ''}")
     between, within = memory(site, 64)
     tables = sum(nbytes(part) for part in (*env.model, *env.observer))

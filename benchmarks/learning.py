@@ -1,11 +1,12 @@
 """How fast and how far the agents learn: held-out CO2 against episodes, over several seeds.
 
-    python benchmarks/learning.py --agents A2C,SAC,PPO --seeds 3 --episodes 100 \
-        --output docs/learning-results.json --figure docs/learning.png
+    python benchmarks/learning.py --agents A2C:100,SAC:100,PPO:100,PPO-long:300 --seeds 3 \
+        --output docs/results.json --figure docs/results.png
 
-Trains every agent's shipped recipe with `co2lightning fit`, each run a process with one torch
+Trains every shipped recipe as it is with `co2lightning fit`, each run a process with one torch
 thread, in a temporary directory. Checkpoints are then evaluated without exploration on the site's
-held-out days, beside the rules and the perfect-foresight optimum, as `co2lightning test` does.
+held-out stretches, beside the rules and the perfect-foresight optimum, as `co2lightning test` does.
+Prints the table that stands in the README.
 """
 
 from __future__ import annotations
@@ -28,25 +29,23 @@ import torch
 
 from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
+from co2lightning.report.looks import agent_colour
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import Evaluation, evaluate, summarise, violations
+from co2lightning.sim.evaluate import (
+    TITLES,
+    Evaluation,
+    evaluate,
+    mean_interval,
+    summarise,
+    violations,
+)
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Site
+from co2lightning.site.model import DAY_H, Site
 
 EPISODES = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
+IN_TABLE = (10, 30, 100, 300)  # and a run's last
 FIGURES = ("co2_kg", "gap_closed", "vs_rbc_b_kg", "vs_rbc_b_kg_interval", "unmet_kwh")
-REFERENCES = {
-    "uncontrolled": "uncontrolled",
-    "rbc_a": "RBC A",
-    "rbc_b": "RBC B",
-    "optimum": "optimum (LP)",
-}
-COLOURS = {
-    "PPO": "#0072B2",
-    "SAC": "#D55E00",
-    "A2C": "#009E73",
-    "PPO-long": "#0072B2",
-}  # Okabe and Ito
+REFERENCE_FIGURES = ("co2_kg", "gap_closed", "vs_rbc_b_kg", "unmet_kwh")
 
 Run = dict[str, Any]
 
@@ -57,16 +56,19 @@ def main() -> int:
         description="Held-out CO2 of the shipped recipes against training episodes."
     )
     parser.add_argument(
-        "--agents", default=",".join(AGENTS), help="recipes, comma separated: PPO is ppo.yaml"
+        "--agents",
+        default=",".join(AGENTS),
+        help="recipes, comma separated: PPO is ppo.yaml; PPO:30 gives it 30 episodes",
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each agent: seeds 0, 1, ...")
-    parser.add_argument("--episodes", type=int, default=100, help="of each run")
+    parser.add_argument("--episodes", type=int, default=100, help="of a run that names none")
     parser.add_argument("--site", default="iquitos", help="a shipped site")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--output", type=Path, help="results as JSON")
     parser.add_argument("--figure", type=Path, help="a PNG")
     arguments = parser.parse_args()
-    agents = arguments.agents.split(",")
+    chosen = [recipe.partition(":") for recipe in arguments.agents.split(",")]
+    agents = {name: int(episodes or arguments.episodes) for name, _, episodes in chosen}
     torch.set_num_threads(1)
     site = load_site(arguments.site)
     references = evaluate(None, site)
@@ -75,20 +77,25 @@ def main() -> int:
         names = [(agent, seed) for agent in agents for seed in range(arguments.seeds)]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             runs = list(
-                pool.map(lambda n: train(n[0], n[1], arguments.episodes, site, Path(place)), names)
+                pool.map(lambda n: train(n[0], n[1], agents[n[0]], site, Path(place)), names)
             )
         for run in runs:
             broken += add_figures(run, site, references, Path(place))
     results: dict[str, Any] = {
-        "command": f"python benchmarks/learning.py --agents {arguments.agents} --seeds "
-        f"{arguments.seeds} --episodes {arguments.episodes} --site {site.name} "
-        f"--jobs {arguments.jobs}",
+        "command": "python benchmarks/learning.py --agents "
+        f"{','.join(f'{name}:{episodes}' for name, episodes in agents.items())} --seeds "
+        f"{arguments.seeds} --site {site.name} --jobs {arguments.jobs}",
         "machine": machine(),
         "versions": versions(),
-        "site": {"name": site.name, "sha256": site.sha256, "held_out_days": len(references.days)},
+        "site": {
+            "name": site.name,
+            "sha256": site.sha256,
+            "stretches": list(references.days),
+            "days": references.n_days.tolist(),
+        },
         "references": {
-            name: {key: getattr(summary, key) for key in ("co2_kg", "gap_closed", "unmet_kwh")}
-            for name, summary in summarise(references).items()
+            name: {key: figures[key] for key in REFERENCE_FIGURES}
+            for name, figures in all_figures(references).items()
         },
         "agents": {
             agent: {
@@ -131,7 +138,7 @@ def train(agent: str, seed: int, episodes: int, site: Site, place: Path) -> Run:
 
 
 def add_figures(run: Run, site: Site, references: Evaluation, place: Path) -> list[str]:
-    """Evaluate a run's checkpoints; returns the days on which the optimum was no bound."""
+    """Evaluate a run's checkpoints; returns the stretches in which the optimum was no bound."""
     files = TrainingCheckpoint(place / "checkpoints" / f"{run['agent']}-{run['seed']}")
     last = files.get_next_episode() - 1
     broken: list[str] = []
@@ -141,10 +148,21 @@ def add_figures(run: Run, site: Site, references: Evaluation, place: Path) -> li
         content = files.read(path)
         evaluation = evaluate(policy_of(load_agent(content, path), site), site, references)
         broken += violations(evaluation)
-        summary = summarise(evaluation)["agent"]._asdict()
+        summary = all_figures(evaluation)["agent"]
         run["episodes"][str(episode)] = {key: summary[key] for key in FIGURES}
         run["config"] = content["run"]["config"]
     return broken
+
+
+def all_figures(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """Return each policy's summary, and what it emits against RBC B on the same stretches."""
+    found = {name: summary._asdict() for name, summary in summarise(evaluation).items()}
+    days = evaluation.hours / DAY_H
+    for name, own in evaluation.policies.items():
+        difference_kg = own.co2_kg - evaluation.policies["rbc_b"].co2_kg
+        found[name]["vs_rbc_b_kg"] = float(difference_kg.sum() / days.sum())
+        found[name]["vs_rbc_b_kg_interval"] = mean_interval(difference_kg / days)[1]
+    return found
 
 
 def spread(runs: list[Run]) -> dict[str, Any]:
@@ -170,46 +188,54 @@ def title(agent: str, results: dict[str, Any]) -> str:
     return f"{agent} (correction of RBC B)" if correction else agent
 
 
+def held_out(results: dict[str, Any]) -> str:
+    """Return in words what was held out."""
+    days = results["site"]["days"]
+    weeks = set(days) == {7}
+    return f"{len(days)} held-out {'weeks' if weeks else 'stretches'}"
+
+
 def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table."""
-    days = results["site"]["held_out_days"]
+    """Return the results as a Markdown table: the median over the seeds, lowest to highest."""
     lines = [
-        f"CO2 in kg a day on {days} held-out days of `{results['site']['name']}`, median over the "
-        "seeds (lowest to highest):",
-        "",
-        "| policy | episodes | CO2 kg/day | against RBC B, kg | seeds that beat it | gap closed "
-        "| unmet kWh/day |",
+        "| policy | episodes | CO2, kg a day | against RBC B, kg a day | surely below it "
+        "| gap closed | unmet, kWh a day |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
 
-    def cell(figures: dict[str, float], form: str) -> str:
+    def cell(figures: dict[str, float] | None, form: str) -> str:
+        if figures is None:
+            return ""
         median, low, high = (format(figures[key], form) for key in ("median", "min", "max"))
         return f"{median} ({low} to {high})"
 
     for agent, entry in results["agents"].items():
+        last = max(map(int, entry["summary"]))
         for episode, figures in entry["summary"].items():
+            if int(episode) not in (*IN_TABLE, last):
+                continue
             # The 95 % interval of the paired difference lies below 0.
-            better = [
-                run["episodes"][episode]["vs_rbc_b_kg"]
-                + run["episodes"][episode]["vs_rbc_b_kg_interval"]
-                < 0.0
-                for run in entry["runs"]
-            ]
+            runs = [run["episodes"][episode] for run in entry["runs"]]
+            known = [run for run in runs if run["vs_rbc_b_kg_interval"] is not None]
+            better = [run["vs_rbc_b_kg"] + run["vs_rbc_b_kg_interval"] < 0.0 for run in known]
             cells = [
                 cell(figures["co2_kg"], ".1f"),
                 cell(figures["vs_rbc_b_kg"], "+.1f"),
-                f"{sum(better)} of {len(better)}",
-                cell(figures["gap_closed"], ".1%"),
+                f"{sum(better)} of {len(better)} seeds" if better else "",
+                cell(figures.get("gap_closed"), ".1%"),
                 f"{figures['unmet_kwh']['max']:.3f}",
             ]
             lines.append(f"| {title(agent, results)} | {episode} | {' | '.join(cells)} |")
-    rbc_b_kg = results["references"]["rbc_b"]["co2_kg"]
     for name, figures in results["references"].items():
-        lines.append(
-            f"| {REFERENCES[name]} | | {figures['co2_kg']:.1f} | "
-            f"{figures['co2_kg'] - rbc_b_kg:+.1f} | | {figures['gap_closed']:.1%} | "
-            f"{figures['unmet_kwh']:.3f} |"
-        )
+        gap = figures["gap_closed"]
+        cells = [
+            f"{figures['co2_kg']:.1f}",
+            "" if name == "rbc_b" else f"{figures['vs_rbc_b_kg']:+.1f}",
+            "",
+            "" if gap is None else f"{gap:.1%}",
+            f"{figures['unmet_kwh']:.3f}",
+        ]
+        lines.append(f"| {TITLES[name]} | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -227,7 +253,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for agent, entry in results["agents"].items():
         episodes = [int(episode) for episode in entry["summary"]]
         figures = [row["co2_kg"] for row in entry["summary"].values()]
-        colour = COLOURS.get(agent, "#333333")
+        colour = agent_colour(agent.partition("-")[0])  # PPO-long is a recipe of PPO
         axes.fill_between(
             episodes,
             [f["min"] for f in figures],
@@ -254,7 +280,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         dashed = "-" if name == "optimum" else "--"
         axes.axhline(co2_kg, color="#666666", linestyle=dashed, linewidth=0.9, zorder=1)
         axes.annotate(
-            f"{REFERENCES[name]} {co2_kg:.0f}",
+            f"{TITLES[name]} {co2_kg:.0f}",
             xy=(1.0, co2_kg),
             xycoords=("axes fraction", "data"),
             xytext=(6, 0),
@@ -271,11 +297,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training episodes")
-    axes.set_ylabel("CO2 on held-out days, kg a day")
+    axes.set_ylabel(f"CO2 in {held_out(results)}, kg a day")
     axes.spines[["top", "right"]].set_visible(False)
     seeds = len(next(iter(results["agents"].values()))["runs"])
     figure.suptitle(
-        f"Site {results['site']['name']}, {results['site']['held_out_days']} held-out days; "
+        f"Site {results['site']['name']}, {held_out(results)}; "
         f"line: median of {seeds} seeds, band: lowest to highest",
         fontsize=11,
     )

@@ -42,7 +42,7 @@ from co2lightning.agents import agent_class
 from co2lightning.settings.parser import complete
 from co2lightning.settings.recipe import Settings
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.interface import Environment, Step
+from co2lightning.sim.interface import NOMINAL_STEP_MINUTES, Environment, Step
 from co2lightning.site.load import load_site
 from learning import machine, versions
 from stable_baselines import Lockstep, VecEnv, stable_baselines
@@ -71,6 +71,7 @@ class Native:
     """B copies of an environment without content: observations decay, actions push two of them."""
 
     observation_dim, hindsight_dim, action_dim = 20, 0, 2
+    step_minutes = NOMINAL_STEP_MINUTES
     rule_features: tuple[int, ...] = ()
     may_reset = False
 
@@ -118,10 +119,12 @@ class Vectorized(Lockstep):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         with torch.inference_mode():
             result = self.inner.step(self.actions)
-        obs, done = result.obs.numpy(), result.terminated.numpy() > 0.5
+        obs, cut = result.obs.numpy(), result.truncated.numpy() > 0.5
+        done = cut | (result.terminated.numpy() > 0.5)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if done.all():
-            infos = [{"terminal_observation": last, "TimeLimit.truncated": False} for last in obs]
+            known = zip(obs, cut.tolist(), strict=True)
+            infos = [{"terminal_observation": o, "TimeLimit.truncated": c} for o, c in known]
             obs = self.reset()
         return obs, self.reward_scale * result.reward.numpy(), done, infos
 
@@ -193,7 +196,8 @@ def compare(
         if library == "SBX":
             peers[library] = sbx(agent, settings, vectorized, n_steps)
         else:
-            peers[library] = stable_baselines(agent, settings, vectorized, n_steps, 0)[0]
+            made = stable_baselines(agent, settings, vectorized, n_steps, 0, env.horizon)
+            peers[library] = made[0]
     settings["model.compile"] = compiled
     options = {k.removeprefix("model."): v for k, v in settings.items() if k.startswith("model.")}
     make_agent: Any = agent_class(agent)

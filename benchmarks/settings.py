@@ -5,8 +5,8 @@
 
 Each `--try` is one variant: keys of the recipe and their values, none for the recipe as it is.
 Every run is `co2lightning fit`, a process with one torch thread in a temporary directory. The table
-gives the deterministic policy's kg CO2 a day less those of the rule RBC B on the same training
-days, so the held-out days stay unseen until a choice is made.
+gives the deterministic policy's kg CO2 a day less those of the rule RBC B in the same training
+weeks, as if these were held out, so the held-out ones stay unseen until a choice is made.
 """
 
 from __future__ import annotations
@@ -18,16 +18,29 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from co2lightning.agents.load import load_agent, policy_of
-from co2lightning.control.rules import RULES
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.sim.evaluate import evaluate, summarise
 from co2lightning.site.load import load_site
+from co2lightning.site.model import Site
+
+WEEK = 7  # days
+
+
+def in_training_weeks(site: Site, every: int) -> Site:
+    """Return a site whose stretches are every so many of the weeks that it trains on."""
+    weeks = [
+        (day, day + WEEK)
+        for day in range(0, len(site.days) - WEEK + 1, WEEK)
+        if not site.held_out[day : day + WEEK].any()
+    ]
+    return replace(site, stretches=np.array(weeks[::every]))
 
 
 def main() -> None:
@@ -38,6 +51,7 @@ def main() -> None:
     parser.add_argument("--at", default="", help="episodes to judge, comma separated; default last")
     parser.add_argument("--seeds", default="10,11,12", help="comma separated")
     parser.add_argument("--site", default="iquitos", help="a shipped site")
+    parser.add_argument("--every", type=int, default=3, help="every so many training weeks")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--try", action="append", default=[], dest="variants", metavar="SETTINGS")
     arguments = parser.parse_args()
@@ -45,10 +59,8 @@ def main() -> None:
     variants: list[str] = arguments.variants or [""]
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     at = [int(episode) for episode in arguments.at.split(",") if episode] or [arguments.episodes]
-    site = load_site(arguments.site)
-    model, days = priced_model(site), torch.as_tensor(site.training_days)
-    soc = evaluation_soc(site)[days]
-    rule_kg = run_days(model, RULES["rbc_b"], days, soc).total("co2_kg").mean()
+    site = in_training_weeks(load_site(arguments.site), arguments.every)
+    references = evaluate(None, site)
 
     def train(run: tuple[int, str, int], place: Path) -> tuple[dict[int, float], float]:
         number, settings, seed = run
@@ -72,8 +84,8 @@ def main() -> None:
             seconds.append(content["metrics"]["time_seconds"])
             if episode in at:
                 policy = policy_of(load_agent(content, files.path(episode)), site)
-                co2_kg = run_days(model, policy, days, soc).total("co2_kg").mean()
-                above[episode] = float(co2_kg - rule_kg)
+                found = summarise(evaluate(policy, site, references))
+                above[episode] = found["agent"].co2_kg - found["rbc_b"].co2_kg
         return above, statistics.median(seconds)
 
     runs = [(n, variant, seed) for n, variant in enumerate(variants) for seed in seeds]

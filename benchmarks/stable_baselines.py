@@ -1,7 +1,7 @@
 """Do the agents learn as well as Stable-Baselines3's? Environment steps are counted, not seconds.
 
     pip install -c constraints.txt -e ".[bench]"
-    python benchmarks/stable_baselines.py --seeds 3 --output docs/stable-baselines.json
+    python benchmarks/stable_baselines.py --seeds 3 --output stable-baselines.json
 
 `pendulum`: environment steps until the deterministic policy's mean return over 50 fixed starts of
 Pendulum-v1 reaches -200. Both are evaluated by the same code after every 200 steps (SAC) or about
@@ -37,14 +37,15 @@ from torch import Tensor, nn
 
 import co2lightning
 from co2lightning.agents import AGENTS
-from co2lightning.control.observation import build_observer, observe
+from co2lightning.control.observation import observe
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import SiteModel, State
 from co2lightning.settings.parser import check_settings, complete
 from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
+from co2lightning.sim.scales import observer_of
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Site, T
+from co2lightning.site.model import Site
 from learning import EPISODES, FIGURES, add_figures, machine, train, versions
 
 try:
@@ -141,7 +142,7 @@ def main() -> None:
 
 
 def stable_baselines(
-    agent: str, settings: Settings, env: VecEnv, n_steps: int, seed: int
+    agent: str, settings: Settings, env: VecEnv, n_steps: int, seed: int, horizon: int
 ) -> tuple[Any, list[str]]:
     """Return Stable-Baselines3's agent with our settings, and those it has no counterpart for.
 
@@ -151,6 +152,7 @@ def stable_baselines(
         env: Its environment.
         n_steps: Length of a rollout of A2C and PPO.
         seed: Of the agent.
+        horizon: Steps of an episode.
     """
     prefix = "model."
     given = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
@@ -159,7 +161,7 @@ def stable_baselines(
 
     def annealed(value: float) -> Callable[[float], float] | float:
         def at(_: float) -> float:
-            done = min(1.0, max(0, model.num_timesteps - 1) // (T * env.num_envs) / span)
+            done = min(1.0, max(0, model.num_timesteps - 1) // (horizon * env.num_envs) / span)
             return value * (1.0 - done * (1.0 - share_left))
 
         return at if span else value
@@ -272,7 +274,7 @@ def their_pendulum(agent: str, seed: int) -> Stages:
     num_envs, n_steps = (1, HORIZON) if agent == "SAC" else (ZOO["num_envs"], ZOO["n_steps"])
     env = make_vec_env("Pendulum-v1", n_envs=num_envs, seed=seed)
     settings = complete(PENDULUM[agent], agent)
-    model, left_out = stable_baselines(agent, settings, env, n_steps, seed)
+    model, left_out = stable_baselines(agent, settings, env, n_steps, seed, HORIZON)
     assert not left_out
     while True:
         model.learn(num_envs * n_steps, reset_num_timesteps=False)
@@ -323,8 +325,8 @@ class Lockstep(VecEnv):
 class SiteVecEnv(Lockstep):
     """The site's own vector environment as Stable-Baselines3 wants it.
 
-    All days end with the same step; the next ones begin at once, and `terminal_observation` holds
-    what was seen last.
+    All windows are cut at the same step; the next ones begin at once, and `terminal_observation`
+    holds what was seen last.
 
     Args:
         site: A shipped site's name.
@@ -350,17 +352,17 @@ class SiteVecEnv(Lockstep):
         self.actions = actions
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        obs, reward, terminated, _, _ = self.inner.step(self.actions)
+        obs, reward, _, truncated, _ = self.inner.step(self.actions)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        if terminated.all():
-            infos = [{"terminal_observation": last, "TimeLimit.truncated": False} for last in obs]
+        if truncated.all():
+            infos = [{"terminal_observation": last, "TimeLimit.truncated": True} for last in obs]
             obs = self.reset()
-        return obs, self.reward_scale * reward, terminated, infos
+        return obs, self.reward_scale * reward, truncated, infos
 
 
 def their_policy(model: Any, site: Site) -> Rule:
     """Return a Stable-Baselines3 agent's deterministic policy in the form of a rule."""
-    observer = build_observer(site, torch.device("cpu"))
+    observer = observer_of(site)
 
     def act(site_model: SiteModel, state: State) -> Tensor:
         obs = observe(observer, site_model, state).numpy()
@@ -404,12 +406,13 @@ def their_site(
     """Train Stable-Baselines3's agent; return its figures and the settings it has not."""
     num_envs = settings["env.num_envs"]
     env = SiteVecEnv(site.name, num_envs, seed, settings["model.reward_scale"])
-    n_steps = settings.get("model.n_steps") or T
-    model, left_out = stable_baselines(agent, settings, env, n_steps, seed)
+    horizon = env.inner.unwrapped.days.horizon
+    n_steps = settings.get("model.n_steps") or horizon
+    model, left_out = stable_baselines(agent, settings, env, n_steps, seed, horizon)
     run: dict[str, Any] = {"seed": seed, "episodes": {}}
     start = time.perf_counter()
     for count in episodes:
-        steps = count * T * num_envs - model.num_timesteps
+        steps = count * horizon * num_envs - model.num_timesteps
         model.learn(steps, reset_num_timesteps=False)
         summary = summarise(evaluate(their_policy(model, site), site, references))["agent"]
         run["episodes"][str(count)] = {key: getattr(summary, key) for key in FIGURES}

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-COMMANDS = ("fit", "fit-all", "test", "report", "history", "verify", "predict", "export")
+COMMANDS = (
+    *("fit", "fit-all", "test", "report", "history", "verify", "predict", "export"),
+    "site",
+)
 
 # An agent trained for a moment: what is tested is what happens around the learning.
 TINY: dict[str, list[str]] = {
@@ -113,3 +116,54 @@ def chrome() -> Iterator[Any]:
     browser = webdriver.Chrome(options=options, service=Service(driver))
     yield browser
     browser.quit()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a site `village` and a run PPO of two episodes on it."""
+    from co2lightning.train.fit import run_fit
+    from small_site import write_site
+
+    place = tmp_path_factory.mktemp("village")
+    write_site(place / "village")
+    flags: dict[str, Any] = {
+        "episodes": 2,
+        "env.site": str(place / "village"),
+        "env.num_envs": 4,
+        "checkpoints.dir": str(place / "checkpoints"),
+        "logs.dir": str(place / "lightning_logs"),
+    }
+    run_fit(flags, agent="PPO", echo=lambda line: None)
+    return place
+
+
+@pytest.fixture(scope="session")
+def priced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a site `shop` that has prices, and runs on it for cost, CO2 and both."""
+    from co2lightning.train.fit import run_fit
+    from small_site import write_site
+
+    place = tmp_path_factory.mktemp("priced")
+    write_site(place / "shop", currency="EUR")
+    for name, objective in (
+        ("money", "cost"),
+        ("air", "co2"),
+        ("both", {"co2": 1.0, "cost": 0.5}),
+    ):
+        flags: dict[str, Any] = {
+            "episodes": 1,
+            "env.site": str(place / "shop"),
+            "env.num_envs": 2,
+            "env.objective": objective,
+            "name": name,
+            "checkpoints.dir": str(place / "checkpoints"),
+            "logs.dir": str(place / "lightning_logs"),
+        }
+        run_fit(flags, agent="PPO", echo=lambda line: None)
+    return place
+
+
+@pytest.fixture
+def inside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in that directory."""
+    monkeypatch.chdir(trained)

@@ -6,24 +6,24 @@ import functools
 from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.state import State, begin_day
-from co2lightning.sim.objective import Booked, book, priced_model, settle
+from co2lightning.control.state import Carry, SiteModel, State, restore
+from co2lightning.sim.objective import metered, priced_model, reward
 from co2lightning.sim.physics import Flows, step
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Battery, Sessions, Site, SocketType, T
+from co2lightning.site.model import OF_CO2, Battery, Objective, Sessions, Site, SocketType
 
 # Two threads on busy cores wait for each other: a year of a rule took 8 s instead of 0.1.
 torch.set_num_threads(1)
 
-H = 0.25
+H, T = 0.25, 96  # of steps of 15 minutes, what these sites have unless told otherwise
 Row = tuple[int, int, int, int, float, float]
-"""Day, socket, arrival step, departure step, kWh, kW."""
+"""Day, socket, arrival and departure in steps from that day's beginning, kWh, kW."""
 
 
 @functools.cache
@@ -32,27 +32,58 @@ def shipped(name: str = "iquitos") -> Site:
     return load_site(name)
 
 
+@functools.cache
+def real(name: str) -> Site:
+    """Read a site of tests/sites, once for all tests of a process."""
+    return load_site(Path(__file__).parent / "sites" / name)
+
+
 def small_site(
     *,
     days: int = 1,
+    step_minutes: int = 15,
     sockets: int = 1,
     sessions: Sequence[Row] = (),
+    min_kw: float = 0.0,
     pv_kw: object = 0.0,
     load_kw: object = 0.0,
     carbon: object = 0.4,
-    capacity_kwh: float = 40.0,
+    capacity_kwh: float | None = 40.0,
     power_kw: float = 10.0,
     charge_efficiency: float = 0.9,
     discharge_efficiency: float = 0.8,
+    may_charge_from_grid: bool = True,
+    reserve_soc: float = 0.0,
     grid_kw: float = 1e6,
+    import_limit_kw: object = np.inf,
     held_out: Sequence[int] = (),
+    price: object = None,
+    export_price: object = None,
+    objective: Objective = OF_CO2,
 ) -> Site:
-    """A site of a few sockets; series are anything that broadcasts to [D, T]."""
-    columns = [np.array(c) for c in zip(*sessions, strict=True)] or [np.zeros(0, int)] * 6
-    socket_kw = float(max(columns[5], default=1.0))
+    """A site of a few sockets; series are anything that broadcasts to [D, steps of a day].
+
+    Args:
+        sockets: How many; 0 for none.
+        min_kw: Least power of every socket.
+        capacity_kwh: Of the battery; None for none.
+        import_limit_kw: A series, where it is below `grid_kw`.
+        price: Of a kWh, a series; None for none.
+        export_price: Likewise.
+    """
+    a_day = 24 * 60 // step_minutes
+    n_steps = days * a_day
+    rows = sorted(sessions, key=lambda row: row[0] * a_day + row[2])
+    columns = [np.array(c) for c in zip(*rows, strict=True)] or [np.zeros(0, int)] * 6
+    day, socket, arrival, departure, energy_kwh, max_kw = columns
+    socket_kw = float(max(max_kw, default=1.0))
+    first, local = date(2025, 3, 1), np.datetime64("2025-03-01T00:00:00", "s")
+    held = np.array(sorted(held_out), dtype=np.int64)
+    losses = charge_efficiency, discharge_efficiency
+    limits = 0.1, 0.9, 0.3, 0.7, may_charge_from_grid, reserve_soc
 
     def series(values: object) -> np.ndarray:
-        return np.broadcast_to(np.asarray(values, dtype=float), (days, T)).copy()
+        return np.broadcast_to(np.asarray(values, dtype=float), (days, a_day)).flatten()
 
     return Site(
         name="small",
@@ -64,123 +95,175 @@ def small_site(
         timezone="UTC",
         pv_kwp=float(np.max(series(pv_kw))),
         grid_kw=grid_kw,
-        charger_efficiency=1.0,
         seed=0,
-        battery=Battery(
-            capacity_kwh, power_kw, charge_efficiency, discharge_efficiency, 0.1, 0.9, 0.3, 0.7
-        ),
-        sockets=(SocketType("any", sockets, socket_kw),),
-        days=tuple(str(date(2025, 3, 1) + timedelta(days=day)) for day in range(days)),
-        held_out=np.isin(np.arange(days), held_out),
+        battery=None if capacity_kwh is None else Battery(capacity_kwh, power_kw, *losses, *limits),
+        sockets=(SocketType("any", sockets, socket_kw, min_kw),) if sockets else (),
+        step_minutes=step_minutes,
+        begin_s=int(local.astype(np.int64)),
         pv_kw=series(pv_kw),
         load_kw=series(load_kw),
         carbon_kg_per_kwh=series(carbon),
-        sessions=Sessions(*columns[:4], *(c.astype(float) for c in columns[4:])),
-        turned_away=np.zeros(days, int),
+        import_limit_kw=np.minimum(series(import_limit_kw), grid_kw),
+        local=local + np.arange(n_steps) * np.timedelta64(step_minutes, "m"),
+        day_start_h=0,
+        day_bounds=a_day * np.arange(days + 1),
+        days=tuple(str(first + timedelta(days=day)) for day in range(days)),
+        held_out=np.isin(np.arange(days), held),
+        stretches=np.stack([held, held + 1], axis=1),
+        sessions=Sessions(
+            socket,
+            day * a_day + arrival,
+            np.minimum(day * a_day + departure, n_steps),
+            energy_kwh.astype(float),
+            max_kw.astype(float),
+            np.full(len(rows), min_kw),
+        ),
+        turned_away=np.zeros(n_steps, int),
+        turned_away_kwh=np.zeros(n_steps),
+        clipped_kwh=np.zeros(n_steps),
+        sessions_read=None,
         notes=(),
+        price_per_kwh=None if price is None else series(price),
+        export_price_per_kwh=None if export_price is None else series(export_price),
+        objective=objective,
     )
 
 
 def random_site(
     seed: int,
     *,
+    days: int = 1,
+    step_minutes: int = 15,
     sockets: int = 6,
     pv: float = 1.0,
     load: float = 1.0,
     most: float = 0.98,
-    grid_kw: float = 1e6,
     flat: bool = False,
+    **other: Any,
 ) -> Site:
-    """A site of one random day.
+    """A site of random days, whose vehicles stay across midnight.
 
     Args:
         seed: Of everything drawn.
+        days: How many.
+        step_minutes: Length of a step.
         sockets: How many; each takes up to a few sessions after another.
         pv: Factor on the PV, 0 for none.
         load: Factor on the building's load.
         most: A session asks for at most this share of what its window allows.
-        grid_kw: The connection.
         flat: Whether the intensity is constant.
+        other: What `small_site` takes, instead of what is drawn.
     """
     rng = np.random.default_rng(seed)
+    step_h, n_steps = step_minutes / 60, days * 24 * 60 // step_minutes
+    an_hour = 1.0 / step_h
     sessions: list[Row] = []
     for socket in range(sockets):
-        step = int(rng.integers(0, 40))
-        while step < T - 2:
-            stay = int(rng.integers(2, 40))
-            departure = min(step + stay, T)
+        arrival = int(rng.uniform(0.0, 10.0) * an_hour)
+        while arrival < n_steps - 2:
+            stay = max(1, int(rng.uniform(0.5, 10.0) * an_hour))
+            departure = min(arrival + stay, n_steps)
             power_kw = float(rng.uniform(1.0, 4.0))
             share = float(rng.uniform(0.05, most))
-            energy_kwh = share * power_kw * H * (departure - step)
-            sessions.append((0, socket, step, departure, energy_kwh, power_kw))
-            step = departure + int(rng.integers(0, 30))
-    sun = np.maximum(np.sin((np.arange(T) / T - 0.25) * 2 * np.pi), 0.0)
-    return small_site(
-        sockets=sockets,
-        sessions=sessions,
-        pv_kw=pv * 15.0 * sun * rng.uniform(0.3, 1.0, T),
-        load_kw=load * rng.uniform(1.0, 6.0, T),
-        carbon=0.5 if flat else rng.uniform(0.2, 0.9, T),
-        capacity_kwh=float(rng.uniform(5.0, 60.0)),
-        power_kw=float(rng.uniform(2.0, 15.0)),
-        charge_efficiency=float(rng.uniform(0.8, 1.0)),
-        discharge_efficiency=float(rng.uniform(0.8, 1.0)),
-        grid_kw=grid_kw,
-    )
+            energy_kwh = share * power_kw * step_h * (departure - arrival)
+            sessions.append((0, socket, arrival, departure, energy_kwh, power_kw))
+            arrival = departure + int(rng.uniform(0.0, 8.0) * an_hour)
+    shape, hours = (days, n_steps // days), np.arange(n_steps) * step_h
+    sun = np.maximum(np.sin((hours / 24 - 0.25) * 2 * np.pi), 0.0).reshape(shape)
+    drawn = {
+        "pv_kw": pv * 15.0 * sun * rng.uniform(0.3, 1.0, shape),
+        "load_kw": load * rng.uniform(1.0, 6.0, shape),
+        "carbon": 0.5 if flat else rng.uniform(0.2, 0.9, shape),
+        "capacity_kwh": float(rng.uniform(5.0, 60.0)),
+        "power_kw": float(rng.uniform(2.0, 15.0)),
+        "charge_efficiency": float(rng.uniform(0.8, 1.0)),
+        "discharge_efficiency": float(rng.uniform(0.8, 1.0)),
+    }
+    own = {"days": days, "step_minutes": step_minutes, "sockets": sockets, "sessions": sessions}
+    return small_site(**(drawn | own | other))
+
+
+class Booked(NamedTuple):
+    """What a step cost and earned; every field is [B]."""
+
+    co2_kg: Tensor
+    cost: Tensor
+    reward: Tensor
 
 
 class Played(NamedTuple):
-    """A day as it went, step by step: what it was at the beginning, what flowed, what that cost."""
+    """Steps as they went: what was at the beginning of each, what flowed, what that cost."""
 
     states: list[State]
     flows: list[Flows]
     booked: list[Booked]
+    step_h: float
 
     def each(self, name: str) -> list[Tensor]:
-        """Return one of the figures of all steps, each [B]."""
+        """Return one of the figures of all steps, each [B]; some are derived from the flows."""
+        if name == "unmet_kwh":
+            return [flow.unmet_kw * self.step_h for flow in self.flows]
+        if name == "grid_import_kw":
+            return [flow.grid_kw.relu() for flow in self.flows]
+        if name == "curtailed_kwh":
+            return [(-flow.grid_kw).relu() * self.step_h for flow in self.flows]
         steps = self.booked if name in Booked._fields else self.flows
         return [getattr(step, name) for step in steps]
 
     def figures(self, name: str) -> np.ndarray:
-        """Return a figure of all steps of a single day."""
+        """Return a figure of all steps of a single run."""
         return np.array([value.item() for value in self.each(name)])
+
+
+def begin(model: SiteModel, soc: float = 0.5, batch: int = 1) -> State:
+    """Return the state [B] at the first step of the series, its arrivals included."""
+    places = torch.zeros(batch, dtype=torch.int64, device=model.device)
+    owed_kw = model.sockets[3, 0].expand(batch, -1)
+    return restore(model, Carry(places, torch.full_like(owed_kw[:, 0], soc), owed_kw))
 
 
 def play(
     site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float64
 ) -> Played:
-    """Run day 0 of a site with actions [T, B, 2]."""
-    batch = actions.shape[1]
+    """Run the first n steps of a site with actions [n, B, 2]."""
     model = priced_model(site, dtype=dtype)
-    soc = torch.full((batch,), soc_start, dtype=dtype)
-    following = begin_day(model, torch.zeros(batch, dtype=torch.int64), soc)
-    played = Played([], [], [])
+    following = begin(model, soc_start if site.battery else 0.0, actions.shape[1])
+    played = Played([], [], [], site.step_h)
     for action in actions.to(dtype):
         state = following
         following, flows = step(model, state, action)
-        booked = book(state, flows)
-        if len(played.states) == T - 1:
-            booked = settle(model, state, flows, booked)
-        for column, one in zip(played, (state, flows, booked), strict=True):
+        of_step = (of[0] for of in metered(model, state.place, flows.grid_kw.unsqueeze(0)))
+        booked = Booked(*of_step, reward(state, flows))
+        for column, one in zip(played, (state, flows, booked), strict=False):
             column.append(one)
     return played
 
 
-def day_by_hand(
-    site: Site, day: int, soc_start: float, actions: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Work out a day from site.md's words alone: per vehicle, per step, in float64.
+def by_hand(site: Site, begin: int, soc_start: float, actions: np.ndarray) -> dict[str, np.ndarray]:
+    """Work out some steps from the site model's words alone: per vehicle, per step, in float64.
+
+    Who stands there at the beginning owes what charging on arrival has left.
 
     Args:
-        actions: [T, 2] in [-1, 1].
+        site: The site.
+        begin: Place of the first step.
+        soc_start: State of charge before it.
+        actions: [n, 2] in [-1, 1].
 
     Returns:
-        Per step [T]: `soc` at its end, `ev_kw`, `battery_kw`, `grid_import_kw`, `curtailed_kwh`,
-        `unmet_kwh` and `co2_kg` (the last with the settlement); `socket_kw` [T, S].
+        Per step [n]: `soc` at its end, `ev_kw`, `battery_kw`, `grid_import_kw`, `curtailed_kwh`,
+        `unmet_kwh` and `co2_kg`; `socket_kw` [n, C].
     """
-    battery, rows = site.battery, site.sessions
-    mine = [i for i in range(len(rows.day)) if rows.day[i] == day]
+    rows, h = site.sessions, site.step_h
+    # No battery is one that can do nothing.
+    battery = site.battery or Battery(1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+    least_soc = max(battery.soc_min, battery.reserve_soc)
+    in_time = (rows.departure > begin) & (rows.arrival < begin + len(actions))
+    mine = np.flatnonzero(in_time).tolist()
     owed = {i: float(rows.energy_kwh[i]) for i in mine}
+    for i in mine:
+        charged_kwh = float(rows.max_kw[i]) * h * max(0, begin - int(rows.arrival[i]))
+        owed[i] = max(0.0, owed[i] - charged_kwh)
     soc = soc_start
     out: dict[str, list] = {
         name: []
@@ -189,54 +272,56 @@ def day_by_hand(
             *("co2_kg", "socket_kw"),
         )
     }
-    for t in range(T):
-        here = [i for i in mine if rows.arrival_step[i] <= t < rows.departure_step[i]]
-        left = {i: int(rows.departure_step[i]) - t for i in here}
+    for t in range(begin, begin + len(actions)):
+        here = [i for i in mine if rows.arrival[i] <= t < rows.departure[i]]
+        left = {i: int(rows.departure[i]) - t for i in here}
         power = {i: float(rows.max_kw[i]) for i in here}
-        must = {i: min(max(0.0, owed[i] / H - power[i] * (left[i] - 1)), power[i]) for i in here}
-        could = {i: min(power[i], owed[i] / H) for i in here}
-        room_kw = (battery.soc_max - soc) * battery.capacity_kwh / battery.charge_efficiency / H
-        store_kw = (soc - battery.soc_min) * battery.capacity_kwh * battery.discharge_efficiency / H
-        most_charge = min(max(room_kw, 0.0), battery.power_kw)
-        most_discharge = min(max(store_kw, 0.0), battery.power_kw)
-        pv, load = site.pv_kw[day, t], site.load_kw[day, t]
+        could = {i: min(power[i], owed[i] / h) for i in here}
+        least = {i: min(could[i], float(rows.min_kw[i])) for i in here}
+        must = {i: min(max(0.0, owed[i] / h - power[i] * (left[i] - 1)), could[i]) for i in here}
+        must = {i: max(must[i], least[i]) if must[i] > 0.0 else 0.0 for i in here}
+        charge_kw = (battery.soc_max - soc) * battery.capacity_kwh / battery.charge_efficiency / h
+        give_kw = (soc - least_soc) * battery.capacity_kwh * battery.discharge_efficiency / h
+        most_charge = min(max(charge_kw, 0.0), battery.power_kw)
+        most_discharge = min(max(give_kw, 0.0), battery.power_kw)
+        net, limit = site.load_kw[t] - site.pv_kw[t], site.import_limit_kw[t]
 
         must_sum, could_sum = sum(must.values()), sum(could.values())
-        budget = must_sum + (actions[t, 0] + 1.0) / 2.0 * (could_sum - must_sum)
-        budget = min(budget, max(must_sum, site.grid_kw + pv + most_discharge - load))
+        wish, charge = actions[t - begin]
+        budget = must_sum + (wish + 1.0) / 2.0 * (could_sum - must_sum)
+        budget = min(budget, max(must_sum, limit - net + most_discharge))
         rest = budget - must_sum
         given = dict(must)
-        for i in sorted(here, key=lambda i: (left[i] - owed[i] / H / power[i], rows.socket[i])):
+        for i in sorted(here, key=lambda i: (left[i] - owed[i] / h / power[i], rows.socket[i])):
             extra = min(rest, could[i] - must[i])
-            given[i] += extra
             rest -= extra
+            if given[i] + extra >= least[i] - 1e-6:
+                given[i] += extra
         ev = sum(given.values())
 
-        wanted = min(actions[t, 1] * battery.power_kw, most_charge, site.grid_kw + pv - load - ev)
+        wanted = min(charge * battery.power_kw, most_charge, limit - net - ev)
+        if not battery.may_charge_from_grid:
+            wanted = min(wanted, max(0.0, -net - ev))
         flow = max(wanted, -most_discharge)
         if flow >= 0:
-            soc += flow * H * battery.charge_efficiency / battery.capacity_kwh
+            soc += flow * h * battery.charge_efficiency / battery.capacity_kwh
         else:
-            soc += flow * H / battery.discharge_efficiency / battery.capacity_kwh
-        meter = load + ev + flow - pv
+            soc += flow * h / battery.discharge_efficiency / battery.capacity_kwh
+        meter = net + ev + flow
         unmet = 0.0
-        sockets_kw = np.zeros(site.n_sockets)
+        sockets_kw = np.zeros(max(1, len(rows.used_sockets)))
         for i in here:
-            owed[i] -= given[i] * H
-            sockets_kw[rows.socket[i]] = given[i]
+            owed[i] -= given[i] * h
+            sockets_kw[rows.column[i]] = given[i]
             if left[i] == 1:
                 unmet += max(owed[i], 0.0)
-        carbon = site.carbon_kg_per_kwh[day]
-        co2 = max(meter, 0.0) * H * carbon[t]
-        if t == T - 1:
-            missing_kwh = max(0.0, soc_start - soc) * battery.capacity_kwh
-            co2 += carbon.mean() * missing_kwh / battery.charge_efficiency
+        co2 = max(meter, 0.0) * h * site.carbon_kg_per_kwh[t]
         for name, value in (
             ("soc", soc),
             ("ev_kw", ev),
             ("battery_kw", flow),
             ("grid_import_kw", max(meter, 0.0)),
-            ("curtailed_kwh", max(-meter, 0.0) * H),
+            ("curtailed_kwh", max(-meter, 0.0) * h),
             ("unmet_kwh", unmet),
             ("co2_kg", co2),
             ("socket_kw", sockets_kw),
@@ -253,7 +338,6 @@ altitude_m: 0
 timezone: UTC
 pv_kwp: 40
 grid_kw: 100
-charger_efficiency: 0.9
 seed: 1
 battery: {capacity_kwh: 50, power_kw: 20, charge_efficiency: 0.9, discharge_efficiency: 0.9,
           soc_min: 0.1, soc_max: 0.9, start_soc_min: 0.3, start_soc_max: 0.7}
@@ -263,18 +347,24 @@ held_out: [2025-03-02, 2025-03-04, 2025-03-05]
 HELD_OUT = ["2025-03-02", "2025-03-04", "2025-03-05"]
 
 
-def write_site(directory: Path, load_kw: float = 5.0) -> Path:
-    """A site of six days, each a little sunnier than the one before."""
+def write_site(directory: Path, load_kw: float = 5.0, currency: str | None = None) -> Path:
+    """A site of six days, each a little sunnier than the one before.
+
+    With a currency it has prices, low where carbon is high; what is sent out earns a little.
+    """
     directory.mkdir()
-    (directory / "site.yaml").write_text(SITE)
-    series, sessions = ["time,pv_kw,load_kw,carbon_kg_per_kwh"], []
+    (directory / "site.yaml").write_text(SITE + (f"currency: {currency}\n" if currency else ""))
+    priced = currency is not None
+    money = ",price_per_kwh,export_price_per_kwh" if priced else ""
+    series, sessions = [f"time,pv_kw,load_kw,carbon_kg_per_kwh{money}"], []
     for day in range(1, 7):
         date = f"2025-03-{day:02d}"
         for t in range(96):
             time = f"{date}T{t // 4:02d}:{t % 4 * 15:02d}:00+00:00"
             pv_kw = (20 + day) * max(0.0, 1 - abs(t - 48) / 24)
             carbon = 0.6 if t >= 72 else 0.4
-            series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}")
+            money = f",{0.1 if t >= 72 else 0.3},0.05" if priced else ""
+            series.append(f"{time},{pv_kw:.3f},{load_kw},{carbon}{money}")
         for i, (arrival, departure) in enumerate([(3, 9), (8, 15), (17, 22)]):
             sessions.append(
                 f"{day}-{i},moto,{date}T{arrival:02d}:00:00+00:00,"

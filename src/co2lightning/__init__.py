@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from co2lightning.agents.sac import SAC as SAC
     from co2lightning.errors import TrainingError as TrainingError
     from co2lightning.errors import UserError as UserError
+    from co2lightning.report.evaluate import evaluate as evaluate
     from co2lightning.runs.run import TrainingCheckpoint as TrainingCheckpoint
     from co2lightning.sim.gymnasium import ChargingSiteEnv as ChargingSiteEnv
     from co2lightning.sim.gymnasium import ChargingSiteVectorEnv as ChargingSiteVectorEnv
     from co2lightning.site.load import load_site as load_site
     from co2lightning.train.fit import fit as fit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "A2C": "agents.a2c",
@@ -32,6 +33,7 @@ _HOME = {
     "TrainingCheckpoint": "runs.run",
     "TrainingError": "errors",
     "UserError": "errors",
+    "evaluate": "report.evaluate",
     "fit": "train.fit",
     "load_site": "site.load",
 }

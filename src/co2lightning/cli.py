@@ -28,12 +28,13 @@ be cut anywhere and continued.
 commands:
   fit      train an agent        co2lightning fit --config ppo.yaml
   fit-all  train all agents      co2lightning fit-all --episodes 5
-  test     run on held-out days  co2lightning test PPO
+  test     run on held-out weeks co2lightning test PPO
   report   all in one HTML file  co2lightning report --output report.html
   history  what was trained      co2lightning history
   verify   check a run's files   co2lightning verify PPO
   predict  a day's plan as CSV   co2lightning predict PPO --output schedule.csv
   export   the policy as ONNX    co2lightning export PPO --output policy.onnx
+  site     look at a site        co2lightning site check iquitos
 
 After a stop: co2lightning fit --config ppo.yaml --ckpt_path last
 More:         co2lightning COMMAND --help
@@ -95,6 +96,7 @@ _COMMANDS = {
     "verify": ("commands.history", "verify_main"),
     "predict": ("commands.predict", "main"),
     "export": ("commands.export", "main"),
+    "site": ("commands.site", "main"),
 }
 """Command -> its module and function there."""
 

@@ -45,7 +45,13 @@ TRAINING = _of(
         form="{:.0%}",
         narrow="of uncon-\ntrolled",
         chart="CO2, share of the same days uncontrolled",
-        axis="CO2, % of the same days uncontrolled",
+        axis="{settled}, % of the same days uncontrolled",
+    ),
+    Metric("cost", "cost", "{:.2f}"),
+    Metric("uncontrolled_cost"),
+    Metric(
+        "objective_vs_uncontrolled",
+        axis="{settled}, % of the same days uncontrolled",
     ),
     Metric("grid_import_kwh", chart="grid import, kWh a day"),
     Metric("curtailment_kwh"),
@@ -54,7 +60,7 @@ TRAINING = _of(
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
-        chart="reward: kg CO2 saved a day against the rule RBC B",
+        chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
     ),
     Metric("time_seconds", tag="time/episode_seconds"),
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),
@@ -69,14 +75,10 @@ HELD_OUT = _of(
         heading="CO2, kg/day",
         form="{:.1f}",
         chart="CO2 on held-out days, kg a day",
-        axis="mean CO2 and its 95 % interval, kg a day",
     ),
-    Metric(
-        "vs_rbc_b_kg",
-        heading="against RBC B, kg/day",
-        form="{:+.1f}",
-        axis="paired difference to RBC B, kg a day",
-    ),
+    Metric("cost", "cost, {currency}/day", "{:.2f}"),
+    Metric("objective", "objective, a day", "{:.2f}", "objec-\ntive"),
+    Metric("vs_best", "against {best}, {unit}/day", "{:+.1f}"),
     Metric(
         "gap_closed",
         heading="gap closed",
@@ -90,6 +92,61 @@ HELD_OUT = _of(
     Metric("peak_import_kw", "peak import, kW", "{:.0f}", "peak\nkW"),
 )
 """Of a policy on the held-out days, as `sim.evaluate.summarise` works it out."""
+
+
+class Settled(NamedTuple):
+    """What policies are settled by and compared with, and what that is called.
+
+    Attributes:
+        key: The figure in `HELD_OUT` that is settled: co2_kg, cost, or objective, weights of both.
+        name: What it is called.
+        unit: Its unit, "" where it has none or nobody names it.
+        best: Title of the reference that all are compared with.
+        currency: Of costs; None where the site has no prices, "" where it names none.
+    """
+
+    key: str
+    name: str
+    unit: str
+    best: str
+    currency: str | None
+
+    @property
+    def a_day(self) -> str:
+        """The unit a day, such as `kg a day`."""
+        return f"{self.unit} a day".strip()
+
+    def written(self, value: float) -> str:
+        """Return a figure of what is settled as tables write it."""
+        return HELD_OUT[self.key].form.format(value)
+
+    def metrics(self) -> list[Metric]:
+        """Return the figures on held-out days under the names that they have here."""
+        return [self.metric(key) for key in HELD_OUT]
+
+    def metric(self, key: str) -> Metric:
+        """Return one of them."""
+        found = HELD_OUT[key]
+        words = {"best": self.best, "unit": self.unit, "currency": self.currency or ""}
+        heading = found.heading.format(**words).replace(", /day", ", a day")
+        form = found.form
+        if key == "vs_best" and self.key != "co2_kg":
+            form = "{:+.2f}"
+        return found._replace(heading=heading, form=form)
+
+
+def settled_words(objective: Mapping[str, float], currency: str | None, best: str) -> Settled:
+    """Return what policies are settled by, in words.
+
+    Args:
+        objective: Its weights, of `co2` and `cost`.
+        currency: Of costs; None where there are no prices.
+        best: Title of the reference that all are compared with.
+    """
+    weights = objective["co2"], objective["cost"]
+    known = {(1.0, 0.0): ("co2_kg", "CO2", "kg"), (0.0, 1.0): ("cost", "cost", currency or "")}
+    return Settled(*known.get(weights, ("objective", "objective", "")), best, currency)
+
 
 _KEYS = {metric.tag: metric.key for metric in TRAINING.values()}
 

@@ -56,6 +56,25 @@ def check_output(flag: str, name: str | Path | None) -> Path | None:
     return path
 
 
+def check_output_directory(flag: str, name: str | Path | None) -> Path | None:
+    """Return the directory that files shall go to; refuse it before work is spent on them.
+
+    It need not be there; what it shall lie in must.
+
+    Raises:
+        UserError: `name` is no place for a directory, or may not be written.
+    """
+    if name is None:
+        return None
+    directory = Path(name)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise UserError(f"{flag} {name}: is not a directory")
+    check_directory(
+        f"{flag} {name}", directory if directory.is_dir() else directory.resolve().parent
+    )
+    return directory
+
+
 def check_directory(what: str, directory: Path) -> None:
     """Raise a UserError about `what` unless a file can be made in `directory`."""
     if not directory.is_dir():

@@ -58,17 +58,31 @@ def tell(line: str) -> None:
 
 def show_tables(*tables: Table, width: int) -> None:
     """Print tables; `width` is for a pipe, which has none of its own."""
+    _write(_drawn(tables, None if os.isatty(1) else width))
+
+
+def as_text(*tables: Table, below: list[str], width: int) -> str:
+    """Return tables and the lines below them as they are printed, without colours."""
+    return _drawn(tables, width, plain=True) + "\n".join(map(clean, below))
+
+
+def _drawn(tables: tuple[Table, ...], width: int | None, plain: bool = False) -> str:
     from rich.console import Console
 
     console = Console(
-        width=None if os.isatty(1) else width, markup=False, emoji=False, highlight=False
+        width=width,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_terminal=False if plain else None,
+        force_jupyter=False if plain else None,
     )
     with console.capture() as captured:
         for table in tables:
             for column in table.columns:
                 column._cells = [clean(str(cell)) for cell in column._cells]
             console.print(table)
-    _write(captured.get())
+    return captured.get()
 
 
 def acknowledge(line: str) -> None:

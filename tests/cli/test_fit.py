@@ -339,7 +339,8 @@ def test_help_shows_the_recipes_values(fit: Fit, command: Fit) -> None:
     Path("mine.yaml").write_text("agent: SAC\nmodel: {tau: 0.25}\n")
     assert default("model.tau", "--config", "mine.yaml") == "0.25"
     assert default("env.num_envs", "--config", "mine.yaml") == "64"
-    assert "They are those of mine.yaml" in command("fit", "--config=mine.yaml", "-h").out
+    shown = command("fit", "--config=mine.yaml", "-h").out
+    assert "They are those of mine.yaml" in " ".join(shown.split())
     Path("mine.yaml").write_text("agent: SAC\nmodel: {taw: 0.25}\n")
     assert command("fit", "--config", "mine.yaml", "--help").code == 2
     assert default("env.num_envs") == "64"

@@ -55,6 +55,19 @@ def test_the_table(command: Command) -> None:
     assert outcome.code == 0
 
 
+def test_costs_are_shown_where_an_episode_has_one(command: Command) -> None:
+    run = train("PPO", [0.9], None)
+    metrics = {"co2_kg": 50.0, "co2_vs_uncontrolled": 0.5, "unmet_kwh": 0.0, "cost": 12.345}
+    metrics |= {"reward": 1.0, "time_seconds": 0.1}
+    assert "cost" not in command("history").out
+    run.save_checkpoint({"weights": torch.zeros(3)}, episode=2, metrics=metrics)
+    run.end_session("completed")
+    for words in (("history",), ("history", "PPO")):
+        out = command(*words).out
+        assert "cost" in out
+        assert "12.35" in out or "12.34" in out
+
+
 def test_a_run_with_its_sessions(command: Command) -> None:
     train("PPO", [0.9, 0.4], "interrupted")
     train("PPO", [])

@@ -17,7 +17,7 @@ Command = Callable[..., Outcome]
 FLAGS = [
     *("fit --ckpt_path", "fit --checkpoints.dir", "fit --logs.dir", "fit --env.site"),
     *("fit-all --checkpoints.dir", "history --checkpoints.dir", "verify --checkpoints.dir"),
-    *("test --ckpt_path", "test --checkpoints.dir", "test --logs.dir"),
+    *("test --ckpt_path", "test --checkpoints.dir", "test --logs.dir", "test --steps"),
     *("report --output", "report --figures", "report --checkpoints.dir"),
     *("predict --output", "predict --observations", "predict --ckpt_path"),
     *("predict --checkpoints.dir", "export --output", "export --ckpt_path"),
@@ -98,6 +98,8 @@ def test_from_python() -> None:
         co2lightning.PPO.load_from_checkpoint,
         co2lightning.TrainingCheckpoint,
         co2lightning.load_site,
+        lambda url: co2lightning.evaluate(print, url),
+        lambda url: co2lightning.evaluate(print, keep=url),
         lambda url: co2lightning.fit({"config": "ppo.yaml", "logs.dir": url}),
     ):
         for place in ("s3://bucket/x", Path("s3://bucket/x"), "~no-such-user/x"):

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+import json
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 import torch
 
 import co2lightning
+from co2lightning.cli import main
 from conftest import TINY
+from small_site import write_site
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +48,10 @@ def test_the_lines_of_the_readme_then_of_the_contract(
     small: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {}
-    exec(SHOWN, names)
+    write_site(Path("village"))
+    quick = SHOWN.replace('evaluate(agent, "iquitos")', 'evaluate(agent, "village")')
+    assert quick != SHOWN, "the optimum of a year takes a minute"
+    exec(quick, names)
     assert names["result"]["last_episode"] == 10
     assert names["run"].get_next_episode() == 11
     assert capsys.readouterr().out.splitlines()[-1].endswith(" 11")
@@ -76,6 +83,97 @@ def check_use(names: dict[str, Any]) -> None:
     _, reward, *_, info = envs.step(actions)
     assert reward.shape == (64,)
     assert isinstance(info["co2_kg"], np.ndarray)
+
+
+def by_hand(obs: np.ndarray) -> np.ndarray:
+    """Charge all at once and leave the battery: what the rule `uncontrolled` does."""
+    return np.stack([np.ones(len(obs)), np.zeros(len(obs))], axis=1)
+
+
+def test_any_callable_is_evaluated_as_test_does(inside: None) -> None:
+    found = co2lightning.evaluate(by_hand, "village", name="by hand")
+    own, rule = (found["policies"][name] for name in ("agent", "uncontrolled"))
+    assert own == rule
+    assert {"objective", "stretches", "policies", "summary", "rbc_c"} <= set(found)
+    for text in ("by hand", "RBC C", "optimum (LP)", "3 held-out days of village", "2025-03-04"):
+        assert text in str(found)
+    assert "\x1b" not in str(found)
+
+
+def test_an_agent_is_evaluated_as_the_command_does(
+    inside: None, command_in: Callable[..., str]
+) -> None:
+    agent = co2lightning.PPO.load_from_checkpoint("checkpoints/PPO/episode_0002.pt")
+    found = co2lightning.evaluate(agent, co2lightning.load_site("village"))
+    told = json.loads(command_in("test", "PPO", "--json"))
+    own, of_command = found["policies"].pop("agent"), told["policies"].pop("agent")
+    assert own["co2_kg_per_day"] == pytest.approx(of_command["co2_kg_per_day"], abs=1e-4)
+    assert told["policies"] == found["policies"]
+    assert told["stretches"] == json.loads(json.dumps(found["stretches"]))
+
+
+def one_by_one(obs: np.ndarray) -> tuple[float, float]:
+    assert obs.shape == (30,)
+    return 1.0, 0.0
+
+
+class Model:
+    """Predicts as Stable-Baselines3's do: actions and a state."""
+
+    def predict(self, obs: np.ndarray, deterministic: bool = False) -> tuple[np.ndarray, None]:
+        assert obs.dtype == np.float32
+        assert deterministic
+        return by_hand(obs), None
+
+
+@pytest.mark.parametrize(
+    ("policy", "vectorized"),
+    [
+        (one_by_one, False),
+        (Model(), True),
+        (lambda obs: Model().predict(obs, True), True),
+        (lambda obs: torch.tensor(by_hand(obs), requires_grad=True), True),
+        (lambda obs: by_hand(obs).tolist(), True),
+    ],
+)
+def test_what_may_be_a_policy(inside: None, policy: object, vectorized: bool) -> None:
+    found = co2lightning.evaluate(policy, "village", vectorized=vectorized)
+    assert found["policies"]["agent"] == found["policies"]["uncontrolled"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "said"),
+    [
+        (
+            lambda obs: [1.0, 0.0],
+            {},
+            r"shape \[2\] for observations \[3, 30\], must be actions "
+            r"\[3, 2\]; vectorized=False gives",
+        ),
+        (lambda obs: obs, {"vectorized": False}, r"shape \[30\] for .* must be actions \[2\]$"),
+        (lambda obs: None, {}, "policy: returned NoneType for"),
+        (lambda obs: by_hand(obs) * np.nan, {}, "no finite numbers"),
+        (0.5, {}, "float is neither callable"),
+        (by_hand, {"objective": "cost"}, "price_per_kwh"),
+    ],
+)
+def test_what_is_no_policy_is_one_line(
+    inside: None, policy: object, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(co2lightning.UserError, match=said):
+        co2lightning.evaluate(policy, "village", **options)
+
+
+@pytest.fixture
+def command_in(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return the command line as a function: words in, standard output out."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 class SignalInTheSecondEpisode(pl.Callback):

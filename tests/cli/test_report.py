@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
 from co2lightning.commands.run import find_runs
 from co2lightning.control import rules
-from co2lightning.report.collect import compare_to_rule
+from co2lightning.report.collect import compare_to_rule, soc_band
+from co2lightning.report.looks import HEAT
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import parse_flags
-from co2lightning.sim.evaluate import evaluate, mean_interval, summarise
+from co2lightning.sim.evaluate import evaluate, summarise
 from co2lightning.site.load import load_site
-from co2lightning.site.model import T
 from co2lightning.train.fit import run_fit
 from conftest import TINY, Outcome, tree
 from small_site import HELD_OUT, write_site
@@ -41,6 +42,11 @@ class Made(NamedTuple):
     html: str
     data: dict[str, Any]
     outcome: Outcome
+
+
+def beside_notes(err: str) -> list[str]:
+    """Return the lines that are no remark on the site's own files."""
+    return [line for line in err.splitlines() if ".csv: " not in line]
 
 
 class Page(HTMLParser):
@@ -147,50 +153,52 @@ def test_the_table_is_that_of_test(made: Made) -> None:
     summaries = summarise(evaluation)
     rows = Page(made.html).rows
     for title, s in (("PPO", summaries["agent"]), ("optimum (LP)", summaries["optimum"])):
-        (row,) = [r for r in rows if r[0] == title and f"{s.co2_kg:.1f} ±" in "".join(r)]
-        assert row[2] == f"{s.co2_kg:.1f} ± {s.co2_kg_interval:.1f}"
-        assert row[3].replace("−", "-") == f"{s.vs_rbc_b_kg:+.1f} ± {s.vs_rbc_b_kg_interval:.1f}"
+        (row,) = [r for r in rows if r[0] == title and r[2] == f"{s.co2_kg:.1f}"]
+        assert row[3].replace("−", "-") == f"{s.vs_best:+.1f}"
         assert row[4].replace("−", "-") == f"{100 * (s.gap_closed or 0):.1f} %"
         assert row[8] == f"{s.peak_import_kw:.0f}"
     village = next(s for s in made.data["sites"] if s["runs"][-1]["key"] == "PPO")
-    assert village["days"] == HELD_OUT
+    assert [one["days"] for one in village["stretches"]] == [[[day, 0, 96]] for day in HELD_OUT]
     shown = {one["key"]: one for one in [*village["policies"], village["runs"][-1]]}
     for key, name in (("PPO", "agent"), ("rbc_b", "rbc_b"), ("optimum", "optimum")):
-        plan = evaluation.schedules[name]
-        for field, exact in (
-            ("ev_kw", 0.05),
-            ("battery_kw", 0.05),
-            ("soc", 5e-4),
-            ("co2_kg", 5e-4),
-        ):
-            drawn = np.array(shown[key]["schedule"][field])
-            assert drawn == pytest.approx(getattr(plan, field), abs=1.01 * exact), (key, field)
-        assert shown[key]["co2_kg"] == pytest.approx(evaluation.policies[name].co2_kg, abs=0.006)
+        for w, plan in enumerate(evaluation.schedules[name]):
+            for field, exact in (
+                ("ev_kw", 0.005),
+                ("battery_kw", 0.005),
+                ("soc", 5e-4),
+                ("co2_kg", 5e-5),
+            ):
+                drawn = np.array(shown[key]["schedule"][w][field])
+                assert drawn == pytest.approx(getattr(plan, field), abs=1.01 * exact), (key, field)
+        kg = evaluation.policies[name].co2_kg
+        assert shown[key]["a_day"] == pytest.approx(kg, abs=6e-4)
+    (titles,) = [row for row in rows if row[0] == "from" and "PPO" in row]
+    (mine,) = [row for row in rows if row[0] == HELD_OUT[1] and len(row) == len(titles)]
+    assert mine[titles.index("PPO")] == f"{evaluation.policies['agent'].co2_kg[1]:.1f}"
+    assert mine[-2] == "0.0"
 
 
 def test_the_first_sentence_compares_with_the_best_reference(
     report: Callable[..., Outcome], place: Path, tmp_path: Path
 ) -> None:
-    """Without sun the rules waste what they store, and nothing beats doing nothing."""
+    """Without sun RBC B waits for the evening, whose intensity is higher: nothing beats that."""
     dark = write_site(tmp_path / "dark")
     series = [row.split(",") for row in (dark / "series.csv").read_text().splitlines()]
-    rows = [series[0], *([time, "0", load, "0.4"] for time, _, load, _ in series[1:])]
+    rows = [series[0], *([time, "0", *rest] for time, _, *rest in series[1:])]
     (dark / "series.csv").write_text("\n".join(map(",".join, rows)) + "\n")
     assert report("PPO", "--env.site", dark, "--output", tmp_path / "r.html").code == 0
     run = TrainingCheckpoint(place / "checkpoints" / "PPO")
     agent = load_agent(TrainingCheckpoint.read(run.path(3)), run.path(3))
     site = load_site(dark)
     policies = evaluate(policy_of(agent, site), site).policies
-    own_kg, idle_kg = policies["agent"].co2_kg, policies["uncontrolled"].co2_kg
-    assert idle_kg.mean() < policies["rbc_b"].co2_kg.mean()
-    kg, interval = mean_interval(own_kg - idle_kg)
-    assert interval is not None
-    assert 0 < kg < interval
+    kg = {name: figures.co2_kg.mean() for name, figures in policies.items()}
+    assert kg["rbc_c"] < kg["uncontrolled"] < kg["rbc_b"]
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert (
-        f"+{kg:.1f} ± {interval:.1f} kg against the best control without learning, uncontrolled: "
-        "no clear difference." in html
+        f"{kg['agent'] - kg['rbc_c']:+.1f} kg against the best control without learning, RBC C."
+        in html.replace("−", "-")
     )
+    assert "Of the site's data: turned away 0.0 and clipped 0.0 kWh a day." in html
 
 
 def test_each_site_has_its_own_part(made: Made) -> None:
@@ -217,6 +225,51 @@ def test_curve_sessions_and_convergence_are_those_of_the_history(made: Made) -> 
     assert ["PPO", "3-3", f"{second:.1f}", change] in [r[:4] for r in rows]
     begun = sessions[0]["session_timestamp"]
     assert ["PPO", begun, "1-2", "2"] in [r[:4] for r in rows]
+
+
+def test_each_run_is_judged_by_its_own_objective(
+    priced: Path, report: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(priced)
+    outcome = report("money", "air", "both", "--output", tmp_path / "r.html")
+    assert outcome.code == 0
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    shown = {site["runs"][0]["key"]: site for site in embedded(html)["sites"]}
+    assert {name: site["settled"]["name"] for name, site in shown.items()} == {
+        "money": "cost",
+        "air": "CO2",
+        "both": "objective",
+    }
+    assert shown["money"]["settled"]["a_day"] == "EUR a day"
+    assert set(shown["money"]["stretches"][0]["price"]) == {0.1, 0.3}
+    assert "price" not in shown["air"]["stretches"][0]
+    rows = Page(html).rows
+    for name, objective in (
+        ("money", "cost"),
+        ("air", "co2"),
+        ("both", {"co2": 1.0, "cost": 0.5}),
+    ):
+        run = TrainingCheckpoint(priced / "checkpoints" / name)
+        agent = load_agent(TrainingCheckpoint.read(run.path(1)), run.path(1))
+        site = load_site(priced / "shop", objective=objective)
+        found = evaluate(policy_of(agent, site), site)
+        own, (drawn,) = summarise(found)["agent"], shown[name]["runs"]
+        assert drawn["a_day"] == pytest.approx(found.policies["agent"].settled, abs=6e-4)
+        if name == "money":
+            (plan, *_), (costs, *_) = found.schedules["agent"], drawn["schedule"]
+            assert costs["cost"] == pytest.approx(plan.cost, abs=6e-5)
+        assert drawn["vs_best"] == pytest.approx(own.vs_best, abs=6e-4)
+        idle = next(one for one in shown[name]["policies"] if one["key"] == "uncontrolled")
+        assert idle["share"] == 1.0
+        (metrics,) = summarize(run)["sessions"][0]["metrics"]
+        trained_on = site.objective.of(metrics["co2_kg"], metrics["cost"])
+        assert drawn["curve"][0][1] == pytest.approx(trained_on, abs=0.006)
+        (row,) = [r for r in rows if r[0] == f"{name} (PPO)" and len(r) > 8]
+        assert row[2:4] == [f"{own.co2_kg:.1f}", f"{own.cost:.2f}"]
+    text = html.replace("\u2212", "-")
+    cost, difference = (shown["money"]["runs"][0][key] for key in ("mean", "vs_best"))
+    assert f"costs {cost:.2f} EUR a day, {difference:+.2f} EUR against the best control" in text
+    assert "Cost of each held-out stretch" in html
 
 
 def test_each_number_has_its_source(made: Made) -> None:
@@ -246,12 +299,22 @@ def test_the_file_needs_nothing_else(made: Made) -> None:
 def test_figures_for_papers(report: Callable[..., Outcome], tmp_path: Path) -> None:
     figures = tmp_path / "figures"
     outcome = report(HOSTILE, "--figures", figures, "--output", tmp_path / "r.html")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, beside_notes(outcome.err)) == (0, [])
     assert f"{figures}: 5 figures, each as PNG and as PDF" in outcome.out
     files = {path.name: path.read_bytes() for path in figures.iterdir()}
     name = re.sub(r"[^\w.-]", "_", HOSTILE)
-    stems = ["learning_curves", "held_out", f"days_{name}", f"difference_{name}", f"day_{name}"]
+    stems = [
+        "learning_curves",
+        "held_out",
+        f"stretches_{name}",
+        f"difference_{name}",
+        f"day_{name}",
+    ]
     assert files.keys() == {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf")}
+    heat = (255 * imread(figures / f"difference_{name}.png")[..., :3]).round().astype(int)
+    seen = {tuple(rgb) for rgb in heat.reshape(-1, 3).tolist()}
+    for look in ("never", "minus", "plus"):
+        assert tuple(int(HEAT[look][i : i + 2], 16) for i in (1, 3, 5)) in seen, look
     for file, content in files.items():
         assert content.startswith(b"%PDF-" if file.endswith("pdf") else b"\x89PNG")
 
@@ -261,7 +324,7 @@ def test_figures_of_two_sites_do_not_overwrite_each_other(
     report: Callable[..., Outcome], place: Path, tmp_path: Path
 ) -> None:
     outcome = report("PPO", "A2C", "--figures", tmp_path / "f", "--output", tmp_path / "r.html")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, beside_notes(outcome.err)) == (0, [])
     names = {path.stem for path in (tmp_path / "f").iterdir()}
     assert len(names) == 2 * 5
     for run, directory in (("PPO", "village"), ("A2C", "other")):
@@ -271,7 +334,7 @@ def test_figures_of_two_sites_do_not_overwrite_each_other(
 
 def test_the_rule_differs_from_itself_nowhere(place: Path) -> None:
     site = load_site(place / "village")
-    steps = len(HELD_OUT) * T
+    steps = len(HELD_OUT) * 96
     same = compare_to_rule(rules.rbc_b, site)
     assert same.steps.sum() == steps
     assert np.nanmax(np.abs(same.battery_kw)) == 0.0
@@ -284,6 +347,21 @@ def test_the_rule_differs_from_itself_nowhere(place: Path) -> None:
     assert (idle.steps.sum(1) == steps / 24).all()
     assert len(visited) <= len(HELD_OUT)
     assert (idle.battery_kw[12, visited] < -5.0).all()
+
+
+def test_the_heat_map_shows_an_empty_battery(tmp_path: Path) -> None:
+    """Its SoC is that of the band's lower end, or a rounding below it."""
+    low = write_site(tmp_path / "low")
+    text = (low / "site.yaml").read_text()
+    (low / "site.yaml").write_text(
+        text.replace("soc_min: 0.1", "soc_min: 0.35").replace("soc_min: 0.3,", "soc_min: 0.4,")
+    )
+    site = load_site(low)
+    heat = compare_to_rule(rules.rbc_b, site)
+    first, end = soc_band(site.battery)
+    assert (first, end) == (7, 18)
+    assert heat.steps[:, first].sum() > 0
+    assert heat.steps[:, first:end].sum() == heat.steps.sum()
 
 
 # --- what it refuses to run ----------------------------------------------------------------------
@@ -312,7 +390,7 @@ def test_a_strangers_text_stays_text(made: Made) -> None:
 def test_one_run_alone(report: Callable[..., Outcome], tmp_path: Path) -> None:
     output = tmp_path / "one.html"
     outcome = report("PPO", "PPO", "--output", output)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, beside_notes(outcome.err)) == (0, [])
     assert outcome.out.splitlines()[-1].startswith(f"{output}: 1 run, ")
     data = embedded(output.read_text(encoding="utf-8"))
     assert [[r["key"] for r in s["runs"]] for s in data["sites"]] == [["PPO"]]
@@ -322,8 +400,8 @@ def test_one_run_alone(report: Callable[..., Outcome], tmp_path: Path) -> None:
 def test_another_site_is_told(report: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = report("PPO", "--env.site", "other", "--output", tmp_path / "r.html")
     assert outcome.code == 0
-    assert outcome.err.count("\n") == 1
-    assert "PPO: evaluated on village" in outcome.err
+    (line,) = beside_notes(outcome.err)
+    assert line.startswith("PPO: evaluated on village")
     assert "PPO was trained on village" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
@@ -334,6 +412,7 @@ def test_what_a_sites_reader_left_out_is_told_once(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The page shows it too, beside the figures."""
     torn = write_site(tmp_path / "torn")
     series = (torn / "series.csv").read_text().splitlines()
     (torn / "series.csv").write_text("\n".join(series[:-1]) + "\n")
@@ -344,19 +423,14 @@ def test_what_a_sites_reader_left_out_is_told_once(
     words = ["--output", str(tmp_path / "report.html")] if command == "report" else []
     assert main([command, "PPO", "--env.site", str(torn), *words]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if ".csv: " in line]
+    notes = load_site(torn).notes
+    assert [sum(word in note for note in notes) for word in ("clipped", "turned away")] == [1, 1]
     prefix = "Village: " if command == "report" else ""  # which may show several sites
-    assert told == [
-        prefix + "series.csv: 1 of 6 days left out because they do not have 96 steps (the first: "
-        "2025-03-06)",
-        prefix + "sessions.csv: 4 of 22 sessions cross midnight and were cut there, their energy "
-        "split by time",
-        prefix + "sessions.csv: 3 of 22 sessions lie wholly or partly outside the series or on a "
-        "day left out; that part was dropped (the first: row 17)",
-        prefix + "sessions.csv: 4 of 22 sessions ask for more than 98 % of what their stay allows "
-        "and were clipped to that (the first: row 20)",
-        prefix + "sessions.csv: 1 of 22 sessions found no free socket of their type and were "
-        "turned away (the first: row 23)",
-    ]
+    assert told == [prefix + note for note in notes]
+    if command == "report":
+        html = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert all(note in html for note in notes)
+        assert "are turned away, for want of a free socket" in html
 
 
 def test_runs_without_co2_are_left_out_with_a_line(
@@ -370,7 +444,7 @@ def test_runs_without_co2_are_left_out_with_a_line(
     words = ("--checkpoints.dir", tmp_path / "checkpoints", "--output", tmp_path / "r.html")
     outcome = report(*words)
     assert outcome.code == 0
-    assert outcome.err.splitlines() == [
+    assert beside_notes(outcome.err) == [
         "begun: has no episode yet, left out",
         "pendulum: was not trained on a site, which alone has CO2, left out",
     ]
@@ -431,7 +505,8 @@ def test_a_disk_that_fails_leaves_the_old_report(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert outcome.code == 1
-    assert outcome.err == f"error: {tmp_path / 'r.html'}: File too large; nothing half written\n"
+    said = f"error: {tmp_path / 'r.html'}: File too large; nothing half written"
+    assert beside_notes(outcome.err) == [said]
     assert tree(tmp_path) == before
 
 

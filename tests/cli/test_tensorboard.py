@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 AGENTS = ("A2C", "PPO", "SAC")
 REFERENCES = [
     f"references/iquitos held-out days/{name}"
-    for name in ("optimum", "rbc_a", "rbc_b", "uncontrolled")
+    for name in ("cheap", "optimum", "rbc_a", "rbc_b", "rbc_c", "uncontrolled")
 ]
 # TensorBoard's pages nest shadow trees; a selector sees only one of them.
 DEEP = """

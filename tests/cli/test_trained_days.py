@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from co2lightning.errors import UserError
 from co2lightning.site.load import load_site
 from co2lightning.site.trained_days import unseen, with_this_session
 from conftest import Outcome
-from small_site import HELD_OUT, write_site
+from small_site import HELD_OUT, shipped, write_site
 
 Command = Callable[..., Outcome]
 Fit = Callable[..., Outcome]
@@ -31,9 +33,14 @@ def train(fit: Fit, *words: str) -> str:
     return fit("PPO", "--env.site", "village", "--episodes", "1", *words).out
 
 
+def stretches_of(outcome: Outcome) -> list[str]:
+    """Return where the stretches begin that `test --json` tells of."""
+    return [stretch["begin"] for stretch in json.loads(outcome.out)["stretches"]]
+
+
 def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path) -> None:
     assert "held-out days" not in train(fit)
-    assert json.loads(command("test", "PPO", "--json").out)["days"] == HELD_OUT
+    assert stretches_of(command("test", "PPO", "--json")) == HELD_OUT
     before = json.loads(Path("checkpoints/PPO/metadata.json").read_text())["trained_days"]
     assert before == {
         "village": ["2025-03-01/2025-03-01", "2025-03-03/2025-03-03", "2025-03-06/2025-03-06"]
@@ -42,7 +49,7 @@ def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path)
     hold_out(site, OTHER, FIRST)
     remark = "The run was trained on 1 of the 2 held-out days of village; they are left out"
     tested = command("test", "PPO", "--json")
-    assert json.loads(tested.out)["days"] == [FIRST]
+    assert stretches_of(tested) == [FIRST]
     assert remark in tested.err
     reported = command("report", "PPO")
     assert (reported.code, f"PPO: {remark}" in reported.err) == (0, True)
@@ -54,7 +61,7 @@ def test_what_was_trained_on_is_left_out(fit: Fit, command: Command, site: Path)
     line = "1 of the 2 held-out days of village were trained on up to episode 1"
     assert line in train(fit, "--ckpt_path", "last")
     hold_out(site, "2025-03-02", FIRST)  # the former trained on since
-    assert json.loads(command("test", "PPO", "--json").out)["days"] == [FIRST]
+    assert stretches_of(command("test", "PPO", "--json")) == [FIRST]
     hold_out(site, OTHER, "2025-03-02")
     for name in ("test", "predict"):
         refused = command(name, "PPO")
@@ -84,3 +91,23 @@ def test_a_run_of_a_version_that_did_not_write_them_down(site: Path) -> None:
     town = {"site": {"name": "town", "sha256": "0" * 64}}
     assert with_this_session(town, village) == {"town": None, "village": days}
     assert unseen(town, village) == (village, None)
+
+
+def test_a_week_is_unseen_if_none_of_its_days_was_trained_on() -> None:
+    """Scales and forecasts come from the days that are not held out, and must not move."""
+    site = shipped()
+    first = site.days[site.stretches[0, 0]]
+    run = {"trained_days": {site.name: ["2025-01-01/2025-01-20", f"{first}/{first}"]}}
+    left, remark = unseen(run, site)
+    assert left.stretches.tolist() == site.stretches[1:].tolist()
+    assert left.held_out is site.held_out
+    assert remark == (
+        "The run was trained on days of 1 of the 8 held-out weeks of iquitos; they are left out"
+    )
+    run["trained_days"][site.name] = [f"{day}/{day}" for day in np.array(site.days)[site.held_out]]
+    with pytest.raises(UserError, match="trained on days of all 8 held-out weeks of iquitos; name"):
+        unseen(run, site)
+    trained = with_this_session({}, site)[site.name]
+    assert trained
+    assert trained[:2] == ["2025-01-01/2025-02-04", "2025-02-12/2025-03-18"]
+    assert unseen({"trained_days": {site.name: trained}}, site) == (site, None)

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def make(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    place = GOLDEN / version("co2lightning")
+    place = GOLDEN / co2lightning.__version__
     if place.exists():
         sys.exit(f"{place} is kept as it is")
     make(place)

@@ -1,10 +1,14 @@
-"""Runs that older versions of the project wrote verify, load and go on; tests/golden/make.py."""
+"""Runs that older versions of the project wrote verify, load and go on; tests/golden/make.py.
+
+Those of 0.1.0 were trained on days that stand alone: they are shown and checked, no more.
+"""
 
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +16,20 @@ import torch
 from test_exact import check_history
 
 import co2lightning
+from co2lightning.errors import UserError
 from co2lightning.runs.run import TrainingCheckpoint
-from conftest import Outcome, tree
+from conftest import TINY, Outcome, tree
+from forged import seal_content, unseal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = sorted(path.parent for path in GOLDEN.glob("*/*/history.json"))
+ENDED = [path for path in RUNS if path.parent.name == "0.1.0"]
+GOING_ON = [path for path in RUNS if path not in ENDED]
+AGENTS = {"A2C", "SAC", "PPO"}
+
+
+def each(runs: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("golden", runs, ids=lambda p: f"{p.parent.name} {p.name}")
 
 
 @pytest.fixture
@@ -26,10 +39,11 @@ def run(golden: Path, place: Path) -> TrainingCheckpoint:
 
 
 def test_there_is_a_run_of_each_agent() -> None:
-    assert {path.name for path in RUNS} == {"A2C", "SAC", "PPO"}
+    assert {path.name for path in ENDED} == AGENTS
+    assert {path.name for path in GOING_ON} == AGENTS
 
 
-@pytest.mark.parametrize("golden", RUNS, ids=lambda p: f"{p.parent.name} {p.name}")
+@each(GOING_ON)
 def test_it_verifies_and_predicts_as_it_did(golden: Path, run: TrainingCheckpoint) -> None:
     check_history(str(run.directory), 2)
     assert run.load_metadata()["agent"] == golden.name
@@ -42,7 +56,7 @@ def test_it_verifies_and_predicts_as_it_did(golden: Path, run: TrainingCheckpoin
     assert tree(run.directory) == tree(golden), "looking changes nothing"
 
 
-@pytest.mark.parametrize("golden", RUNS, ids=lambda p: f"{p.parent.name} {p.name}")
+@each(GOING_ON)
 @pytest.mark.parametrize("lost", [(), ("history.json", "metadata.json")], ids=["whole", "rebuilt"])
 def test_it_goes_on(
     golden: Path, run: TrainingCheckpoint, lost: tuple[str, ...], command: Callable[..., Outcome]
@@ -57,7 +71,7 @@ def test_it_goes_on(
     check_history(str(run.directory), 4)
     # It is the same run that goes on: settings, optimizer and replay are taken up.
     assert config.items() <= run.load_metadata()["configuration"].items()
-    assert len(run.load_metadata()["trained_days"]["iquitos"]) == 61
+    assert run.load_metadata()["trained_days"]["iquitos"]
     before, after = (run.read(run.path(episode)) for episode in (2, 3))
     assert math.isfinite(after["metrics"]["co2_kg"])
     for content in (before, after):
@@ -67,3 +81,112 @@ def test_it_goes_on(
     if golden.name == "SAC":
         pieces = dict(run.load_replay([1, 2, 3]))
         assert pieces[3]["began"] == len(pieces[1]["rows"]) + len(pieces[2]["rows"])
+
+
+STAND_ALONE = "trained by version 0.1.0 on days that stand alone"
+
+
+@each(ENDED)
+def test_a_run_on_days_that_stand_alone_is_shown_and_checked(
+    golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
+) -> None:
+    check_history(str(run.directory), 2)
+    shown = json.loads(command("history", "--json").out)["runs"]
+    assert [row["name"] for row in shown] == [golden.name]
+    outcome = command("history", golden.name)
+    assert (outcome.code, outcome.err) == (0, "")
+    outcome = command("verify", golden.name)
+    assert (outcome.code, outcome.out) == (0, f"{golden.name}: ok, 2 checkpoints\n")
+    assert tree(run.directory) == tree(golden), "looking changes nothing"
+
+
+@each(ENDED)
+def test_a_run_on_days_that_stand_alone_is_not_used(
+    golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
+) -> None:
+    name, file = golden.name, f"checkpoints/{golden.name}/episode_0002.pt"
+    for words in (
+        ("fit", "--model", name, "--ckpt_path", "last"),
+        ("fit", "--ckpt_path", file),
+        ("test", name),
+        ("predict", name, "--day", "2025-03-01", "--output", "plan.csv"),
+        ("export", name, "--output", "policy.onnx"),
+    ):
+        outcome = command(*words)
+        assert (outcome.code, outcome.out) == (2, ""), words
+        assert outcome.err == (
+            f"error: {file}: {STAND_ALONE}; now a site's time goes on from day to day; train "
+            f"anew: co2lightning fit --model {name}\n"
+        )
+    with pytest.raises(UserError, match=STAND_ALONE):
+        getattr(co2lightning, name).load_from_checkpoint(run.path(2))
+    outcome = command("report", "--output", "report.html")
+    assert outcome.code == 2
+    assert f"{name}: {STAND_ALONE}, left out" in outcome.err
+    assert tree(run.directory) == tree(golden)
+
+
+def test_training_anew_archives_it(place: Path, command: Callable[..., Outcome]) -> None:
+    """As any run, but that nothing says how it could go on."""
+    old = shutil.copytree(GOLDEN / "0.1.0" / "PPO", place / "checkpoints" / "PPO")
+    files = tree(old)
+    words = ("--env.num_envs", "2", *TINY["PPO"], "--episodes", "1")
+    outcome = command("fit", "--model", "PPO", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    (moved,) = Path("checkpoints/archive").iterdir()
+    assert tree(moved).items() >= files.items()
+    assert f"was moved to {moved}" in outcome.out.replace("./", "")
+    assert "continues it" not in outcome.out
+    assert TrainingCheckpoint("checkpoints/PPO").get_next_episode() == 2
+
+
+def test_the_command_to_train_anew_names_site_and_run(
+    place: Path, command: Callable[..., Outcome]
+) -> None:
+    run = Path("checkpoints/night tariff")
+    run.mkdir(parents=True)
+    content, record = unseal(GOLDEN / "0.1.0" / "PPO" / "episode_0001.pt")
+    content["run"]["config"]["env.site"] = "/data/my site"
+    (run / "episode_0001.pt").write_bytes(seal_content(content, record))
+    outcome = command("test", "night tariff")
+    assert outcome.err.endswith(
+        "co2lightning fit --model PPO --env.site '/data/my site' --name 'night tariff'\n"
+    )
+
+
+@pytest.mark.parametrize("versions", [None, {}, 3, {"co2lightning": 7}, {"co2lightning": "dev"}])
+def test_a_run_on_a_site_says_by_which_version(place: Path, versions: Any) -> None:
+    content, record = unseal(GOLDEN / "0.1.0" / "PPO" / "episode_0001.pt")
+    content["run"]["versions"] = versions
+    Path("odd.pt").write_bytes(seal_content(content, record))
+    with pytest.raises(UserError, match="trained by version unknown"):
+        co2lightning.PPO.load_from_checkpoint("odd.pt")
+
+
+def test_a_run_on_a_gymnasium_environment_goes_on(
+    place: Path, command: Callable[..., Outcome]
+) -> None:
+    """What version 0.1.0 trained on no site is what it was."""
+    words = ("--env.id", "Pendulum-v1", "--env.num_envs", "2", *TINY["PPO"], "--episodes", "1")
+    assert command("fit", "--model", "PPO", *words).code == 0
+    file = Path("checkpoints/PPO/episode_0001.pt")
+    content, record = unseal(file)
+    content["run"]["versions"]["co2lightning"] = "0.1.0"
+    del content["hyper_parameters"]["step_minutes"], content["run"]["config"]["env.hours"]
+    Path("old.pt").write_bytes(seal_content(content, record))
+    assert co2lightning.PPO.load_from_checkpoint("old.pt").step_minutes == 15
+    outcome = command("fit", "--ckpt_path", "old.pt", "--name", "on", "--episodes", "1")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Resuming PPO at episode 2" in outcome.out
+    assert "hours" not in outcome.out
+
+
+def test_a_run_keeps_its_step(place: Path, command: Callable[..., Outcome]) -> None:
+    words = ("--env.id", "Pendulum-v1", "--env.num_envs", "2", *TINY["PPO"], "--episodes", "1")
+    assert command("fit", "--model", "PPO", *words).code == 0
+    content, record = unseal(Path("checkpoints/PPO/episode_0001.pt"))
+    content["hyper_parameters"]["step_minutes"] = 60
+    Path("hourly.pt").write_bytes(seal_content(content, record))
+    outcome = command("fit", "--ckpt_path", "hourly.pt", "--name", "on")
+    assert outcome.code == 2
+    assert "hourly.pt: trained on 60 minutes a step, the environment has 15; " in outcome.err

@@ -1,5 +1,6 @@
 """TensorBoard beside the curves: a day as a figure, reference lines, the layout, from the files."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from test_evaluate import write_site
 
 from co2lightning.cli import main
 from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.errors import UserError
+from co2lightning.report.looks import AGENTS
 from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.schedule import schedule
+from co2lightning.sim.schedule import play
 from co2lightning.site.load import load_site
 from co2lightning.train.board import LAYOUT, day_image, write_references
 from co2lightning.train.fit import run_fit
+from small_site import write_site
 
 TINY = {"env.num_envs": 4, "model.n_epochs": 2, "model.batch_size": 192, "model.hidden": (8,)}
 
@@ -63,6 +66,18 @@ def test_figures_come_at_absolute_episodes_and_change_nothing(village: Path) -> 
     assert (image.width, image.height) == (810, 720)
 
 
+def test_the_figure_has_the_agents_colour(village: Path) -> None:
+    flags = {"env.num_envs": 4, "env.site": "village", "episodes": 1, "figures_every": 1}
+    run_fit(flags, agent="A2C", echo=lambda line: None)
+    (image,) = events("A2C").Images("site/dispatch")
+    drawn = imread(io.BytesIO(image.encoded_image_string), format="png")[..., :3]
+    seen = {tuple(rgb) for rgb in (255 * drawn).round().astype(int).reshape(-1, 3).tolist()}
+    colours = {
+        a: tuple(int(pair[0][i : i + 2], 16) for i in (1, 3, 5)) for a, pair in AGENTS.items()
+    }
+    assert [agent for agent, colour in colours.items() if colour in seen] == ["A2C"]
+
+
 def test_a_figure_that_a_resume_redraws_stands_once(village: Path) -> None:
     train("PPO", 2, figures_every=2)
     Path("checkpoints/PPO/episode_0002.pt").unlink()  # as if killed before it was saved
@@ -78,10 +93,14 @@ def test_by_default_every_tenth_episode_is_drawn() -> None:
 
 def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
     site = load_site(village)
-    env, day = SiteDays(site, 1), int(site.held_out_days[0])
-    rule = schedule(env.model, rbc_b, site, [day])
-    none = schedule(env.model, uncontrolled, site, [day])
-    images = [day_image(site, day, "a policy", own, rule) for own in (rule, none, rule)]
+    model, day = SiteDays(site, 1).model, int(site.stretches[0, 0])
+    rule, none = (
+        play(model, policy, site, site.stretch_bounds[:1])[0].schedule
+        for policy in (rbc_b, uncontrolled)
+    )
+    images = [
+        day_image(site, day, ("a policy", "#0072b2"), own, rule) for own in (rule, none, rule)
+    ]
     assert images[0].shape == (720, 810, 3)
     assert images[0].dtype == np.uint8
     assert (images[0] == images[2]).all()
@@ -128,7 +147,7 @@ def test_references_are_level_lines_of_what_test_says(
     assert main(["test", "PPO", "--json", "--ckpt_path", "checkpoints/PPO/episode_0002.pt"]) == 0
     summary = json.loads(capsys.readouterr().out)["summary"]
     uncontrolled_kg = summary["uncontrolled"]["co2_kg"]
-    for policy in ("uncontrolled", "rbc_a", "rbc_b", "optimum"):
+    for policy in ("uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c", "optimum"):
         found, co2_kg = lines(policy), summary[policy]["co2_kg"]
         for tag, value in (
             ("test/co2_kg", co2_kg),

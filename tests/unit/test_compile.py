@@ -153,7 +153,7 @@ def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> Rollo
         pytest.param(
             *("SAC", False, {"train_freq": 40, "learning_starts": 0}, "cpu"), marks=pytest.mark.slow
         ),
-        pytest.param(  # recorded: 40 steps twice, then 15 that are not, then the day's last
+        pytest.param(  # recorded: 40 steps twice, then 16 that are not
             *("PPO", True, {"n_steps": 40}, "cuda"),
             marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
         ),
@@ -162,7 +162,10 @@ def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> Rollo
 def test_a_compiled_rollout_is_the_eager_one(
     name: str, hindsight: bool, settings: dict[str, Any], device: str
 ) -> None:
-    """Two episodes in segments, the weights moved in between; what the days added up to as well."""
+    """Two episodes in segments, the weights moved in between; what the days added up to as well.
+
+    The clock cuts them: what is seen after the last step is as real as all before.
+    """
     torch._dynamo.utils.counters.clear()
     said: list[str] = []
     site = shipped()
@@ -186,6 +189,11 @@ def test_a_compiled_rollout_is_the_eager_one(
         for eager, compiled in zip(*segments, strict=True):
             for part, a, b in zip(Rollout._fields, eager, compiled, strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4, msg=part)
+        cut = torch.cat([segment.truncated for segment in segments[1]])
+        assert cut[-1].all()
+        assert not cut[:-1].any()
+        assert not any(segment.terminated.any() for segment in segments[1])
+        assert segments[1][-1].next_obs[-1].any()
         eager, compiled = (dataset.env.metrics() for dataset in both)
         assert compiled == pytest.approx(eager, rel=1e-5, abs=1e-5)
         assert eager["site/co2_kg"] > 100.0

@@ -1,7 +1,7 @@
-"""The paired evaluation: its statistics by hand, the command's data, table and exit codes."""
+"""The paired evaluation: its statistics by hand, what stretches leave, what is kept."""
 
-import json
-import shutil
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,66 +9,74 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
+from torch import Tensor
 
-from co2lightning.agents.load import load_agent, policy_of
-from co2lightning.agents.ppo import PPO
-from co2lightning.commands.test import main
-from co2lightning.control.rules import rbc_b
+from co2lightning.control.rules import Rule, rbc_b
+from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
-from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import evaluate as module
-from co2lightning.sim import optimum
-from co2lightning.sim.days import SiteDays
+from co2lightning.sim import kept
 from co2lightning.sim.evaluate import Evaluation, Figures, evaluate, summarise, violations
 from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import Schedule, evaluation_soc, run_days, schedule
-from co2lightning.site.load import load_site
-from co2lightning.train.fit import run_fit
+from co2lightning.sim.optimum import Best, tail_objective
+from co2lightning.sim.schedule import play, start_soc
+from co2lightning.site.model import Objective, Site
 from conftest import tree
-from small_site import HELD_OUT, small_site, write_site
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a site `village` and a run PPO of two episodes on it."""
-    place = tmp_path_factory.mktemp("evaluate")
-    write_site(place / "village")
-    flags: dict[str, Any] = {
-        "episodes": 2,
-        "env.site": str(place / "village"),
-        "env.num_envs": 4,
-        "checkpoints.dir": str(place / "checkpoints"),
-        "logs.dir": str(place / "lightning_logs"),
-    }
-    run_fit(flags, agent="PPO", echo=lambda line: None)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
+from hand_site import battery, hand_site, random_site
+from small_site import shipped
 
 
 def figures(co2_kg: list[float], **columns: list[float]) -> Figures:
     zeros = np.zeros(len(co2_kg))
     given = {name: np.array(columns.get(name, zeros)) for name in Figures._fields}
-    return Figures(**{**given, "co2_kg": np.array(co2_kg)})
+    kg = np.array(co2_kg)
+    return Figures(**{**given, "settled": kg, "co2_kg": kg})
 
 
 def by_hand() -> Evaluation:
+    """Three stretches, the last of two days."""
+    none = np.zeros(3)
     return Evaluation(
         site="hand",
         days=("2025-01-01", "2025-01-02", "2025-01-03"),
+        n_days=np.array([1, 1, 2]),
+        hours=np.array([24.0, 24.0, 48.0]),
         pv_kwh=np.array([10.0, 20.0, 10.0]),
-        unavoidable_kwh=np.zeros(3),
-        tolerance_kg=np.full(3, 1e-6),
+        unavoidable_kwh=none,
+        turned_away_kwh=none,
+        clipped_kwh=none,
+        standard=none,
+        tolerance=np.full(3, 1e-6),
+        unit=200.0,
         policies={
-            "agent": figures([80.0, 90.0, 100.0], curtailed_kwh=[1.0, 2.0, 3.0]),
-            "uncontrolled": figures([190.0, 200.0, 210.0], peak_import_kw=[5.0, 7.0, 6.0]),
-            "rbc_a": figures([150.0, 150.0, 150.0]),
-            "rbc_b": figures([82.0, 94.0, 106.0]),
-            "optimum": figures([60.0, 70.0, 80.0]),
+            "agent": figures([80.0, 90.0, 190.0], curtailed_kwh=[1.0, 2.0, 3.0]),
+            "uncontrolled": figures([190.0, 200.0, 410.0], peak_import_kw=[5.0, 7.0, 6.0]),
+            "rbc_a": figures([150.0, 150.0, 300.0]),
+            "rbc_b": figures([82.0, 94.0, 200.0]),
+            "optimum": figures([60.0, 70.0, 150.0]),
+        },
+    )
+
+
+def several(count: int) -> Evaluation:
+    """So many stretches of a day."""
+    one = np.ones(count)
+    kg = np.arange(count, dtype=float)
+    return replace(
+        by_hand(),
+        days=("2025-01-01",) * count,
+        n_days=one.astype(np.int64),
+        hours=24.0 * one,
+        pv_kwh=one,
+        tolerance=one,
+        policies={
+            "agent": figures((10.0 * kg).tolist()),
+            "uncontrolled": figures((100.0 + one).tolist()),
+            "rbc_b": figures((9.0 * kg).tolist()),
+            "optimum": figures((0.0 * kg).tolist()),
         },
     )
 
@@ -76,30 +84,60 @@ def by_hand() -> Evaluation:
 # --- statistics ----------------------------------------------------------------------------------
 
 
-def test_intervals_are_students_t_over_days() -> None:
-    mean, half_width = module.mean_interval(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert mean == 2.5
-    # t(0.975, 3) = 3.1824; the standard error of 1, 2, 3, 4 is 1.29099 / 2.
-    assert half_width == pytest.approx(3.182446 * 1.290994 / 2, rel=1e-5)
-    low, high = stats.t.interval(0.95, 3, loc=2.5, scale=stats.sem([1.0, 2.0, 3.0, 4.0]))
+def test_intervals_are_students_t_over_eight_stretches_or_more() -> None:
+    values = np.arange(8.0)
+    mean, half_width = module.mean_interval(values)
+    assert mean == 3.5
+    # t(0.975, 7) = 2.3646; the standard error of 0 to 7 is 2.44949 / 8**0.5.
+    assert half_width == pytest.approx(2.364624 * 2.449490 / 8**0.5, rel=1e-6)
+    low, high = stats.t.interval(0.95, 7, loc=3.5, scale=stats.sem(values))
     assert half_width == pytest.approx((high - low) / 2)
-    assert module.mean_interval(np.array([7.0])) == (7.0, None)
+    assert module.mean_interval(values[:7]) == (3.0, None)
 
 
-def test_summary_by_hand() -> None:
+def test_a_summary_counts_kilograms_a_day() -> None:
     summary = summarise(by_hand())
     agent = summary["agent"]
     assert agent.co2_kg == 90.0
-    assert agent.vs_rbc_b_kg == pytest.approx(-4.0)
-    # Paired: the differences are -2, -4, -6, their spread 2, not the days' spread of 10.
-    assert agent.vs_rbc_b_kg_interval == pytest.approx(4.302653 * 2.0 / 3**0.5, rel=1e-5)
-    assert agent.co2_kg_interval == pytest.approx(4.302653 * 10.0 / 3**0.5, rel=1e-5)
+    assert agent.vs_best == pytest.approx(-4.0)
+    assert agent.co2_kg_interval is agent.vs_best_interval is None
     assert agent.gap_closed == pytest.approx((200.0 - 90.0) / (200.0 - 70.0))
     assert agent.self_consumption == pytest.approx(1 - 6 / 40)
-    assert agent.curtailed_kwh == pytest.approx(2.0)
+    assert agent.curtailed_kwh == pytest.approx(6.0 / 4)
     assert summary["uncontrolled"].peak_import_kw == 7.0
     assert summary["uncontrolled"].gap_closed == 0.0
     assert summary["optimum"].gap_closed == 1.0
+
+
+def test_all_are_compared_with_the_best_rule_at_ties_the_simpler_one() -> None:
+    evaluation = by_hand()
+    assert evaluation.best == "rbc_b"
+    better = {"rbc_c": figures([79.0, 91.0, 190.0]), "cheap": figures([80.0, 90.0, 190.0])}
+    beside = {"rbc_c_true": figures([0.0] * 3), "mpc": figures([1.0] * 3)}
+    found = replace(evaluation, policies={**evaluation.policies, **better, **beside})
+    assert found.best == "cheap", "none of those that know what is to come, none that plans"
+    summary = summarise(found)
+    assert summary["agent"].vs_best == summary["rbc_c"].vs_best == 0.0
+    assert summary["rbc_b"].vs_best == pytest.approx((376.0 - 360.0) / 4)
+
+
+def test_costs_are_told_where_there_are_prices_and_weights_where_they_settle() -> None:
+    evaluation = by_hand()
+    assert summarise(evaluation)["agent"].cost is summarise(evaluation)["agent"].objective is None
+    own = figures([80.0, 90.0, 190.0])._replace(cost=np.array([1.0, 2.0, 5.0]))
+    policies = {**evaluation.policies, "agent": own}
+    priced = replace(evaluation, currency="EUR", policies=policies)
+    agent = summarise(priced)["agent"]
+    assert (agent.cost, agent.cost_interval, agent.objective) == (2.0, None, None)
+    assert summarise(replace(priced, objective=Objective(0.0, 1.0)))["agent"].objective is None
+    assert summarise(replace(priced, objective=Objective(1.0, 0.5)))["agent"].objective == 90.0
+
+
+def test_differences_are_paired() -> None:
+    agent = summarise(several(8))["agent"]
+    width = 2.364624 * 2.449490 / 8**0.5
+    assert agent.co2_kg_interval == pytest.approx(10.0 * width, rel=1e-6)
+    assert agent.vs_best_interval == pytest.approx(width, rel=1e-6)
 
 
 def test_without_a_gap_or_sun_there_is_no_share() -> None:
@@ -108,9 +146,13 @@ def test_without_a_gap_or_sun_there_is_no_share() -> None:
     summary = summarise(replace(evaluation, policies=same, pv_kwh=np.zeros(3)))
     assert summary["agent"].gap_closed is None
     assert summary["agent"].self_consumption is None
+    for kg, closed in ((199.9, None), (199.7, pytest.approx(1.0))):  # 200 a day without control
+        best = figures([kg, kg, 2 * kg])
+        near = {**evaluation.policies, "agent": best, "optimum": best}
+        assert summarise(replace(evaluation, policies=near))["agent"].gap_closed == closed
 
 
-def test_a_policy_below_the_optimum_is_named_with_its_day() -> None:
+def test_a_policy_below_the_optimum_is_named_with_its_stretch() -> None:
     evaluation = by_hand()
     assert violations(evaluation) == []
     evaluation.policies["rbc_b"].co2_kg[1] = 70.0 - 1e-7
@@ -123,237 +165,240 @@ def test_a_policy_below_the_optimum_is_named_with_its_day() -> None:
 
 # --- evaluate ------------------------------------------------------------------------------------
 
-
-def test_references_are_the_held_out_days_and_respect_the_bound(place: Path) -> None:
-    site = load_site(place / "village")
-    evaluation = evaluate(None, site)
-    assert list(evaluation.days) == HELD_OUT
-    assert list(evaluation.policies) == ["uncontrolled", "rbc_a", "rbc_b", "optimum"]
-    assert violations(evaluation) == []
-    days = torch.as_tensor(site.held_out_days)
-    trace = run_days(priced_model(site), rbc_b, days, evaluation_soc(site)[days])
-    expected = trace.total("co2_kg").double().numpy()
-    assert evaluation.policies["rbc_b"].co2_kg == pytest.approx(expected)
-    assert evaluation.pv_kwh == pytest.approx([(20 + day) * 6 for day in (2, 4, 5)])
-    assert (evaluation.tolerance_kg < 1e-3).all()
+WEEK_AND_DAY = ((2, 4), (6, 7))
 
 
-def test_an_agent_that_acts_as_the_rule_is_the_rule(place: Path) -> None:
-    class Imitator(PPO):
-        def act(self, obs: torch.Tensor) -> torch.Tensor:
-            return obs[:, list(SiteDays.rule_features)]
-
-    site = load_site(place / "village")
-    agent = Imitator(SiteDays.observation_dim, SiteDays.action_dim)
-    policy = policy_of(agent, site)
-    evaluation = evaluate(policy, site)
-    assert next(iter(evaluation.policies)) == "agent"
-    for own, rule in zip(evaluation.policies["agent"], evaluation.policies["rbc_b"], strict=True):
-        assert own == pytest.approx(rule, abs=1e-4)
-    spared = evaluate(policy, site, references=evaluation)
-    assert spared.policies["optimum"] is evaluation.policies["optimum"]
+def nine_days(seed: int, **kwargs: Any) -> Site:
+    return random_site(seed, steps=9 * 24, stretches=WEEK_AND_DAY, **kwargs)
 
 
-def test_many_days_are_run_in_parts() -> None:
-    site = load_site("iquitos")
-    model, days = priced_model(site), list(range(70))
-    parts = [schedule(model, rbc_b, site, some) for some in (days[:20], days[20:])]
-    for whole, *columns in zip(schedule(model, rbc_b, site, days), *parts, strict=True):
-        assert np.concatenate(columns) == pytest.approx(whole, abs=1e-5)
+def test_a_stretch_is_its_meter_and_what_it_leaves() -> None:
+    site = nine_days(4, battery=battery(20.0, 6.0, 0.9, 0.1, 0.9), load_kw=3.0)
+    found = evaluate(rbc_b, site)
+    assert found.days == ("2025-03-03", "2025-03-07")
+    assert found.n_days.tolist() == [2, 1]
+    assert found.hours.tolist() == [48.0, 24.0]
+    names = ["uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c", "optimum"]
+    assert list(found.policies) == ["agent", *names]
+    soc = start_soc(site)
+    for (begin, end), own, played in zip(
+        site.stretch_bounds.tolist(),
+        np.stack(found.policies["agent"]).T,
+        play(priced_model(site), rbc_b, site, site.stretch_bounds),
+        strict=True,
+    ):
+        standard_kg = tail_objective(site, end, soc * 20.0, site.owed_on_arrival_kwh(end))
+        left_kg = tail_objective(site, end, played.stored_kwh, played.owed_kwh)
+        figure = Figures(*own)
+        assert figure.settlement == pytest.approx(left_kg - standard_kg, abs=1e-5)
+        assert figure.co2_kg == pytest.approx(
+            played.schedule.co2_kg.sum() + left_kg - standard_kg, abs=1e-5
+        )
+        assert figure.grid_import_kwh == pytest.approx(played.schedule.grid_import_kw.sum())
+        assert len(played.schedule.co2_kg) == end - begin
+    assert [len(plan.co2_kg) for plan in found.schedules["optimum"]] == [48, 24]
+    again = evaluate(rbc_b, site, references=found)
+    assert again.policies["optimum"] is found.policies["optimum"]
+
+
+def test_what_may_be_missing_may_all_be_missing() -> None:
+    """No battery, no vehicles, no sun, a stretch that ends with the series and has no tail."""
+    site = hand_site(3 * 24, load_kw=1.0, carbon=0.5, stretches=[(1, 3)])
+    found = evaluate(None, site)
+    assert found.standard.tolist() == [0.0]
+    assert {name: own.co2_kg.tolist() for name, own in found.policies.items()} == {
+        name: [pytest.approx(24.0)]
+        for name in ("uncontrolled", "rbc_a", "rbc_b", "rbc_c", "optimum")
+    }
+    assert violations(found) == []
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_no_policy_passes_the_bound_and_uncontrolled_owes_nothing(seed: int, grid: bool) -> None:
+    """Random and bang-bang actions beside the rules, on sites with some of everything or less."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def anything(model: SiteModel, state: State) -> Tensor:
+        action = 2.0 * torch.rand(2, 2, generator=generator) - 1.0
+        return action if seed % 2 else action.sign()
+
+    site = nine_days(seed)
+    if site.battery:
+        site = replace(site, battery=replace(site.battery, may_charge_from_grid=grid))
+    # Both stretches have a day, so that they are played side by side.
+    found = evaluate(anything, replace(site, stretches=np.array([[2, 3], [6, 7]])))
+    assert violations(found) == []
+    if site.grid_kw > 1e5:  # where no limit binds
+        assert found.policies["uncontrolled"].settlement == pytest.approx(0.0, abs=1e-5)
+    assert found.tolerance.max() < 0.01
+
+
+def test_a_schedule_says_what_its_figures_say() -> None:
+    own = battery(20.0, 6.0, 0.9, 0.1, 0.9)
+    site = nine_days(4, battery=own, load_kw=3.0)
+    found, soc = evaluate(None, site), start_soc(site)
+    net_kw = site.load_kw - site.pv_kw
+    for name, plans in found.schedules.items():
+        for i, (begin, end) in enumerate(site.stretch_bounds.tolist()):
+            plan, figures = plans[i], Figures(*np.stack(found.policies[name])[:, i])
+            grid_kw = net_kw[begin:end] + plan.ev_kw + plan.battery_kw
+            assert plan.grid_import_kw - plan.curtailed_kwh == pytest.approx(grid_kw, abs=1e-4)
+            inside_kw = np.where(plan.battery_kw > 0, 0.9, 1 / 0.9) * plan.battery_kw
+            stored_kwh = 20.0 * np.diff(plan.soc, prepend=soc)
+            assert stored_kwh == pytest.approx(inside_kw, abs=1e-4), name
+            meter_kg = plan.grid_import_kw @ site.carbon_kg_per_kwh[begin:end]
+            assert figures.co2_kg - figures.settlement == pytest.approx(meter_kg, abs=1e-4)
+            assert figures.grid_import_kwh == pytest.approx(plan.grid_import_kw.sum())
+            assert figures.curtailed_kwh == pytest.approx(plan.curtailed_kwh.sum())
+            assert figures.peak_import_kw == plan.grid_import_kw.max()
+
+
+def at_the_end(rule: Rule, ends: list[int], steps: int, trick: tuple[float, float]) -> Rule:
+    """Do as the rule does, but for the last steps of a stretch; NaN: also there."""
+    instead = torch.tensor(trick)
+
+    def tricky(model: SiteModel, state: State) -> Tensor:
+        left = torch.tensor(ends) - state.place
+        late = ((left <= steps) & (left > 0))[:, None] & ~instead.isnan()
+        action = rule(model, state)
+        assert isinstance(action, Tensor)
+        return torch.where(late, instead.nan_to_num(), action)
+
+    return tricky
+
+
+@functools.cache
+def tricked() -> Site:
+    """Two weeks of the shipped site, which are played side by side."""
+    site = shipped()
+    return replace(site, stretches=site.stretches[[0, 5]])
+
+
+@functools.cache
+def references() -> Evaluation:
+    return evaluate(None, tricked())
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        pytest.param((np.nan, 1.0), id="fill"),
+        pytest.param((np.nan, 0.0), id="hold", marks=pytest.mark.slow),
+        pytest.param((np.nan, -1.0), id="dump", marks=pytest.mark.slow),
+        pytest.param((1.0, np.nan), id="charge all", marks=pytest.mark.slow),
+        pytest.param((-1.0, np.nan), id="defer all"),
+    ],
+)
+def test_a_trick_in_the_last_hours_gains_nothing(trick: tuple[float, float]) -> None:
+    site = tricked()
+    plain, ends = references(), site.stretch_bounds[:, 1].tolist()
+    for hours in (2, 8):
+        rule = at_the_end(rbc_b, ends, site.steps(hours), trick)
+        own = evaluate(rule, site, references=plain)
+        gain = plain.policies["rbc_b"].co2_kg - own.policies["agent"].co2_kg
+        assert (gain <= 2e-4 * plain.policies["rbc_b"].co2_kg).all()
 
 
 def test_unmet_is_what_charging_on_arrival_would_have_served() -> None:
-    hurried = (0, 0, 40, 42, 20.0, 10.0)  # of 20 kWh it can take 5
-    found = evaluate(None, small_site(sessions=[hurried], held_out=[0]))
-    assert found.unavoidable_kwh.tolist() == pytest.approx([15.0])
-    assert not found.policies["uncontrolled"].unmet_kwh.any()
-    for name, own in found.schedules.items():
-        beyond = np.maximum(own.unmet_kwh.sum(1) - found.unavoidable_kwh, 0.0)
-        assert found.policies[name].unmet_kwh == pytest.approx(beyond)
+    hurried = (0, 30, 32, 20.0, 5.0)  # of 20 kWh it can take 10
+    found = evaluate(None, hand_site(96, sessions=[hurried], stretches=[(1, 2)]))
+    assert found.unavoidable_kwh.tolist() == pytest.approx([10.0])
+    for name, own in found.policies.items():
+        assert own.unmet_kwh.tolist() == [0.0], name
 
 
-# --- the command ---------------------------------------------------------------------------------
+def test_what_must_be_charged_is_counted_where_the_connection_is_too_weak() -> None:
+    hurried = (0, 30, 32, 9.8, 5.0)
+    site = hand_site(96, load_kw=1.0, limit_kw=4.0, sessions=[hurried], stretches=[(1, 2)])
+    found = evaluate(None, site)
+    assert found.policies["rbc_b"].over_limit_kwh == pytest.approx([9.8 + 2.0 - 2 * 4.0])
+    roomy = replace(site, import_limit_kw=np.full(96, 6.0))
+    assert not evaluate(None, roomy).policies["rbc_b"].over_limit_kwh.any()
 
 
-def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["PPO", "--json"]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    data = json.loads(printed.out)
-    assert {key: data[key] for key in ("site", "agent", "action", "episode", "days")} == {
-        "site": "village",
-        "agent": "PPO",
-        "action": "direct",
-        "episode": 2,
-        "days": HELD_OUT,
-    }
-    names = ["agent", "uncontrolled", "rbc_a", "rbc_b", "optimum"]
-    assert list(data["policies"]) == list(data["summary"]) == names
-    for columns in data["policies"].values():
-        assert {"co2_kg", "unmet_kwh"} <= set(columns)
-        assert all(len(column) == 3 for column in columns.values())
-    mean = sum(data["policies"]["agent"]["co2_kg"]) / 3
-    assert data["summary"]["agent"]["co2_kg"] == pytest.approx(mean, abs=1e-5)
-    assert set(data["summary"]["agent"]) == set(module.Summary._fields)
+def test_who_finds_no_socket_is_said() -> None:
+    turned_away_kwh, clipped_kwh = np.zeros(96), np.zeros(96)
+    turned_away_kwh[[3, 30, 47]], clipped_kwh[[24, 48]] = 5.0, 1.0
+    site = hand_site(96, load_kw=1.0, stretches=[(1, 2)])
+    found = evaluate(None, replace(site, turned_away_kwh=turned_away_kwh, clipped_kwh=clipped_kwh))
+    assert found.turned_away_kwh.tolist() == [10.0]
+    assert found.clipped_kwh.tolist() == [1.0]
 
 
-def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["PPO"]) == 0
-    out = capsys.readouterr().out
-    for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", "±"):
-        assert text in out
-    assert "correction" not in out
+def test_actions_that_are_no_numbers_are_said() -> None:
+    def diverged(model: SiteModel, state: State) -> Tensor:
+        return torch.full((len(state.place), 2), torch.nan)
+
+    with pytest.raises(UserError, match="training diverged"):
+        evaluate(diverged, nine_days(4, battery=battery()))
 
 
-def another_run(directory: Path, change: dict[str, Any]) -> list[str]:
-    """Save PPO's newest episode, changed, as the first of another run; return how it is named."""
-    checkpoint = TrainingCheckpoint.read("checkpoints/PPO/episode_0002.pt")
-    for key, value in change.items():
-        checkpoint[key] |= value
-    run = TrainingCheckpoint(directory / "night")
-    run.begin_session(start_episode=1, device="cpu", info=checkpoint["run"])
-    run.save_checkpoint(checkpoint, episode=1, metrics={})
-    run.end_session("completed")
-    return ["night", "--checkpoints.dir", str(directory)]
+# --- what is kept --------------------------------------------------------------------------------
 
 
-def test_the_table_says_that_actions_are_corrections(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = another_run(tmp_path, {"hyper_parameters": {"action": "correction"}})
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert "PPO as a correction of RBC B, episode 1" in out
-    assert "PPO, correction of RBC B" in out
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["action"] == "correction"
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note the beginnings of the programs that are solved."""
+    solved: list[int] = []
+    solve = kept.optimum
+
+    def noted(site: Site, begin: int, *rest: Any) -> Best:
+        solved.append(begin)
+        return solve(site, begin, *rest)
+
+    monkeypatch.setattr(kept, "optimum", noted)
+    return solved
 
 
-def test_an_older_episode_and_its_scalars(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = place / "lightning_logs" / "PPO"
-    before = sorted(p.name for p in run.iterdir() if p.is_file())
-    for _ in range(2):
-        assert main(["PPO", "--json", "--ckpt_path", "checkpoints/PPO/episode_0001.pt"]) == 0
-    data = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert data["episode"] == 1
-    assert sorted(p.name for p in run.iterdir() if p.is_file()) == before
-    assert len(list((run / "test").glob("*.episode_0001"))) == 1
-    events = EventAccumulator(str(run / "test")).Reload()
-    points = events.Scalars("test/co2_kg")
-    assert [p.value for p in points if p.step == 1] == pytest.approx(
-        [data["summary"]["agent"]["co2_kg"]], rel=1e-6
-    )
-
-
-def test_without_logs_none_are_made(tmp_path: Path) -> None:
-    assert main(["PPO", "--json", "--logs.dir", str(tmp_path / "elsewhere")]) == 0
-    assert not (tmp_path / "elsewhere").exists()
-
-
-@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a place where root may only read")
-@pytest.mark.parametrize("readable", ["PPO", "references"])
-def test_where_only_reading_is_allowed(
-    readable: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The table is there, so nothing has failed; a line says what is not kept."""
-    logs = tmp_path / "logs"
-    shutil.copytree(place / "lightning_logs", logs)
-    shutil.rmtree(logs / readable, ignore_errors=True)
-    (logs / readable).symlink_to("/sys/kernel")
-    assert main(["PPO", "--logs.dir", str(logs)]) == 0
-    printed = capsys.readouterr()
-    assert "optimum (LP)" in printed.out
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"{logs}: ")
-    assert line.endswith("; TensorBoard does not get these figures")
-    assert not [name for name in tree(logs) if name.endswith(".tmp")]
-
-
-def test_another_site_is_named_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = write_site(tmp_path / "village", load_kw=9.0)
-    assert main(["PPO", "--json", "--env.site", str(other)]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["site"] == "village"
-    assert len(printed.err.splitlines()) == 1
-    assert "is not the one PPO was trained on" in printed.err
-
-
-def test_a_bound_that_is_none_is_a_defect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    solve = optimum.optimum
-
-    def worse(*arguments: Any) -> Schedule:
-        best = solve(*arguments)
-        return best._replace(co2_kg=best.co2_kg + 1000.0)
-
-    monkeypatch.setattr(optimum, "optimum", worse)
-    assert main(["PPO"]) == 1
-    error = capsys.readouterr().err
-    assert "2025-03-02: agent emits" in error
-    assert "and 11 more" in error
+def test_the_optimum_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved, keep = counted(monkeypatch), tmp_path / "references"
+    site = nine_days(4, battery=battery(20.0))
+    first = evaluate(None, site, keep=keep)
+    assert len(solved) == 2
+    again = evaluate(None, nine_days(4, battery=battery(20.0)), keep=keep)
+    assert len(solved) == 2
+    for name in first.policies:
+        assert np.array_equal(first.policies[name], again.policies[name])
+    for one, other in zip(first.schedules["optimum"], again.schedules["optimum"], strict=True):
+        assert np.array_equal(one, other)
+    assert not [name for name in tree(keep) if name.endswith(".tmp")]
+    # Another battery, other stretches: another question.
+    evaluate(None, nine_days(4, battery=battery(21.0)), keep=keep)
+    evaluate(None, replace(site, stretches=np.array([[2, 4]])), keep=keep)
+    assert len(solved) == 5
+    assert len(list(keep.glob("*.bounds"))) == 3
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    "damage",
     [
-        (["SAC"], "no episode in checkpoints/SAC; runs there: PPO"),
-        ([], "such as: co2lightning test PPO"),
-        (["PPO", "--jsn"], "--jsn"),
-        (["PPO", "--ckpt_path", "none.pt"], "none.pt"),
-        (["PPO", "--env.site", "nowhere"], "nowhere"),
+        lambda data: b"",
+        lambda data: data[:-8],
+        lambda data: data + b"more",
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+        lambda data: bytes(32) + data[32:],
     ],
+    ids=["empty", "short", "long", "a bit", "foreign"],
 )
-def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        main(arguments)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_what_is_damaged_is_computed_anew(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved, site = counted(monkeypatch), nine_days(4)
+    first = evaluate(None, site, keep=tmp_path)
+    (file,) = tmp_path.glob("*.bounds")
+    good = file.read_bytes()
+    file.write_bytes(damage(good))
+    again = evaluate(None, site, keep=tmp_path)
+    assert len(solved) == 4
+    assert np.array_equal(first.policies["optimum"], again.policies["optimum"])
+    assert file.read_bytes() == good
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"run": None}, "not an episode"),
-        ({"run": {"agent": "os.system"}}, "not an episode"),
-        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "trained on 3 observ"),
-        ({"state_dict": {}}, "not of this version's PPO"),
-    ],
-)
-def test_a_strange_checkpoint_is_refused(change: dict[str, Any], said: str) -> None:
-    path = Path("checkpoints/PPO/episode_0002.pt")
-    with pytest.raises(UserError, match=said):
-        load_agent({**TrainingCheckpoint.read(path), **change}, path)
-
-
-def test_a_run_without_a_site_has_no_co2(tmp_path: Path) -> None:
-    words = another_run(tmp_path, {"run": {"site": None}})
-    with pytest.raises(UserError, match="was not trained on a site"):
-        main(words)
-
-
-def test_a_schedule_says_what_its_figures_say(place: Path) -> None:
-    site = load_site(place / "village")
-    evaluation = evaluate(None, site)
-    battery, days = site.battery, site.held_out_days
-    for name, plan in evaluation.schedules.items():
-        exact = 1e-6 if name == "optimum" else 1e-3
-        own_kw = plan.ev_kw + plan.battery_kw + (site.load_kw - site.pv_kw)[days]
-        grid_kw = plan.grid_import_kw - plan.curtailed_kwh / 0.25
-        assert grid_kw == pytest.approx(own_kw, abs=exact), name
-        charged_kw = np.where(plan.battery_kw > 0, plan.battery_kw * battery.charge_efficiency, 0.0)
-        given_kw = np.where(
-            plan.battery_kw < 0, plan.battery_kw / battery.discharge_efficiency, 0.0
-        )
-        soc = np.concatenate([evaluation_soc(site)[days].numpy()[:, None], plan.soc], axis=1)
-        stored_kwh = np.diff(soc, axis=1) * battery.capacity_kwh
-        assert stored_kwh == pytest.approx((charged_kw + given_kw) * 0.25, abs=exact), name
-        meter_kg = plan.grid_import_kw * site.carbon_kg_per_kwh[days] * 0.25
-        settlement_kg = (soc[:, 0] - soc[:, -1]).clip(0) * battery.capacity_kwh
-        settlement_kg *= site.carbon_kg_per_kwh[days].mean(1) / battery.charge_efficiency
-        assert plan.co2_kg.sum(1) == pytest.approx(meter_kg.sum(1) + settlement_kg, abs=exact)
-        assert plan.co2_kg[:, :-1] == pytest.approx(meter_kg[:, :-1], abs=exact), name
+def test_a_place_that_cannot_be_written_costs_the_keeping_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    site = nine_days(4)
+    assert violations(evaluate(None, site, keep=tmp_path / "file")) == []
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    assert violations(evaluate(None, site, keep=tmp_path / "link")) == []
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -11,23 +11,24 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
 from test_predict import rows_of
 
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.cli import main
 from co2lightning.commands.export import build_onnx, metadata
-from co2lightning.commands.predict import day_schedule
-from co2lightning.control.observation import FEATURES
+from co2lightning.commands.predict import predict
+from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site
+from small_site import write_site
 
+pytestmark = pytest.mark.usefixtures("inside")
 Run = pytest.CaptureFixture[str]
 ROOT = Path(__file__).parents[2]
-LOW = np.array([feature.low for feature in FEATURES])
-HIGH = np.array([feature.high for feature in FEATURES])
+HIGH = np.full(len(FEATURES), HIGHEST)
+HIGH[list(RULE_FEATURES)] = 1.0
 KINDS = [
     ("A2C", {"activation": "tanh"}),
     ("SAC", {"activation": "relu", "hidden": (32,)}),
@@ -64,17 +65,17 @@ def tight(tmp_path: Path) -> Site:
 @pytest.mark.parametrize(("name", "settings"), KINDS)
 @pytest.mark.parametrize("batch", [1, 64])
 def test_actions_are_those_of_torch(
-    place: Path,  # noqa: F811
+    trained: Path,
     name: str,
     settings: dict[str, Any],
     batch: int,
 ) -> None:
     agent = decided(name, **settings)
-    session = session_of(agent, load_site(place / "village"))
+    session = session_of(agent, load_site(trained / "village"))
     draws = np.random.default_rng(batch)
     reached: set[float] = set()
     for _ in range(64 // batch + 3):
-        obs = (LOW + (HIGH - LOW) * draws.random((batch, len(FEATURES)))).astype(np.float32)
+        obs = (HIGH * draws.uniform(-1, 1, (batch, len(FEATURES)))).astype(np.float32)
         obs[:, :20] /= 4
         (action,) = session.run(["action"], {"observation": obs})
         expected, _ = agent.predict(obs)
@@ -87,16 +88,14 @@ def test_actions_are_those_of_torch(
 def test_powers_are_what_the_physics_does(tight: Site, name: str, settings: dict[str, Any]) -> None:
     agent = decided(name, **settings)
     session = session_of(agent, tight)
-    yielded = 0
-    for day in tight.held_out_days:
-        planned, seen = day_schedule(agent, tight, int(day))
-        action, power_kw = session.run(
-            ["action", "power_kw"], {"observation": seen.astype(np.float32)}
-        )
-        done_kw = np.stack([planned.ev_kw[0], planned.battery_kw[0]], axis=1)
-        assert np.abs(power_kw - done_kw).max() < 1e-3
-        yielded += int((np.abs(action[:, 1] * tight.battery.power_kw - done_kw[:, 1]) > 1e-3).sum())
-    assert yielded, "the shield acted"
+    assert tight.battery
+    found, seen = predict(agent, tight, int(tight.stretches[0, 0]))
+    planned = found.schedules["agent"][0]
+    action, power_kw = session.run(["action", "power_kw"], {"observation": seen.astype(np.float32)})
+    done_kw = np.stack([planned.ev_kw, planned.battery_kw], axis=1)
+    assert np.abs(power_kw - done_kw).max() < 1e-3
+    wanted_kw = action[:, 1] * tight.battery.power_kw
+    assert (np.abs(wanted_kw - done_kw[:, 1]) > 1e-3).any(), "the shield acted"
 
 
 def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> None:
@@ -110,11 +109,10 @@ def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> N
         *("PPO", "PPO", "2", "village"),
     )
     assert json.loads(about["observation_names"]) == [feature.name for feature in FEATURES]
-    for key in ("observation_units", "observation_meanings", "observation_low", "observation_high"):
-        assert len(json.loads(about[key])) == len(FEATURES)
+    for key in ("units", "meanings", "centre", "spread"):
+        assert len(json.loads(about[f"observation_{key}"])) == len(FEATURES)
+    assert about["step_minutes"] == "15"
     assert json.loads(about["action_names"]) == ["ev", "battery"]
-    # The battery of 20 kW is larger than three sockets of 4 kW.
-    assert (float(about["power_scale_kw"]), float(about["energy_scale_kwh"])) == (20.0, 40.0)
     assert (float(about["battery_kw"]), float(about["grid_kw"])) == (20.0, 100.0)
     assert "ev_kw = " in about["action_to_kw"]
     assert [value.name for value in model.graph.output] == ["action", "power_kw"]
@@ -123,17 +121,15 @@ def test_the_file_says_all_that_a_caller_needs(tmp_path: Path, capsys: Run) -> N
 def test_the_formula_in_the_metadata_is_the_graph(tight: Site) -> None:
     agent = decided("PPO")
     about = metadata(agent, tight)
-    _, seen = day_schedule(agent, tight, int(tight.held_out_days[0]))
+    _, seen = predict(agent, tight, int(tight.stretches[0, 0]))
     actions, powers_kw = session_of(agent, tight).run(None, {"observation": seen.astype("f4")})
     for obs, (ev, battery), power_kw in zip(seen, actions, powers_kw, strict=True):
-        names: dict[str, Any] = {
-            name: value * about["power_scale_kw"]
-            for name, value in zip(about["observation_names"], obs, strict=True)
-        }
-        names |= {"ev": ev, "battery": battery, "rating": about["battery_kw"]}
-        names["grid_kw"] = about["grid_kw"]
+        columns = zip(obs, about["observation_spread"], about["observation_centre"], strict=True)
+        values = [value * spread + centre for value, spread, centre in columns]
+        names: dict[str, Any] = dict(zip(about["observation_names"], values, strict=True))
+        names |= {"ev": ev, "battery": battery, "battery_kw": about["battery_kw"]}
         formulas = about["action_to_kw"].split("; ")
-        assert formulas.pop() == "features times power_scale_kw"
+        assert formulas.pop().startswith("of features the values in kW")
         for formula in formulas:
             name, expression = formula.split(" = ")
             names[name] = eval(expression, {"min": min, "max": max}, names)

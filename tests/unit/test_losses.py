@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -109,6 +111,88 @@ def test_a2c_is_log_density_times_advantage() -> None:
     assert number(parts["value_loss"]) == pytest.approx(2.5)
     assert number(parts["explained_variance"]) == pytest.approx(0.0)
     assert number(loss) == pytest.approx(policy_loss + 0.5 * 2.5 - 0.01 * entropy)
+
+
+def cut_rollout() -> Rollout:
+    """Return two steps of a window whose end is a cut; rewards 1, all that is seen is the same."""
+    obs, one, zero = torch.zeros(2, 1, 3), torch.ones(2, 1), torch.zeros(2, 1)
+    cut = torch.tensor([[0.0], [1.0]])
+    return Rollout(obs, torch.zeros(2, 1, 1), one, obs, zero, cut, one)
+
+
+@pytest.mark.parametrize("kind", [A2C, PPO])
+def test_a_window_that_is_cut_goes_on_in_the_value(kind: type[A2C | PPO]) -> None:
+    agent = kind(3, 1, hidden=(4,), gamma=0.5, gae_lambda=1.0, normalize_advantage=False)
+    silence(agent)
+    with torch.no_grad():
+        agent.critic.biases[-1].fill_(8.0)
+    rollout = cut_rollout()
+    advantage, target, _ = agent.judge(rollout, agent.values(rollout))
+    assert target[:, 0].tolist() == [1.0 + 0.5 * (1.0 + 0.5 * 8.0), 1.0 + 0.5 * 8.0]
+    assert torch.equal(advantage, target - 8.0)
+    ended = rollout._replace(terminated=rollout.truncated, truncated=rollout.terminated)
+    _, target, _ = agent.judge(ended, agent.values(ended))
+    assert target[:, 0].tolist() == [1.5, 1.0]
+
+
+def test_sac_keeps_what_a_cut_led_to_and_bootstraps_from_it() -> None:
+    agent = SAC(3, 1, hidden=(4,), gamma=0.5, ent_coef_init=1e-9, learning_starts=0, batch_size=9)
+    for network in (agent.actor, agent.critic, agent.target):
+        silence(network)
+    with torch.no_grad():
+        agent.target.biases[-1].fill_(8.0)
+    agent.train_on(cast(Any, SimpleNamespace(may_reset=False, rule_features=())))
+    agent.update_generator = torch.Generator().manual_seed(1)
+    update = next(iter(agent.minibatches(cut_rollout())))
+    assert not update.batch.terminated.any()
+    _, parts = agent.loss(update)
+    assert number(parts["critic_loss"]) == pytest.approx(2 * (1.0 + 0.5 * 8.0) ** 2)
+
+
+# What is per step of 15 minutes: the same after an hour, whatever the step.
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(5, 12), (10, 6), (15, 4), (20, 3), (60, 1)])
+@pytest.mark.parametrize("kind", [A2C, PPO, SAC])
+def test_settings_follow_the_step(kind: type[A2C | PPO | SAC], minutes: int, steps: int) -> None:
+    name = "train_freq" if kind is SAC else "n_steps"
+    agent = kind(3, 1, step_minutes=minutes, hidden=(4,), gamma=0.9, **{name: 4})
+    assert agent.segment_steps(24 * 60 // minutes) == steps
+    assert agent.per_step(0.9) ** steps == pytest.approx(0.9**4)
+    assert agent.per_step(0.0) == 0.0
+    assert agent.per_step(1.0) == 1.0
+    assert kind(3, 1, step_minutes=60, hidden=(4,), **{name: 1}).segment_steps(24) == 1
+    assert agent.hyperparameters()["step_minutes"] == minutes
+
+
+def test_a_step_of_15_minutes_has_the_settings_as_they_are() -> None:
+    agent = PPO(3, 1, hidden=(4,))
+    for share in (0.97, 0.98, 0.99, 0.999, 1 / 3):
+        assert agent.per_step(share) == share
+    assert [agent.in_steps(count) for count in (1, 4, 7, 10_000_000)] == [1, 4, 7, 10_000_000]
+    assert agent.segment_steps(96) == 96
+
+
+@pytest.mark.parametrize("kind", [A2C, PPO])
+def test_an_hour_discounts_as_four_quarters_of_one(kind: type[A2C | PPO]) -> None:
+    settings = {"gamma": 0.5, "gae_lambda": 0.5, "normalize_advantage": False, "hidden": (4,)}
+    agent = kind(3, 1, step_minutes=60, **settings)
+    silence(agent)
+    rollout = cut_rollout()
+    advantage, *_ = agent.judge(rollout, agent.values(rollout))
+    assert advantage[:, 0].tolist() == [1.0 + 0.5**4 * 0.5**4, 1.0]
+
+
+def test_sac_discounts_by_the_hour_too() -> None:
+    agent = SAC(3, 1, step_minutes=60, hidden=(4,), gamma=0.5, ent_coef_init=1e-9)
+    for network in (agent.actor, agent.critic, agent.target):
+        silence(network)
+    with torch.no_grad():
+        agent.target.biases[-1].fill_(8.0)
+    seen, one = torch.zeros(1, 3), torch.ones(1)
+    batch = ReplayBatch(seen, torch.zeros(1, 1), one, seen, 0.0 * one)
+    _, parts = agent.loss(Update(batch, torch.zeros(1, 1), torch.zeros(1, 1)))
+    assert number(parts["critic_loss"]) == pytest.approx(2 * (1.0 + 0.5**4 * 8.0) ** 2)
 
 
 def test_sac_losses_by_hand() -> None:

@@ -1,159 +1,333 @@
-"""The observation: within bounds, right in a case worked by hand, and blind to the future."""
+"""The observation: of order one, right in a case worked by hand, and blind to the future."""
+
+from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.control.observation import FEATURES, RULE_FEATURES, build_observer, observe
-from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import begin_day, build_model
-from co2lightning.sim.physics import step
-from co2lightning.site.model import Sessions, Site, T
-from small_site import H, Row, shipped, small_site
+from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES, observe
+from co2lightning.control.rules import RULES, Rule, rbc_b
+from co2lightning.control.state import SiteModel, State
+from co2lightning.sim.days import SiteDays
+from co2lightning.sim.objective import priced_model
+from co2lightning.sim.scales import observer_of
+from co2lightning.sim.schedule import run, start
+from co2lightning.site.model import Floats, Ints, Sessions, Site
+from small_site import Row, random_site, real, shipped, small_site
 
 NAMES = [feature.name for feature in FEATURES]
+PLAIN = [i for i in range(len(FEATURES)) if i not in RULE_FEATURES]
 
 
-def observations(site: Site, days: Tensor, actions: Tensor, soc_start: float = 0.5) -> Tensor:
-    """Return the observations [T, B, O] of days that actions [T, B, 2] make."""
-    model, observer = build_model(site), build_observer(site)
-    state = begin_day(model, days, torch.full((len(days),), soc_start))
-    seen: list[Tensor] = []
-    for action in actions:
-        seen.append(observe(observer, model, state))
-        state, _ = step(model, state, action)
-    return torch.stack(seen)
-
-
-def some_actions(batch: int, seed: int = 0) -> Tensor:
+def anything(seed: int = 0) -> Rule:
+    """Return a policy that does anything."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(T, batch, 2, generator=generator) * 2.0 - 1.0
+
+    def act(model: SiteModel, state: State) -> Tensor:
+        return torch.rand(len(state.soc), 2, generator=generator) * 2.0 - 1.0
+
+    return act
 
 
-def test_features_have_names_of_their_own_and_lie_within_their_bounds() -> None:
-    assert len(set(NAMES)) == len(NAMES) == 29
-    days = torch.arange(0, 365, 20)
-    obs = observations(shipped(), days, some_actions(len(days)))
-    assert obs.shape == (T, len(days), 29)
-    assert obs.dtype == torch.float32
-    assert obs.isfinite().all()
-    for i, feature in enumerate(FEATURES):
-        column = obs[..., i]
-        assert column.min() >= feature.low, feature.name
-        assert column.max() <= feature.high, feature.name
-        assert column.std() > 0.01, f"{feature.name} says nothing"
-        at_bounds = ((column == feature.low) | (column == feature.high)).float().mean()
-        within = feature.name.startswith(("rule", "owed", "charge", "discharge", "must", "could"))
-        assert within or at_bounds < 0.6, f"{feature.name} is mostly cut off"
+def observations(
+    site: Site, places: Ints, steps: int, rule: Rule, soc: float = 0.5, high: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return what is observed [n, B, O] in runs of a rule, and what the rule does [n, B, 2].
+
+    Args:
+        high: How much higher the bounds are than they should be.
+    """
+    model, observer = priced_model(site), observer_of(site)
+    observer = observer._replace(high=high * observer.high)
+    seen: list[Tensor] = []
+    actions: list[Tensor] = []
+
+    def watched(model: SiteModel, state: State) -> Tensor:
+        seen.append(observe(observer, model, state))
+        actions.append(rule(model, state))
+        return actions[-1]
+
+    run(model, watched, start(model, site, places, soc if site.battery else 0.0), steps)
+    return torch.stack(seen), torch.stack(actions)
+
+
+def in_units(site: Site, obs: Tensor) -> dict[str, float]:
+    """Return what an observation [O] says, in the features' units; without what is always 0."""
+    observer = observer_of(site)
+    rows = zip(NAMES, obs.tolist(), observer.centre, observer.spread, strict=True)
+    return {name: value * spread + centre for name, value, centre, spread in rows if spread}
+
+
+# --- worked by hand ------------------------------------------------------------------------------
+
+
+def by_hand() -> Site:
+    """Three days, the first a Saturday; the season's usual PV is 7 kW, a weekend's load 3.5."""
+    rows: list[Row] = [(0, 0, 0, 20, 2.0, 4.0), (0, 1, 0, 3, 2.6, 4.0), (1, 0, 40, 60, 9.0, 4.0)]
+    return small_site(
+        days=3,
+        sockets=2,
+        sessions=rows,
+        pv_kw=[[7.0], [3.0], [11.0]],
+        load_kw=[[4.0], [3.0], [5.0]],
+        carbon=[[0.5], [0.2], [0.5]],
+        power_kw=6.0,
+        grid_kw=20.0,
+    )
 
 
 def test_the_state_worked_by_hand() -> None:
-    """Power scale 8 kW (two sockets of 4), energy scale 16 kWh."""
-    rows: list[Row] = [(0, 0, 0, 20, 2.0, 4.0), (0, 1, 0, 3, 2.6, 4.0)]
-    site = small_site(
-        sockets=2, sessions=rows, pv_kw=7.0, load_kw=4.0, power_kw=6.0, capacity_kwh=40.0
-    )
-    obs = observations(site, torch.tensor([0]), torch.zeros(T, 1, 2))[0, 0]
-    seen = dict(zip(NAMES, obs.tolist(), strict=True))
+    site = by_hand()
+    seen, _ = observations(site, np.array([0]), 1, rbc_b)
     # Laxities 20 - 2 = 18 and 3 - 2.6 = 0.4 steps; the second vehicle must take 0.6 * 4 kW.
     expected = {
-        "soc": 0.5,
-        "soc_gain": 0.0,
-        "charge_limit": 6.0 / 8.0,
-        "discharge_limit": 6.0 / 8.0,
-        "must": 2.4 / 8.0,
-        "could": 8.0 / 8.0,
-        "surplus": (7.0 - 4.0 - 2.4) / 8.0,
-        "owed": 4.6 / 16.0,
-        "owed_2_h": 2.6 * (1 - 0.4 / 8) / 16.0,
-        "owed_5_h": (2.0 * (1 - 18 / 20) + 2.6 * (1 - 0.4 / 20)) / 16.0,
-        "rule_ev": 2.0 * (3.0 - 2.4) / (8.0 - 2.4) - 1.0,
-        "rule_battery": 0.0,
-        "pv": 7.0 / 8.0,
-        "load": 4.0 / 8.0,
-        # The rest of the day: 95 steps of 3 kW.
-        "surplus_ahead": 95 * 3.0 * H / 16.0,
-        "deficit_ahead": 0.0,
-        "spare_surplus": (95 * 3.0 * H - 4.6 - 0.4 * 40.0 / 0.9) / 16.0,
-        "spare_store": (0.4 * 40.0 * 0.8 - 4.6) / 16.0,
+        "hour_sin": np.sin(2 * np.pi * 0.125 / 24),
+        "half_day_cos": np.cos(4 * np.pi * 0.125 / 24),
+        "weekend": 1.0,
+        "pv": 7.0,
+        "load": 4.0,
+        "carbon": 0.5,
+        "carbon_next_hour": 0.4 - 0.5,
+        "carbon_next_3_h": 0.4 - 0.5,
+        "carbon_next_6_h": 0.4 - 0.5,
+        "carbon_peak_ahead": 0.4 - 0.5,
         "pv_recent": 1.0,
         "pv_outlook": 1.0,
-        "carbon": 0.0,
-        "carbon_peak_ahead": 0.0,
+        "surplus_ahead": 24 * (7.0 - 3.5),
+        "soc": 0.5,
+        "charge_limit": 6.0,
+        "discharge_limit": 6.0,
+        "must": 2.4,
+        "could": 8.0,
+        "surplus": 7.0 - 4.0 - 2.4,
+        "owed": 4.6,
+        "owed_2_h": 2.6 * (1 - 0.4 / 8),
+        "owed_5_h": 2.0 * (1 - 18 / 20) + 2.6 * (1 - 0.4 / 20),
+        "spare_surplus": 24 * 3.5 - 4.6 - 0.4 * 40.0 / 0.9,
+        "spare_store": 0.4 * 40.0 * 0.8 - 4.6,
+        "rule_ev": 2.0 * (3.0 - 2.4) / (8.0 - 2.4) - 1.0,
+        "rule_battery": 0.0,
     }
+    told = in_units(site, seen[0, 0])
     for name, value in expected.items():
-        assert seen[name] == pytest.approx(value, abs=1e-5), name
+        assert told[name] == pytest.approx(value, abs=1e-4), name
 
 
-def test_the_rule_in_the_observation_is_the_rule() -> None:
-    site = shipped()
-    model, observer = build_model(site), build_observer(site)
-    days = torch.arange(0, 365, 10)
-    state = begin_day(model, days, torch.full((len(days),), 0.5))
-    for action in some_actions(len(days)):
-        obs = observe(observer, model, state)
-        rule = rbc_b(model, state)
-        torch.testing.assert_close(obs[:, list(RULE_FEATURES)], rule, atol=1e-5, rtol=0.0)
-        state, _ = step(model, state, action)
+def test_later_in_the_day_the_outlook_is_that_of_the_sun_so_far() -> None:
+    """Of the second day, 3 kW instead of 7; yesterday was as usual, and counts a tenth."""
+    site = by_hand()
+    seen, _ = observations(site, np.array([96]), 48, rbc_b)
+    told = in_units(site, seen[47, 0])
+    so_far, usual, weight = 48 * 3.0, 48 * 7.0, 0.1 * 96 * 7.0
+    outlook = (so_far + weight) / (usual + weight)
+    assert told["pv_outlook"] == pytest.approx(outlook, rel=1e-4)
+    assert told["pv_recent"] == pytest.approx(3.0 / 7.0, rel=1e-4)
+    # The rest of Sunday and half of Monday, the only weekday: 5 kW. PV as the outlook says.
+    ahead_kw = np.where(np.arange(1, 97) < 49, outlook * 7.0 - 3.5, outlook * 7.0 - 5.0)
+    surplus_kwh = np.maximum(ahead_kw, 0.0).sum() / 4
+    deficit_kwh = np.maximum(-ahead_kw, 0.0).sum() / 4
+    assert told["surplus_ahead"] == pytest.approx(surplus_kwh, abs=1e-3)
+    assert told["deficit_ahead"] == pytest.approx(deficit_kwh, abs=1e-3)
 
 
-@pytest.mark.parametrize("now", [0, 30, 47, 70, 95])
+def test_a_day_begins_with_a_little_of_the_day_before() -> None:
+    """Yesterday had 3 kW instead of 7: three tenths of that until the sun has shown itself."""
+    site = by_hand()
+    seen, _ = observations(site, np.array([192]), 1, rbc_b)
+    prior, weight = 1.0 + 0.3 * (3.0 / 7.0 - 1.0), 0.1 * 96 * 7.0
+    outlook = (11.0 + weight * prior) / (7.0 + weight)
+    assert in_units(site, seen[0, 0])["pv_outlook"] == pytest.approx(outlook, rel=1e-4)
+
+
+@pytest.mark.parametrize("step_minutes", [5, 60])
+def test_hours_ahead_are_hours_whatever_a_step_is(step_minutes: int) -> None:
+    """From noon on the intensity is 0.6 instead of 0.3, every day; load 2 kW, PV 3."""
+    n = 60 // step_minutes
+    carbon = np.where(np.arange(24 * n) < 12 * n, 0.3, 0.6)
+    days = np.array([[1.0], [0.8], [1.2]])
+    row: Row = (0, 0, 9 * n, 13 * n, 8.0, 4.0)
+    site = small_site(
+        days=3,
+        step_minutes=step_minutes,
+        sessions=[row],
+        pv_kw=3.0 * days,
+        load_kw=2.0,
+        carbon=carbon,
+    )
+    seen, _ = observations(site, np.array([0]), 11 * n, anything(1))
+    told = in_units(site, seen[10 * n, 0])
+    # At ten: the next hour ends within the hour before noon, three hours reach one step beyond.
+    assert told["carbon_next_hour"] == pytest.approx(0.0, abs=1e-6)
+    assert told["carbon_next_3_h"] == pytest.approx(0.3 * (n + 1) / (3 * n), abs=1e-6)
+    assert told["carbon_next_6_h"] == pytest.approx(0.3 * (4 * n + 1) / (6 * n), abs=1e-6)
+    assert told["carbon_peak_ahead"] == pytest.approx(0.3, abs=1e-6)
+    assert told["surplus_ahead"] == pytest.approx(24.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["iquitos", "caltech-2019", "citylearn-5"])
+def test_the_rule_in_the_observation_is_the_rule(name: str) -> None:
+    site = site_of(name)
+    seen, own = observations(site, site.day_bounds[:-2:12], site.steps(24.0), rbc_b)
+    for column, feature in enumerate(RULE_FEATURES):
+        part = (site.sockets, site.battery)[column]
+        expected = own[..., column] if part else torch.zeros_like(own[..., column])
+        torch.testing.assert_close(seen[..., feature], expected, atol=1e-5, rtol=0.0)
+
+
+# --- of order one --------------------------------------------------------------------------------
+
+MANY = {"days": 30, "step_minutes": 60}
+DRAWN = np.random.default_rng(0).random((30, 24))
+ODD: dict[str, dict[str, Any]] = {
+    "all parts": {"days": 20},
+    "5 minutes": {"days": 8, "step_minutes": 5},
+    "1 socket": {**MANY, "sockets": 1},
+    "1,000 sockets": {"days": 12, "step_minutes": 60, "sockets": 1000},
+    "1 kWh": {**MANY, "capacity_kwh": 1.0, "power_kw": 0.5},
+    "10 MWh": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0},
+    "10 MWh, 1 socket": {**MANY, "capacity_kwh": 1e4, "power_kw": 2_500.0, "sockets": 1},
+    "clean": {**MANY, "carbon": 0.05 * DRAWN},
+    "dirty": {**MANY, "carbon": 1.5 + DRAWN},
+    "constant, clean": {**MANY, "carbon": 0.05},
+    "constant, dirty": {**MANY, "carbon": 1.5},
+    "no battery": {**MANY, "capacity_kwh": None},
+    "no sockets": {**MANY, "sockets": 0},
+    "no PV": {**MANY, "pv": 0.0},
+    "no load": {**MANY, "load": 0.0},
+    "battery alone": {**MANY, "sockets": 0, "pv": 0.0, "load": 0.0},
+    "vehicles alone": {**MANY, "capacity_kwh": None, "pv": 0.0, "load": 0.0},
+    "net meter": {**MANY, "pv": 0.0, "load": -1.0},
+    "least power": {**MANY, "min_kw": 0.9},
+    "dimmed": {**MANY, "import_limit_kw": np.where(DRAWN < 0.5, 4.0, 11.0)},
+    "rarely dimmed": {**MANY, "import_limit_kw": np.where(DRAWN < 0.01, 4.0, 1e6)},
+}
+REAL = ("iquitos", "caltech-2019", "citylearn-5")
+
+
+@functools.cache
+def site_of(name: str) -> Site:
+    if name in REAL:
+        return shipped(name) if name == "iquitos" else real(name)
+    return random_site(len(name), **ODD[name])
+
+
+def mixed(site: Site, high: float = 1.0) -> Tensor:
+    """Return what is observed [M, O] under RBC B and a policy that does anything."""
+    days = site.day_bounds[:-1][site.training_days]
+    days = days[:: -(-len(days) // 30)]
+    steps, rules = site.steps(23.0), (rbc_b, anything())
+    parts = [observations(site, days, steps, rule, high=high)[0] for rule in rules]
+    return torch.cat(parts).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", [*REAL, *ODD])
+def test_inputs_are_of_order_one_on_every_site(name: str) -> None:
+    seen = mixed(site_of(name))
+    assert seen.dtype == torch.float32
+    assert seen.isfinite().all()
+    assert seen.abs().max() <= HIGHEST
+    assert seen[:, list(RULE_FEATURES)].abs().max() <= 1.0
+    free = mixed(site_of(name), high=1e6)
+    for i in PLAIN:
+        clipped = (free[:, i].abs() > HIGHEST + 1e-4).float().mean().item()
+        assert clipped <= 1e-3, f"{NAMES[i]}: {clipped:.2%} of the steps are clipped"
+        spread = seen[:, i].std().item()
+        assert spread < 1e-6 or 0.1 <= spread <= 3.0, f"{NAMES[i]}: {spread}"
+
+
+def test_features_have_names_of_their_own_and_say_something() -> None:
+    assert len(set(NAMES)) == len(NAMES) == 30
+    spread = dict(zip(NAMES, mixed(shipped()).std(0).tolist(), strict=True))
+    constant = [name for name, value in spread.items() if value < 0.1]
+    assert constant == ["import_limit"]  # a connection that nobody dims
+
+
+ABSENT = {
+    "no battery": {"soc", "charge_limit", "discharge_limit", "rule_battery"},
+    "no sockets": {"must", "could", "owed", "owed_2_h", "owed_5_h", "rule_ev"},
+    "no PV": {"pv", "pv_recent", "pv_outlook", "surplus_ahead"},
+    "no load": {"load", "deficit_ahead"},
+    "constant, dirty": {name for name in NAMES if name.startswith("carbon")},
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_belongs_to_an_absent_part_is_0_and_nothing_else(name: str) -> None:
+    seen = mixed(site_of(name))
+    silent = {NAMES[i] for i in range(len(FEATURES)) if not seen[:, i].any()}
+    assert silent == ABSENT[name] | {"import_limit"}
+
+
+def test_a_site_of_a_single_day_can_be_observed() -> None:
+    for site in (small_site(load_kw=3.0), small_site(days=3, pv_kw=5.0, held_out=[1, 2])):
+        seen, _ = observations(site, np.array([0]), 96, anything())
+        assert seen.isfinite().all()
+
+
+def test_the_environment_tells_its_bounds() -> None:
+    env = SiteDays(shipped(), 2)
+    assert env.observer.high[PLAIN].tolist() == [[HIGHEST]] * len(PLAIN)
+    assert env.observer.high[list(RULE_FEATURES)].tolist() == [[1.0], [1.0]]
+    assert env.observer is observer_of(shipped(), torch.device("cpu"))
+
+
+# --- blind to the future -------------------------------------------------------------------------
+
+SERIES = ("pv_kw", "load_kw", "carbon_kg_per_kwh")
+
+
+def changed(site: Site, where: Ints, factor: Floats | float, shift: float = 0.0) -> Site:
+    """Return a site with other series at some places."""
+    series: dict[str, Any] = {}
+    for name in SERIES:
+        series[name] = getattr(site, name).copy()
+        series[name][where] = series[name][where] * factor + shift
+    return dataclasses.replace(site, **series)
+
+
+@pytest.mark.parametrize("now", [0, 47, 95, 250])
 def test_what_comes_later_is_not_seen(now: int) -> None:
-    """Another future of a held-out day: series after `now`, sessions that arrive after it."""
+    """Another future of held-out weeks: series after `now`, vehicles that arrive after it."""
     site = shipped()
     rng = np.random.default_rng(now)
-    days = site.held_out_days[[3, 20, 41]]
-    series = {}
-    for name in ("pv_kw", "load_kw", "carbon_kg_per_kwh"):
-        values = getattr(site, name).copy()
-        values[days, now + 1 :] *= rng.uniform(0.0, 2.0, (len(days), T - 1 - now))
-        series[name] = values
+    weeks = site.stretch_bounds[[1, 3, 5]]
+    later = np.concatenate([np.arange(begin + now + 1, end) for begin, end in weeks])
+    # The day after a week begins with what the week's last one was like.
+    later = later[~np.isin(later, np.concatenate([np.arange(e - 96, e) for e in weeks[:, 1]]))]
+    other = changed(site, later, rng.uniform(0.0, 2.0, len(later)))
     rows = site.sessions
-    known = ~np.isin(rows.day, days) | (rows.arrival_step <= now)
+    known = np.ones(len(rows.socket), dtype=bool)
+    for begin, end in weeks:
+        known &= ~((rows.arrival > begin + now) & (rows.departure < end - 96))
     columns = (getattr(rows, field.name)[known] for field in dataclasses.fields(Sessions))
-    other = dataclasses.replace(site, **series, sessions=Sessions(*columns))
-    actions = some_actions(len(days))
-    seen = observations(site, torch.as_tensor(days), actions)
-    otherwise = observations(other, torch.as_tensor(days), actions)
-    assert torch.equal(seen[: now + 1], otherwise[: now + 1])
-    if now < 90:
-        assert not torch.equal(seen, otherwise)
+    other = dataclasses.replace(other, sessions=Sessions(*columns))
+    seen, _ = observations(site, weeks[:, 0], 260, anything())
+    otherwise, _ = observations(other, weeks[:, 0], 260, anything())
+    torch.testing.assert_close(seen[: now + 1], otherwise[: now + 1], atol=1e-5, rtol=0.0)
+    assert (seen[now + 1 :] - otherwise[now + 1 :]).abs().max() > 0.1
 
 
-def test_held_out_days_teach_nothing_but_yesterday() -> None:
-    """Other held-out days are replaced; only the day before one's own may matter."""
-    site = shipped()
-    day = int(site.held_out_days[10])
-    others = np.setdiff1d(site.held_out_days, [day])
-    assert day - 1 not in others
-    series = {}
-    for name in ("pv_kw", "load_kw", "carbon_kg_per_kwh"):
-        values = getattr(site, name).copy()
-        values[others] *= 1.7
-        series[name] = values
-    other = dataclasses.replace(site, **series)
-    actions = some_actions(1)
-    seen = observations(site, torch.tensor([day]), actions)
-    assert torch.equal(seen, observations(other, torch.tensor([day]), actions))
-
-
-def test_a_site_without_sun_and_one_of_a_single_day_can_be_observed() -> None:
-    for site in (small_site(load_kw=3.0), small_site(days=3, pv_kw=5.0, held_out=[1, 2])):
-        obs = observations(site, torch.tensor([0]), torch.zeros(T, 1, 2))
-        assert obs.isfinite().all()
-
-
-def test_float64_agrees_with_float32() -> None:
-    site = shipped()
-    single = observe(build_observer(site), *_midnight(site, torch.float32))
-    double = observe(build_observer(site, dtype=torch.float64), *_midnight(site, torch.float64))
-    assert double.dtype == torch.float64
-    torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=0.0)
-
-
-def _midnight(site: Site, dtype: torch.dtype):
-    model = build_model(site, dtype=dtype)
-    return model, begin_day(model, torch.tensor([4, 90]), torch.tensor([0.5, 0.3], dtype=dtype))
+@pytest.mark.parametrize("factor", [0.0, 1e6])
+@pytest.mark.parametrize("name", ["iquitos", "citylearn-5"])
+def test_held_out_days_teach_nothing(name: str, factor: float) -> None:
+    """They may be anything: what is observed on other days is the same, but for the day after."""
+    site = site_of(name)
+    poisoned = [np.arange(*site.day_bounds[[last - 4, last - 1]]) for _, last in site.stretches]
+    other = changed(site, np.concatenate(poisoned), factor, shift=factor)
+    places, steps = site.day_bounds[site.training_days][::3], site.steps(23.0)
+    seen, own = observations(site, places, steps, rbc_b)
+    otherwise, actions = observations(other, places, steps, rbc_b)
+    torch.testing.assert_close(seen, otherwise, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(own, actions, atol=1e-5, rtol=0.0)
+    # Nor on the first days of the held-out weeks themselves.
+    seen, otherwise = (
+        observations(one, site.stretch_bounds[:, 0], site.steps(48.0), RULES["uncontrolled"])[0]
+        for one in (site, other)
+    )
+    torch.testing.assert_close(seen, otherwise, atol=1e-5, rtol=0.0)

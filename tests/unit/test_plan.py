@@ -1,5 +1,6 @@
 """What a session will do follows from what was asked and where the run stands, and from no more."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def test_flags_win_over_the_run_and_that_over_the_recipe() -> None:
     assert changed.notes == ("old", "gamma: 0.8 -> 0.7")
     with pytest.raises(UserError, match="its weights have that shape"):
         plan(asked(**{"model.hidden": (3,)}), start(4, 6))
+
+
+def test_a_window_s_length_is_a_setting_of_the_run() -> None:
+    assert plan(asked(), None).settings["env.hours"] == 24
+    changed = plan(asked(**{"env.hours": 48.0}), start(4, 6))
+    assert changed.settings["env.hours"] == 48
+    assert any(re.fullmatch(r"hours: 24(\.0)? -> 48(\.0)?", note) for note in changed.notes)
+    with pytest.raises(UserError, match=r"--env\.hours 48.*: is for sites; Pendulum-v1 has a time"):
+        plan(asked(**{"env.hours": 48.0, "env.id": "Pendulum-v1"}), None)
+    for wrong in ("0", "-1", "0.5", "nan", "x", "1e9"):
+        with pytest.raises(UserError, match=r"--env\.hours .*must be"):
+            parse_flags(["--env.hours", wrong], "PPO")
 
 
 def test_another_process_trains_between_the_plan_and_the_lock(place: Path) -> None:

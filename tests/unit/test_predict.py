@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import inside, place, write_site  # noqa: F401  (fixtures)
+import torch
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
-from co2lightning.control.observation import FEATURES
-from co2lightning.sim.evaluate import evaluate
-from co2lightning.sim.objective import priced_model
+from co2lightning.control.observation import FEATURES, HIGHEST
+from co2lightning.sim.evaluate import TITLES, evaluate
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H
+from small_site import H, write_site
 
+pytestmark = pytest.mark.usefixtures("inside")
 Run = pytest.CaptureFixture[str]
 
-COLUMNS = ["time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg"]
+COLUMNS = ["time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg", "unmet_kwh"]
 
 
 def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
@@ -30,7 +30,7 @@ def rows_of(text: str) -> tuple[list[str], list[str], np.ndarray]:
     return header, [row[0] for row in rows], np.array([row[1:] for row in rows], dtype=float)
 
 
-def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> None:  # noqa: F811
+def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) -> None:
     from co2lightning.runs.run import TrainingCheckpoint
 
     assert main(["predict", "PPO"]) == 0
@@ -39,22 +39,44 @@ def test_the_rows_are_the_day_that_test_evaluates(place: Path, capsys: Run) -> N
     assert header == COLUMNS
     begin = datetime.fromisoformat("2025-03-02T00:00:00+00:00")
     assert times == [(begin + timedelta(minutes=15 * step)).isoformat() for step in range(96)]
-    ev_kw, battery_kw, grid_kw, soc, co2_kg = values.T
-    site = load_site(place / "village")
+    ev_kw, battery_kw, grid_kw, soc, co2_kg, unmet_kwh = values.T
+    site = load_site(trained / "village")
     day = site.days.index("2025-03-02")
-    own_kw = site.load_kw[day] - site.pv_kw[day] + ev_kw + battery_kw
+    steps = slice(*site.day_bounds[day : day + 2])
+    own_kw = (site.load_kw - site.pv_kw)[steps] + ev_kw + battery_kw
     assert grid_kw == pytest.approx(own_kw, abs=1e-4)
-    meter_kg = grid_kw.clip(0) * STEP_H * site.carbon_kg_per_kwh[day]
-    assert co2_kg[:-1] == pytest.approx(meter_kg[:-1], abs=1e-5)
+    meter_kg = grid_kw.clip(0) * H * site.carbon_kg_per_kwh[steps]
+    assert co2_kg == pytest.approx(meter_kg, abs=1e-5)
     assert grid_kw.min() < 0 < grid_kw.max()
+    assert unmet_kwh == pytest.approx(0.0, abs=1e-4)
     assert soc.min() >= 0.1 - 1e-6
     assert soc.max() <= 0.9 + 1e-6
     path = Path("checkpoints/PPO/episode_0002.pt")
     agent = load_agent(TrainingCheckpoint.read(path), path)
     evaluation = evaluate(policy_of(agent, site), site)
-    assert co2_kg.sum() == pytest.approx(evaluation.policies["agent"].co2_kg[0], abs=1e-4)
-    told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, optimum (LP) {:.1f}\n"  # noqa: E501
-    assert printed.err == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
+    own = evaluation.policies["agent"]
+    assert co2_kg.sum() == pytest.approx(own.co2_kg[0] - own.settlement[0], abs=1e-4)
+    told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2, what is left at the end settled; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, cheap hours {:.1f}, RBC C {:.1f}, optimum (LP) {:.1f}"  # noqa: E501
+    said = printed.err.splitlines()[-1]
+    assert said == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
+
+
+def test_costs_are_a_column_where_there_are_prices(
+    priced: Path, monkeypatch: pytest.MonkeyPatch, capsys: Run
+) -> None:
+    monkeypatch.chdir(priced)
+    assert main(["predict", "money"]) == 0
+    printed = capsys.readouterr()
+    header, _, values = rows_of(printed.out)
+    assert header == [*COLUMNS, "cost"]
+    grid_kw, cost = values[:, 2], values[:, -1]
+    price = np.where(np.arange(96) >= 72, 0.1, 0.3)
+    metered = (grid_kw.clip(0) * price + grid_kw.clip(max=0) * 0.05) * H
+    assert cost == pytest.approx(metered, abs=1e-5)
+    assert cost.min() < 0 < cost.max()
+    said = printed.err.splitlines()[-1]
+    assert "PPO after episode 1 costs " in said
+    assert " EUR, what is left at the end settled; uncontrolled " in said
 
 
 def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
@@ -64,14 +86,14 @@ def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
     assert main(["predict", "PPO", *words]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("2025-03-03 is a training day of village")
+    assert "2025-03-03 is a training day of village\n" in printed.err
     header, times, _ = rows_of(output.read_text())
     assert header == COLUMNS
     assert times[0] == "2025-03-03T00:00:00+00:00"
     header, _, values = rows_of(seen.read_text())
     assert header == ["time", *(feature.name for feature in FEATURES)]
-    assert (values >= [feature.low for feature in FEATURES]).all()
-    assert (values <= [feature.high for feature in FEATURES]).all()
+    assert np.abs(values).max() <= HIGHEST
+    assert values.std(axis=0).max() > 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.csv", "seen.csv"]
 
 
@@ -99,9 +121,9 @@ def test_an_older_episode_because_the_newest_is_damaged(capsys: Run) -> None:
         assert main(["predict", "PPO"]) == 0
     finally:
         newest.write_bytes(content)
-    first, second = capsys.readouterr().err.splitlines()
+    first, *_, last = capsys.readouterr().err.splitlines()
     assert first == f"{newest} is damaged: this is episode 1"
-    assert "PPO after episode 1 emits" in second
+    assert "PPO after episode 1 emits" in last
 
 
 @pytest.mark.parametrize(
@@ -109,8 +131,17 @@ def test_an_older_episode_because_the_newest_is_damaged(capsys: Run) -> None:
     [
         ([], "predict: the following arguments are required: NAME; such as: co2lightning predict"),
         (["SAC"], "predict SAC: no episode in checkpoints/SAC; runs there: PPO"),
+        (["rbc_c"], "predict rbc_c: a rule needs a site, such as --env.site iquitos"),
+        (["rbc_c", "--env.site", "nowhere"], "site nowhere: no such folder"),
+        (["rbc_c", "--env.site", "village", "--env.objective", "cost"], "price_per_kwh"),
+        (["PPO", "--env.objective", "co2"], "--env.objective: PPO is settled by what it was"),
         (["PPO", "--day", "2025-04-01"], "--day: 2025-04-01 is not a day of site village; its"),
         (["PPO", "--day", "today"], "today is not a day"),
+        (
+            ["PPO", "--day", "2025-03-05", "--days", "3"],
+            "--days 3: is not from 1 to 2; village has so many",
+        ),
+        (["PPO", "--days", "0"], "--days 0: is not from 1 to 5; village has so many"),
         (["PPO", "--output", "no/where.csv"], "--output no/where.csv: there is no directory"),
         (["PPO", "--output", "."], "--output .: is a directory"),
         (["PPO", "--observations", "village"], "--observations village: is a directory"),
@@ -122,9 +153,10 @@ def test_what_cannot_be_is_one_line(arguments: list[str], said: str, capsys: Run
     assert main(["predict", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: ")
-    assert printed.err.count("\n") == 1
-    assert said in printed.err
+    *remarks, error = printed.err.splitlines()
+    assert all(line.startswith("series.csv: ") for line in remarks)
+    assert error.startswith("error: ")
+    assert said in error
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
@@ -135,20 +167,67 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: Run) -> None
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_the_tables_are_those_of_the_environment(place: Path) -> None:  # noqa: F811
+def test_several_days_in_one_go(trained: Path, capsys: Run) -> None:
+    """The battery goes on over midnight, and what comes out is what evaluation plays."""
+    assert main(["predict", "PPO", "--day", "2025-03-03", "--days", "2"]) == 0
+    printed = capsys.readouterr()
+    header, *rows = csv.reader(io.StringIO(printed.out))
+    assert len(rows) == 192
+    soc = np.array([float(row[header.index("soc")]) for row in rows])
+    assert np.abs(np.diff(soc)).max() <= 20 * H / 0.9 / 50 + 1e-6
+    assert "2025-03-03 to 2025-03-04: PPO after episode 2 emits" in printed.err
+
+
+def test_steps_are_those_of_the_series(tmp_path: Path, capsys: Run) -> None:
+    other = write_site(tmp_path / "hourly")
+    head, *rows = (other / "series.csv").read_text().splitlines()
+    (other / "series.csv").write_text("\n".join([head, *rows[::4]]) + "\n")
+    assert main(["predict", "PPO", "--env.site", str(other)]) == 0
+    _, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert [row[0][11:16] for row in rows] == [f"{hour:02d}:00" for hour in range(24)]
+
+
+def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
     """What `predict` writes as seen is what an environment would have shown."""
     from co2lightning.agents.ppo import PPO
-    from co2lightning.commands.predict import day_schedule
+    from co2lightning.commands.predict import predict
     from co2lightning.sim.days import SiteDays
-    from co2lightning.sim.schedule import evaluation_soc
+    from co2lightning.sim.schedule import start_soc
 
-    site = load_site(place / "village")
+    site = load_site(trained / "village")
     agent = PPO(SiteDays.observation_dim, SiteDays.action_dim, seed=3)
-    day = int(site.held_out_days[1])
-    planned, seen = day_schedule(agent, site, day)
+    day = int(site.stretches[1, 0])
+    found, seen = predict(agent, site, day)
     env = SiteDays(site, 1)
-    obs = env.begin(priced_model(site).zero.new_tensor([day]).long(), evaluation_soc(site)[[day]])
+    obs = env.begin(torch.tensor([day]), torch.tensor([start_soc(site)]))
     for step in range(96):
         assert obs[0].tolist() == pytest.approx(seen[step].tolist(), abs=1e-5)
         obs = env.step(agent.act(obs).detach()).obs
-        assert float(env.flows.ev_kw) == pytest.approx(planned.ev_kw[0, step], abs=1e-3)
+        planned = found.schedules["agent"][0].ev_kw[step]
+        assert float(env.flows.ev_kw) == pytest.approx(planned, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["uncontrolled", "rbc_a", "rbc_b", "cheap", "rbc_c"])
+def test_a_rule_is_written_as_evaluation_plays_it(trained: Path, name: str, capsys: Run) -> None:
+    assert main(["predict", name, "--env.site", "village"]) == 0
+    printed = capsys.readouterr()
+    header, _, values = rows_of(printed.out)
+    assert header == COLUMNS
+    evaluation = evaluate(None, load_site(trained / "village"))
+    plan, own = evaluation.schedules[name][0], evaluation.policies[name]
+    assert values[:, 0] == pytest.approx(plan.ev_kw, abs=1e-6)
+    assert values[:, 1] == pytest.approx(plan.battery_kw, abs=1e-6)
+    told = f"2025-03-02: {TITLES[name]} emits {own.co2_kg[0]:.1f} kg CO2, what is left at the end"
+    assert printed.err.splitlines()[-1].startswith(told)
+
+
+def test_a_rule_follows_what_is_to_be_made_small(tmp_path: Path, capsys: Run) -> None:
+    other = write_site(tmp_path / "priced")
+    head, *rows = (other / "series.csv").read_text().splitlines()
+    priced = [f"{head},price_per_kwh", *(f"{row},0.2" for row in rows)]
+    (other / "series.csv").write_text("\n".join(priced) + "\n")
+    words = ["--env.site", str(other), "--env.objective", "cost"]
+    assert main(["predict", "rbc_c", *words]) == 0
+    printed = capsys.readouterr()
+    assert rows_of(printed.out)[0] == [*COLUMNS, "cost"]
+    assert "RBC C costs" in printed.err.splitlines()[-1]

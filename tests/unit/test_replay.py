@@ -82,6 +82,17 @@ def test_resets_are_left_out_and_samples_are_reproducible() -> None:
     assert seen == {0.0, 2.0, 3.0}
 
 
+def test_a_cut_is_no_end() -> None:
+    """A window stopped by the clock: the next observation is real and its value counts."""
+    replay = empty(4)
+    rollout = segment(0, 4)
+    rollout.truncated[-1] = 1.0
+    replay.add(rollout, masked=False)
+    obs, _, _, next_obs, terminated = replay.table.split(replay.sizes, dim=1)
+    assert not terminated.any()
+    assert torch.equal(next_obs, obs + 1)
+
+
 def test_what_is_no_piece_is_told() -> None:
     replay = empty(10)
     replay.add(segment(0, 4), masked=False)

@@ -14,7 +14,7 @@ from co2lightning.sim.interface import Step
 class Counter:
     """Observation: steps so far and a copy's number; the first copy ends every 4 steps."""
 
-    num_envs, observation_dim, action_dim, horizon = 3, 2, 1, 10
+    num_envs, observation_dim, action_dim, horizon, step_minutes = 3, 2, 1, 10, 15
     rule_features: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> None:

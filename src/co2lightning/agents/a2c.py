@@ -23,7 +23,8 @@ class A2C(ActorCritic):
         """What can be set of A2C.
 
         Args:
-            gae_lambda: 1 is the n-step return of the paper, 0 trusts the value function.
+            gae_lambda: Per 15 minutes; 1 is the n-step return of the paper, 0 trusts the value
+                function.
         """
 
         n_steps: int = setting(8, COUNT_OR_NONE)

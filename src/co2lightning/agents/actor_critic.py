@@ -29,8 +29,8 @@ class ActorCritic(Agent):
         """What can be set of an on-policy agent.
 
         Args:
-            n_steps: Steps of the episode between two updates; 0 is the whole episode.
-            gae_lambda: 0 trusts the value function, 1 the rollout.
+            n_steps: Steps of 15 minutes between two updates; 0 is the whole episode.
+            gae_lambda: Per 15 minutes; 0 trusts the value function, 1 the rollout.
             normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
             ent_coef: Weight of the entropy bonus.
             vf_coef: Weight of the value loss.
@@ -62,7 +62,8 @@ class ActorCritic(Agent):
         return torch.optim.Adam(self.parameters(), lr=rate, eps=1e-5, fused=True)
 
     def segment_steps(self, horizon: int) -> int:
-        return min(self.settings.n_steps or horizon, horizon)
+        n_steps = self.settings.n_steps
+        return min(self.in_steps(n_steps), horizon) if n_steps else horizon
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         return self.actor(self.policy_obs(obs)) + self.log_std.exp() * noise
@@ -96,8 +97,8 @@ class ActorCritic(Agent):
             next_value,
             rollout.terminated,
             rollout.truncated,
-            gamma=self.settings.gamma,
-            gae_lambda=self.settings.gae_lambda,
+            gamma=self.per_step(self.settings.gamma),
+            gae_lambda=self.per_step(self.settings.gae_lambda),
         )
         target = advantage + value
         mean, variance = _moments(advantage, rollout.valid)

@@ -29,7 +29,7 @@ from co2lightning.learn.seeds import episode_generator, episode_seed
 from co2lightning.metrics import short_metrics
 from co2lightning.runs.ledger import parse_count
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.interface import Environment
+from co2lightning.sim.interface import NOMINAL_STEP_MINUTES, Environment
 
 _MOST_SKIPPED = 10  # updates in a row whose gradient is not finite
 
@@ -46,6 +46,7 @@ class Agent(pl.LightningModule):
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
         hindsight_dim: K, what only critics observe; set by the environment.
+        step_minutes: Length of a step; set by the environment.
         settings: Those of `Settings`.
     """
 
@@ -58,7 +59,7 @@ class Agent(pl.LightningModule):
             learning_rate: Of Adam, at episode 1.
             anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
             anneal_to: Share of the learning rate that is left after them.
-            gamma: Discount per step.
+            gamma: Discount per 15 minutes, however long a step is.
             hidden: Width of each hidden layer, of actor and critic alike.
             activation: tanh, relu or silu.
             reward_scale: Factor on rewards before they reach a critic.
@@ -85,6 +86,7 @@ class Agent(pl.LightningModule):
         action_dim: int,
         seed: int = 0,
         hindsight_dim: int = 0,
+        step_minutes: int = NOMINAL_STEP_MINUTES,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class Agent(pl.LightningModule):
         self.action_dim = action_dim
         self.seed = seed
         self.hindsight_dim = hindsight_dim
+        self.step_minutes = step_minutes
         self.settings = self.Settings(**settings)
         self.save_hyperparameters(self.hyperparameters())  # for the loggers
         self.automatic_optimization = False
@@ -105,8 +108,18 @@ class Agent(pl.LightningModule):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, which a checkpoint holds."""
-        sizes = ("observation_dim", "action_dim", "seed", "hindsight_dim")
+        sizes = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
         return {key: getattr(self, key) for key in sizes} | vars(self.settings)
+
+    # What settings give per 15 minutes, for the environment's step: one recipe fits every site.
+
+    def per_step(self, share: float) -> float:
+        """Return the share that is left after a step of what leaves `share` after 15 minutes."""
+        return share ** (self.step_minutes / NOMINAL_STEP_MINUTES)
+
+    def in_steps(self, count: int) -> int:
+        """Return how many steps so many steps of 15 minutes are, at least one."""
+        return max(1, round(count * NOMINAL_STEP_MINUTES / self.step_minutes))
 
     # -- what an agent defines -----------------------------------------------------------------
 

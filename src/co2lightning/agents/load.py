@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +13,14 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents import agent_class, check_agent
-from co2lightning.agents.ranges import COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
-from co2lightning.control.observation import build_observer, observe
+from co2lightning.agents.ranges import COUNT, COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
+from co2lightning.control.observation import observe
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.runs.ledger import MAX_EPISODES, parse_count
 from co2lightning.sim.days import SiteDays
+from co2lightning.sim.interface import NOMINAL_STEP_MINUTES
+from co2lightning.sim.scales import observer_of
 from co2lightning.site.model import Site
 
 if TYPE_CHECKING:
@@ -26,13 +30,16 @@ SIZES = {
     "observation_dim": "observations",
     "hindsight_dim": "features of hindsight",
     "action_dim": "actions",
+    "step_minutes": "minutes a step",
 }
 """What an environment sets of an agent, and what that counts."""
+_UNSAID = dict.fromkeys(SIZES, 0) | {"step_minutes": NOMINAL_STEP_MINUTES}  # in older files
+_TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each other
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
     """Return an agent's deterministic policy in the form of a rule."""
-    observer = build_observer(site, agent.device)
+    observer = observer_of(site, agent.device)
     return lambda model, state: agent.act(observe(observer, model, state))
 
 
@@ -40,7 +47,8 @@ def agent_of(content: dict[str, Any], origin: str | Path) -> str:
     """Return the name of the agent whose episode a checkpoint's content is.
 
     Raises:
-        UserError: It is not that of an episode of this project; `origin` names its file.
+        UserError: It is not that of an episode of this project, or of one on a site whose days
+            stood alone; `origin` names its file.
     """
     kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
     try:
@@ -55,7 +63,38 @@ def agent_of(content: dict[str, Any], origin: str | Path) -> str:
         raise UserError(
             f"{origin}: not an episode of co2lightning ({error}); give one such as episode_0004.pt"
         ) from None
-    return check_agent(run.get("agent"), f"{origin}: agent")
+    agent = check_agent(run.get("agent"), f"{origin}: agent")
+    if version := before_time_went_on(run):
+        place = Path(origin).parent
+        name = "" if place.parent.name == "archive" else place.name
+        flags = {"model": agent, "env.site": run["config"].get("env.site"), "name": name}
+        usual = {"env.site": "iquitos", "name": agent}
+        given = [
+            f"--{key} {shlex.quote(value)}"
+            for key, value in flags.items()
+            if isinstance(value, str) and value not in ("", usual.get(key))
+        ]
+        raise UserError(
+            f"{origin}: trained by version {version} on days that stand alone; now a site's time "
+            f"goes on from day to day; train anew: co2lightning fit {' '.join(given)}"
+        )
+    return agent
+
+
+def before_time_went_on(run: Mapping[str, Any]) -> str | None:
+    """Return the version that trained a run on a site whose days stood alone; None of others.
+
+    Args:
+        run: What a checkpoint or metadata.json says of the run.
+    """
+    if not isinstance(run.get("site"), dict):
+        return None  # Gymnasium's environments are what they were
+    versions = run.get("versions")
+    said = versions.get("co2lightning") if isinstance(versions, dict) else None
+    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
+    if not found:
+        return "unknown"
+    return None if (int(found[1]), int(found[2])) >= _TIME_GOES_ON else found.string[:20]
 
 
 def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
@@ -65,6 +104,7 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
         UserError: It is nothing that an agent can be made of; `origin` names the file.
     """
     kinds: dict[str, Kind] = dict.fromkeys(SIZES, (int, COUNT_OR_NONE))
+    kinds["step_minutes"] = int, COUNT
     settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
     return check_types(content["hyper_parameters"], kinds, str(origin))
@@ -91,7 +131,7 @@ def restore_agent(
     made = agent_class(agent_of(content, origin))
     place, sizes = environment or ("", {})
     for key, size in sizes.items():
-        trained = content["hyper_parameters"].get(key, 0)
+        trained = content["hyper_parameters"].get(key, _UNSAID[key])
         if type(trained) is int and trained != size:
             raise UserError(
                 f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "

@@ -105,6 +105,9 @@ def _fits(value: object, wanted: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return isinstance(value, str) and value in inner
+    if origin is dict:
+        weights = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(type(k) is str and type(v) in (int, float) for k, v in weights)
     if origin is tuple:
         return isinstance(value, list | tuple) and all(type(part) is int for part in value)
     return type(value) in ((int, float) if wanted is float else (wanted,))
@@ -128,6 +131,8 @@ def in_words(wanted: Any) -> str:
         return " or ".join(str(choice) for choice in inner)
     if origin in (tuple, list) and inner[0] is int:
         return "a list of whole numbers, such as [64, 64]"
+    if origin is dict:
+        return "weights such as {co2: 1, cost: 0.2}"
     if origin is list:
         return f"a list of {in_words(inner[0])}"
     return f"the class_path of a {getattr(origin or wanted, '__name__', wanted)}"

@@ -36,7 +36,7 @@ class SAC(Agent):
         """What can be set of SAC.
 
         Args:
-            train_freq: Steps of the episode between two rounds of updates.
+            train_freq: Steps of 15 minutes between two rounds of updates.
             gradient_steps: Updates in a round.
             learning_starts: Transitions acted at random before the first update.
             buffer_size: Transitions the replay buffer holds.
@@ -81,7 +81,7 @@ class SAC(Agent):
         return torch.optim.Adam(learned, lr=self.settings.learning_rate, fused=True)
 
     def segment_steps(self, horizon: int) -> int:
-        return min(self.settings.train_freq, horizon)
+        return min(self.in_steps(self.settings.train_freq), horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         if self.env_steps < self.settings.learning_starts:
@@ -98,7 +98,7 @@ class SAC(Agent):
         The sum descends each on its own: the critics' weights are constants to the actor's loss,
         the policy is one to the temperature's.
         """
-        batch, gamma = update.batch, self.settings.gamma
+        batch, gamma = update.batch, self.per_step(self.settings.gamma)
         ent_coef = self.log_ent_coef.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = squashed_gaussian(

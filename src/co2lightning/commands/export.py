@@ -20,11 +20,12 @@ from co2lightning import __version__
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP
 from co2lightning.commands.run import open_run, run_parser
-from co2lightning.control.observation import ENERGY_SCALE_H, FEATURES, RULE_FEATURES, power_scale_kw
+from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.runs.files import write_atomic
-from co2lightning.site.model import STEP_H, Site
+from co2lightning.sim.scales import observer_of
+from co2lightning.site.model import Site
 from co2lightning.terminal import say
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = run_parser(
         "export",
-        "Write a run's policy as an ONNX file that runs without torch. Input: the 29 features of "
-        "a step, [N, 29]. Outputs: action, [N, 2] in -1 to 1, and power_kw, [N, 2]: what to give "
-        "the vehicles and the battery (charging positive) in these 15 min. Names, units and "
-        "ranges are in the file's metadata.",
+        f"Write a run's policy as an ONNX file that runs without torch. Input: the "
+        f"{len(FEATURES)} features of a step, [N, {len(FEATURES)}]. Outputs: action, [N, 2] in -1 "
+        "to 1, and power_kw, [N, 2]: what to give the vehicles and the battery (charging "
+        "positive) in this step. Names, units and what the features are measured in are in the "
+        "file's metadata.",
         "co2lightning export PPO --output policy.onnx",
     )
     parser.add_place("--output", required=True, help="where the policy goes")
@@ -75,20 +77,25 @@ def main(argv: Sequence[str]) -> int:
 
 def metadata(agent: Agent, site: Site) -> dict[str, Any]:
     """Return what a caller of the graph needs to know; lists are in the order of the columns."""
+    observer = observer_of(site, agent.device)
+    battery_kw = site.battery.power_kw if site.battery else 0.0
+    surplus = ", max(pv - load - ev_kw, 0)" if _takes_surplus_only(site) else ""
     return {
         "agent": type(agent).__name__,
         "action_kind": agent.settings.action,
         "co2lightning_version": __version__,
         "site": site.name,
         "site_sha256": site.sha256,
-        "step_minutes": round(60 * STEP_H),
+        "step_minutes": site.step_minutes,
         "observation_names": _NAMES,
         "observation_meanings": [feature.meaning for feature in FEATURES],
         "observation_units": [feature.unit for feature in FEATURES],
-        "observation_low": [feature.low for feature in FEATURES],
-        "observation_high": [feature.high for feature in FEATURES],
-        "power_scale_kw": power_scale_kw(site),
-        "energy_scale_kwh": ENERGY_SCALE_H * power_scale_kw(site),
+        "observation_centre": list(observer.centre),
+        "observation_spread": list(observer.spread),
+        "observation_from_value": (
+            f"(value - centre) / spread, clamped to -{HIGHEST:g} to {HIGHEST:g}; 0 where spread is "
+            "0; the two actions of the rule, of spread 1, to -1 to 1"
+        ),
         "action_names": list(_ACTIONS),
         "action_low": [-1.0, -1.0],
         "action_high": [1.0, 1.0],
@@ -97,15 +104,20 @@ def metadata(agent: Agent, site: Site) -> dict[str, Any]:
             "battery power at the AC side as a share of its rating, charging positive",
         ],
         "power_names": ["ev_kw", "battery_kw"],
-        "battery_kw": site.battery.power_kw,
+        "battery_kw": battery_kw,
         "grid_kw": site.grid_kw,
         "action_to_kw": (
-            "room = grid_kw - load + pv; "
+            "room = import_limit - load + pv; "
             "ev_kw = min(max(room + discharge_limit, must), must + (could - must) * (ev + 1) / 2); "
-            "battery_kw = min(max(min(battery * rating, room - ev_kw), -discharge_limit), "
-            "charge_limit); features times power_scale_kw"
+            f"battery_kw = min(max(min(battery * battery_kw, room - ev_kw{surplus}), "
+            "-discharge_limit), charge_limit); of features the values in kW. A vehicle that would "
+            "get less than its socket's least power waits"
         ),
     }
+
+
+def _takes_surplus_only(site: Site) -> bool:
+    return site.battery is not None and not site.battery.may_charge_from_grid
 
 
 def build_onnx(agent: Agent, site: Site) -> onnx.ModelProto:
@@ -196,16 +208,18 @@ def _activation(graph: _Graph, name: str, source: str) -> str:
 
 def _power(graph: _Graph, site: Site) -> None:
     """Add `power_kw`; mirrors `shield.ev_power_kw` and `shield.battery_power_kw`."""
-    scale = graph.number(power_scale_kw(site))
+    observer = observer_of(site)
 
     def kw(feature: str) -> str:
         column = _NAMES.index(feature)
-        return graph.add("Mul", graph.columns("observation", column, column + 1), scale)
+        spread, centre = (graph.number(of[column]) for of in (observer.spread, observer.centre))
+        observed = graph.columns("observation", column, column + 1)
+        return graph.add("Add", graph.add("Mul", observed, spread), centre)
 
     must_kw, could_kw = kw("must"), kw("could")
     charge_kw, discharge_kw = kw("charge_limit"), kw("discharge_limit")
     own_kw = graph.add("Sub", kw("load"), kw("pv"))
-    room_kw = graph.add("Sub", graph.number(site.grid_kw), own_kw)
+    room_kw = graph.add("Sub", kw("import_limit"), own_kw)
 
     half, one = graph.number(0.5), graph.number(1.0)
     share = graph.add("Mul", graph.add("Add", graph.columns("action", 0, 1), one), half)
@@ -213,9 +227,12 @@ def _power(graph: _Graph, site: Site) -> None:
     supply_kw = graph.add("Max", graph.add("Add", room_kw, discharge_kw), must_kw)
     ev_kw = graph.add("Min", supply_kw, graph.add("Add", must_kw, above_kw))
 
-    rating = graph.number(site.battery.power_kw)
+    rating = graph.number(site.battery.power_kw if site.battery else 0.0)
     wanted_kw = graph.add("Mul", graph.columns("action", 1, 2), rating)
     wanted_kw = graph.add("Min", wanted_kw, graph.add("Sub", room_kw, ev_kw))
+    if _takes_surplus_only(site):
+        surplus_kw = graph.add("Neg", graph.add("Add", own_kw, ev_kw))
+        wanted_kw = graph.add("Min", wanted_kw, graph.add("Max", surplus_kw, graph.number(0.0)))
     wanted_kw = graph.add("Max", wanted_kw, graph.add("Neg", discharge_kw))
     battery_kw = graph.add("Min", wanted_kw, charge_kw)
     graph.add("Concat", ev_kw, battery_kw, name="power_kw", axis=1)

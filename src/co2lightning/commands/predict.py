@@ -1,32 +1,35 @@
-"""`co2lightning predict`: what a policy does on one day, step by step, as CSV.
+"""`co2lightning predict`: what a policy does on one day or several, step by step, as CSV.
 
-Shapes: T = 96 steps, O features.
+Shapes: n steps, O features.
 """
 
-from collections.abc import Sequence
-from datetime import date, datetime, time, timedelta
-from zoneinfo import ZoneInfo
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import open_run, run_parser, unseen
-from co2lightning.control.observation import FEATURES, build_observer, observe
-from co2lightning.control.state import SiteModel, State
+from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.control.observation import FEATURES, observe
+from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
+from co2lightning.report.comparison import evaluation_data, settled_in
+from co2lightning.report.steps import columns_of, rows_of
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import TITLES, check_finite, reference_schedules
-from co2lightning.sim.objective import priced_model
-from co2lightning.sim.schedule import Schedule, schedule
+from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, violations
+from co2lightning.sim.scales import observer_of
+from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.load import load_site
+from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
-
-_COLUMNS = ("time", "ev_kw", "battery_kw", "grid_kw", "soc", "co2_kg")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,80 +40,147 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = run_parser(
         "predict",
-        "Write a day as a run's policy controls it: a header and 96 rows, one for each 15 min. "
+        "Write a day as a run's policy, or a rule, controls it: a header and a row for each step. "
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
-        "soc: 0-1, at its end. co2_kg: of the import; in the last row also of a battery left "
-        "emptier than at midnight.",
-        "co2lightning predict PPO --day 2025-01-06 --output schedule.csv",
+        "soc: 0-1, at its end. co2_kg: of the import. unmet_kwh: owed to vehicles that then leave. "
+        "cost, where the site has prices: of the import less the export, in its currency.",
+        "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
+        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
+    )
+    parser.add_argument(
+        "--env.objective",
+        dest="objective",
+        metavar="WHAT",
+        help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
     )
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
+    parser.add_argument(
+        "--days", type=int, default=1, metavar="N", help="so many in one go [default: 1]"
+    )
     parser.add_place("--output", help="where the CSV goes [default: standard output]")
     parser.add_place(
         "--observations",
-        help="what the policy saw in these 96 steps, as CSV too: the input of an exported policy",
+        help="what the policy saw in these steps, as CSV too: the input of an exported policy",
     )
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    agent, episode, site, _, _, facts = open_run(arguments)
+    acting = _rule(arguments) or _run(arguments)
+    site, facts = acting.site, acting.facts
     if arguments.day:
         try:
             day = day_index(site, arguments.day)
         except UserError as error:
             raise UserError(f"--{error}") from None
     else:
-        day = int(unseen(facts, site).held_out_days[0])
+        day = int(unseen(facts, site).stretches[0, 0])
+    most = len(site.days) - day
+    if not 1 <= arguments.days <= most:
+        raise UserError(
+            f"--days {arguments.days}: is not from 1 to {most}; {site.name} has so many days from "
+            f"{site.days[day]} on"
+        )
+    chosen = slice(day, day + arguments.days)
     trained = trained_days.seen(facts, site)
-    if not site.held_out[day] or (trained is not None and trained[day]):
-        say(f"{site.days[day]} is a training day of {site.name}", err=True)
-    planned, seen = day_schedule(agent, site, day)
-    grid_kw = planned.grid_import_kw - planned.curtailed_kwh / STEP_H
-    columns = [planned.ev_kw, planned.battery_kw, grid_kw, planned.soc, planned.co2_kg]
-    text = _csv(site, day, _COLUMNS[1:], np.concatenate(columns).T)
+    known = ~site.held_out[chosen] | (False if trained is None else trained[chosen])
+    if known.any():
+        which = site.days[day + int(np.flatnonzero(known)[0])]
+        say(f"{which} is a training day of {site.name}", err=True)
+    keep = Path(arguments.directory) / "references"
+    found, seen = predict(acting.policy, site, day, arguments.days, keep)
+    begin = int(site.day_bounds[day])
+    text = _csv(site, begin, columns_of(site, found.schedules["agent"][0]))
     if output is None:
         say(*text.splitlines())
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        write_atomic(observations, _csv(site, day, [f.name for f in FEATURES], seen).encode())
-    others = reference_schedules(site, [day])
-    told = ", ".join(f"{TITLES[name]} {other.co2_kg.sum():.1f}" for name, other in others.items())
+        features = {feature.name: seen[:, i] for i, feature in enumerate(FEATURES)}
+        write_atomic(observations, _csv(site, begin, features).encode())
+    settled = settled_in(evaluation_data(found))
+    came_to = {name: settled.written(of.settled[0]) for name, of in found.policies.items()}
+    told = ", ".join(f"{TITLES[name]} {came_to[name]}" for name in TITLES if name in came_to)
+    unit = f" {settled.unit}" if settled.unit else ""
+    own_words = {
+        "co2_kg": f"emits {came_to['agent']} kg CO2",
+        "cost": f"costs {came_to['agent']}{unit}",
+        "objective": f"has an objective of {came_to['agent']}",
+    }[settled.key]
+    until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
-        f"{site.days[day]}: {type(agent).__name__} after episode {episode} emits "
-        f"{planned.co2_kg.sum():.1f} kg CO2; {told}",
+        f"{site.days[day]}{until}: {acting.who} "
+        f"{own_words}, what is left at the end settled; {told}",
         err=True,
     )
-    return 0
+    return check_bound(violations(found))
 
 
-def day_schedule(agent: Agent, site: Site, day: int) -> tuple[Schedule, Floats]:
-    """Run a policy through one day.
+class _Acting(NamedTuple):
+    """Who is asked for a plan, and where."""
+
+    policy: Agent | str  # a rule's name
+    who: str
+    site: Site
+    facts: dict[str, Any]  # what the checkpoint says of a run
+
+
+def _run(arguments: argparse.Namespace) -> _Acting:
+    if arguments.objective is not None:
+        raise UserError(f"--env.objective: {arguments.name} is settled by what it was trained for")
+    agent, episode, site, _, _, facts = open_run(arguments)
+    return _Acting(agent, f"{type(agent).__name__} after episode {episode}", site, facts)
+
+
+def _rule(arguments: argparse.Namespace) -> _Acting | None:
+    """Return the rule that was asked for; None where it is a run."""
+    name = arguments.name
+    if name not in RULE_NAMES or arguments.ckpt_path or (Path(arguments.directory) / name).is_dir():
+        return None
+    if arguments.site is None:
+        raise UserError(f"predict {name}: a rule needs a site, such as --env.site iquitos")
+    site = load_site(arguments.site, objective=arguments.objective or "co2")
+    if name == "cheap" and not len(site.sessions.arrival):
+        raise UserError(f"predict cheap: no vehicle comes to {site.name} for it to charge")
+    say(*site.notes, err=True)
+    return _Acting(name, TITLES[name], site, {})
+
+
+def predict(
+    policy: Agent | str, site: Site, day: int, count: int = 1, keep: Path | None = None
+) -> tuple[Evaluation, Floats]:
+    """Run a policy through days in one go, as evaluation begins them.
+
+    Args:
+        policy: An agent, or the name of one of the site's rules.
+        site: The site.
+        day: Index of the first day.
+        count: How many days.
+        keep: Directory where what is computed for the site alone is kept.
 
     Returns:
-        The schedule, its fields [1, T], and what the policy saw [T, O].
+        The policy as "agent" beside the rules and the optimum in this one stretch, and what it saw
+        or could have seen [n, O].
     """
-    observer = build_observer(site, agent.device)
+    stretch = replace(site, stretches=np.array([[day, day + count]]))
+    rule = rules_of(stretch, keep=keep)[policy] if isinstance(policy, str) else None
+    device = torch.device("cpu") if isinstance(policy, str) else policy.device
+    observer = observer_of(site, device)
     seen: list[Tensor] = []
 
-    def policy(model: SiteModel, state: State) -> Tensor:
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
         seen.append(observe(observer, model, state))
-        return agent.act(seen[-1])
+        if isinstance(policy, Agent):
+            return policy.act(seen[-1])
+        assert rule is not None
+        return rule(model, state)
 
-    planned = schedule(priced_model(site, agent.device), policy, site, [day])
-    check_finite(planned)
-    return planned, torch.cat(seen).double().cpu().numpy()
+    found = evaluate(watched, stretch, device=device, keep=keep)
+    return found, torch.cat(seen).double().cpu().numpy()
 
 
-def _csv(site: Site, day: int, names: Sequence[str], values: Floats) -> str:
-    """Return the rows of a day: the time, then a row of values [T, columns] for each step."""
-    midnight = datetime.combine(date.fromisoformat(site.days[day]), time(), ZoneInfo(site.timezone))
-    rows = [",".join(["time", *names])]
-    for step in range(T):
-        begin = midnight + timedelta(hours=step * STEP_H)
-        # Adding 0.0 takes the sign off a zero.
-        numbers = (f"{value + 0.0:.9g}" for value in np.round(values[step], 9))
-        rows.append(",".join([begin.isoformat(), *numbers]))
-    return "\n".join(rows) + "\n"
+def _csv(site: Site, begin: int, columns: Mapping[str, Floats]) -> str:
+    """Return a stretch as CSV: the time and each column's number [n], a row for each step."""
+    return "\n".join([",".join(["time", *columns]), *rows_of(site, begin, columns)]) + "\n"

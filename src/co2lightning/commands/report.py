@@ -1,6 +1,5 @@
 """The command `co2lightning report`: what it takes, what it refuses, what it writes."""
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from co2lightning.commands.run import Parser, check_bound, find_runs
 from co2lightning.errors import UserError
-from co2lightning.places import check_directory, check_output
+from co2lightning.places import check_output, check_output_directory
 from co2lightning.runs.files import now, write_atomic
 from co2lightning.terminal import say
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     parser = Parser(
         "report",
-        "Write one HTML file that shows runs: learning curves, the comparison on held-out days, "
+        "Write one HTML file that shows runs: learning curves, the comparison on what is held out, "
         "sessions, every held-out day to look at. It needs no network.",
         "co2lightning report PPO SAC --output report.html --figures figures",
     )
@@ -40,12 +39,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     output = check_output("--output", options.output)
     assert output is not None
-    figures = None if options.figures is None else Path(options.figures)
-    if figures:
-        if os.path.lexists(figures) and not figures.is_dir():
-            raise UserError(f"--figures {figures}: is not a directory")
-        parent = figures if figures.is_dir() else figures.resolve().parent
-        check_directory(f"--figures {figures}", parent)
+    figures = check_output_directory("--figures", options.figures)
     names = list(dict.fromkeys(options.names)) or [None]
     runs = [run for name in names for run in find_runs(name, options.directory)]
     if not runs:
@@ -58,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     from co2lightning.report.page import render
     from co2lightning.sim.evaluate import violations
 
-    results = collect(runs, options.site, say, partial(say, err=True))
+    keep = Path(options.directory) / "references"
+    results = collect(runs, options.site, say, partial(say, err=True), keep)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, now())
     files = {output: page}

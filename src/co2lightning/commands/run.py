@@ -68,12 +68,14 @@ class _Place(argparse.Action):
         setattr(namespace, self.dest, local(str(option_string), values))
 
 
-def run_parser(command: str, description: str, example: str) -> Parser:
+def run_parser(
+    command: str, description: str, example: str, name: str = "the run, such as PPO"
+) -> Parser:
     """Return the parser of a command that uses one episode of a run, for `open_run`."""
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
     parser.set_defaults(command=command)
-    parser.add_argument("name", metavar="NAME", help="the run, such as PPO")
+    parser.add_argument("name", metavar="NAME", help=name)
     parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
@@ -104,11 +106,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     checkpoint, path = _read(run, arguments)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
-    wanted = arguments.site or checkpoint["run"].get("config", {}).get("env.site")
+    config = checkpoint["run"].get("config", {})
+    wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
-        site = load_site(wanted)
+        site = load_site(wanted, objective=objective)
     say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(

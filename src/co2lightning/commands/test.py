@@ -1,22 +1,30 @@
-"""`co2lightning test`: a run on held-out days, beside the rules and the optimum."""
+"""`co2lightning test`: a run on held-out stretches, beside the rules and the optimum."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from co2lightning.agents.load import policy_of
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
-from co2lightning.report.tables import Table, comparison_table, in_terminal
+from co2lightning.places import check_output
+from co2lightning.report.comparison import comparison_tables, evaluation_data
+from co2lightning.report.steps import steps_of
+from co2lightning.report.tables import in_terminal
+from co2lightning.runs.files import write_atomic
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, summarise, violations
+from co2lightning.sim.evaluate import (
+    MPC_TITLE,
+    Evaluation,
+    beside,
+    evaluate,
+    summarise,
+    violations,
+)
+from co2lightning.site.model import Site
 from co2lightning.terminal import say, show_tables
-
-if TYPE_CHECKING:
-    from co2lightning.agents.agent import Agent
 
 
 def main(argv: list[str]) -> int:
@@ -27,11 +35,21 @@ def main(argv: list[str]) -> int:
     """
     parser = run_parser(
         "test",
-        "Evaluate a run's newest episode on the held-out days, beside the rules and the optimum: "
+        "Evaluate a run's newest episode on the held-out weeks, beside the rules and the optimum: "
         "CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
     )
     parser.add_argument("--json", action="store_true", help="data on standard output")
+    parser.add_argument(
+        "--mpc",
+        action="store_true",
+        help="beside them model predictive control: a plan of the next day in every step; a second "
+        "or more for each day, once",
+    )
+    parser.add_place(
+        "--steps",
+        help="every step of every policy there, as CSV: what predict writes, with the policy",
+    )
     parser.add_place(
         "--logs.dir",
         dest="logs",
@@ -40,16 +58,33 @@ def main(argv: list[str]) -> int:
         help="of TensorBoard; the figures go there too [default: lightning_logs]",
     )
     arguments = parser.parse_args(argv)
+    steps = check_output("--steps", arguments.steps)
     own_logs = Path(arguments.logs) / arguments.name
     TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
     agent, episode, site, path, run, facts = open_run(arguments)
     site = unseen(facts, site)
-    evaluation = evaluate(policy_of(agent, site), site, device=agent.device)
+    keep = Path(arguments.directory) / "references"
+    evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+    if arguments.mpc:
+        evaluation = _with_mpc(evaluation, site, keep)
+    if steps:
+        write_atomic(steps, steps_of(site, evaluation, type(agent).__name__).encode())
+    data = evaluation_data(evaluation)
     if arguments.json:
-        say(json.dumps(_as_data(evaluation, agent, episode), allow_nan=False))
+        told = {
+            "site": site.name,
+            "agent": type(agent).__name__,
+            "action": agent.settings.action,
+            "episode": episode,
+        }
+        say(json.dumps(told | data, allow_nan=False))
     else:
-        table = in_terminal(_as_table(evaluation, agent, episode))
-        show_tables(table, width=110)  # squeezed into 80 columns it loses its numbers
+        name, correction = type(agent).__name__, agent.settings.action == "correction"
+        who = name + (" as a correction of RBC B" if correction else "")
+        own = name + (", correction of RBC B" if correction else "")
+        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", own)
+        show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
+        say(*below)
     logs = Path(arguments.logs)
     if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
         try:
@@ -59,37 +94,27 @@ def main(argv: list[str]) -> int:
     return check_bound(violations(evaluation))
 
 
-def _as_data(evaluation: Evaluation, agent: Agent, episode: int) -> dict[str, Any]:
-    """Return what `test --json` prints: plain data, numbers to 1e-6."""
-    return {
-        "site": evaluation.site,
-        "agent": type(agent).__name__,
-        "action": agent.settings.action,
-        "episode": episode,
-        "days": list(evaluation.days),
-        "policies": {
-            name: {key: np.round(column, 6).tolist() for key, column in figures._asdict().items()}
-            for name, figures in evaluation.policies.items()
-        },
-        "summary": {
-            name: {key: None if v is None else round(v, 6) for key, v in s._asdict().items()}
-            for name, s in summarise(evaluation).items()
-        },
-    }
+def _with_mpc(evaluation: Evaluation, site: Site, keep: Path) -> Evaluation:
+    """Put model predictive control beside the others; show on standard error how far it is."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
+    from co2lightning.sim.mpc_stretches import play_mpc
 
-def _as_table(evaluation: Evaluation, agent: Agent, episode: int) -> Table:
-    correction = " as a correction of RBC B" if agent.settings.action == "correction" else ""
-    titles = {"agent": type(agent).__name__ + correction.replace(" as a", ",", 1), **TITLES}
-    days = evaluation.days
-    return comparison_table(
-        [
-            {"name": name, "policy": titles[name], **summary._asdict()}
-            for name, summary in summarise(evaluation).items()
-        ],
-        title=f"{type(agent).__name__}{correction}, episode {episode}, on {len(days)} held-out "
-        f"days of {evaluation.site} ({days[0]} to {days[-1]})",
-    )
+    count = len(site.stretches)
+    live = Progress(console=Console(stderr=True), transient=True)
+    if not live.console.is_terminal or "NO_COLOR" in os.environ:
+        live = None
+
+    def done(so_far: int) -> None:
+        if live:
+            live.update(task, completed=so_far)
+        else:
+            say(f"{MPC_TITLE}: {so_far} of {count} stretches", err=True)
+
+    with live or contextlib.nullcontext():
+        task = live.add_task(MPC_TITLE, total=count) if live else TaskID(0)
+        return beside(evaluation, site, "mpc", play_mpc(site, keep, done))
 
 
 def _write_scalars(logs: Path, found: Evaluation, episode: int, run: TrainingCheckpoint) -> None:

@@ -1,18 +1,20 @@
-"""The rules a learned controller is measured against, in the controller's own action space.
+"""The rules a learned controller is measured against.
 
-Shapes: B days at once, A = 2 actions. Every rule maps (model, state) to an action [B, A] and sees
-no more than a controller does.
+Shapes: P steps of the site, B at once, A = 2 actions, C columns of sockets, n steps that are looked
+ahead. Every rule maps (model, state) to an action [B, A] or to powers, and sees no more than a
+controller does.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from co2lightning.control.shield import ev_power_kw
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
+from co2lightning.control.state import Powers, SiteModel, State
 
-Rule = Callable[[SiteModel, State], Tensor]
+Rule = Callable[[SiteModel, State], Tensor | Powers]
 
 
 def solar_share(model: SiteModel, state: State) -> Tensor:
@@ -30,7 +32,10 @@ def after_solar_kw(model: SiteModel, state: State) -> Tensor:
 
     The grid connection does not matter: beyond must these vehicles take a surplus only.
     """
-    return model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    if model.floor_kw is None:
+        return others_kw
+    return state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
 
 
 def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
@@ -56,4 +61,134 @@ def rbc_b(model: SiteModel, state: State) -> Tensor:
     return torch.stack([action_ev, _greedy_battery(model, after_solar_kw(model, state))], dim=1)
 
 
+def cheap_powers_kw(cheaper: Tensor, state: State) -> Tensor:
+    """Return the power [B, C] of vehicles of which each charges in the cheap hours of its stay.
+
+    What it is owed beyond what the steps of its stay can give that are expected to be cheaper than
+    this one; the last step partial.
+
+    Args:
+        cheaper: [P + 1, n + 1] how many of the next 0, 1, ... n steps those are, at each place;
+            what lies beyond them counts as dearer.
+    """
+    of_stay = cheaper.index_select(0, state.place)
+    later = (state.later_kw / state.power_kw).round().long()
+    steps = of_stay.gather(1, later.clamp(max=cheaper.shape[1] - 1))
+    return (state.owed_kw - state.power_kw * steps).clamp(state.must_kw, state.could_kw)
+
+
+# --- what a search chooses -----------------------------------------------------------------------
+
+
+class Outlook(NamedTuple):
+    """What is known of each place and expected of the steps after it."""
+
+    slot: Tensor  # [P + 1] step of the day by the clock on the wall
+    slots: int  # of a day
+    cheaper: Tensor  # [P + 1, n + 1] how many of the next 0, 1, ... n steps cost less
+    cheaper_or_sun: Tensor  # likewise, if a step whose PV exceeds the load costs nothing
+
+
+class Window(NamedTuple):
+    """A time of each day, across midnight too; 0 steps are none.
+
+    Tensors [B] give each of B at once a window of its own.
+    """
+
+    begin: int | Tensor = 0  # slot of the day
+    steps: int | Tensor = 0
+
+
+class Choice(NamedTuple):
+    """What RBC C does with vehicles and battery."""
+
+    vehicles: str = "arrival"  # one of `VEHICLES`
+    charge: Window = Window()  # in which all vehicles charge
+    greedy: bool | Tensor = False  # whether the battery stores a surplus and serves the load
+    fill: Window = Window()  # in which it charges to a level and gives nothing below it
+    fill_soc: float | Tensor = 0.0
+    hold: Window = Window()  # in which it gives nothing
+
+
+VEHICLES = ("arrival", "solar", "cheap", "solar_cheap")
+"""When vehicles charge, the simplest first."""
+
+
+def rbc_c(choice: Choice, outlook: Outlook, model: SiteModel, state: State) -> Powers:
+    """Do what was chosen for the site: see `Choice`."""
+    slot = outlook.slot.index_select(0, state.place)
+
+    def within(window: Window) -> Tensor:
+        return (slot - window.begin) % outlook.slots < window.steps
+
+    wanted_kw = state.could_kw
+    if choice.vehicles != "arrival":
+        wanted_kw = _vehicles_kw(choice.vehicles, outlook, model, state)
+        wanted_kw = torch.where(within(choice.charge)[:, None], state.could_kw, wanted_kw)
+    if model.floor_kw is None:  # the connection alone may cut the sum
+        ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
+    else:
+        ev_kw = vehicle_powers_kw(model, state, wanted_kw).sum(1)
+    battery_kw = -(state.net_kw + ev_kw) * choice.greedy
+    battery_kw = torch.where(within(choice.hold), battery_kw.relu(), battery_kw)
+    # Up to the level at what charging takes, down to it at what discharging gives: the greater.
+    level_kw = ((choice.fill_soc - state.soc) * model.kw_per_soc).amax(0)
+    fill_kw = torch.maximum(battery_kw, level_kw)
+    return Powers(wanted_kw, torch.where(within(choice.fill), fill_kw, battery_kw))
+
+
+def _vehicles_kw(vehicles: str, outlook: Outlook, model: SiteModel, state: State) -> Tensor:
+    """Return the power [B, C] of vehicles that charge from the sun, in cheap hours, or both."""
+    if vehicles == "cheap":
+        return cheap_powers_kw(outlook.cheaper, state)
+    least_kw = state.must_kw
+    if vehicles == "solar_cheap":
+        least_kw = cheap_powers_kw(outlook.cheaper_or_sun, state)
+    ev_kw = (-state.net_kw).clamp(least_kw.sum(1), state.could_total_kw)
+    return dispatch(model, state, ev_kw, least_kw=least_kw)
+
+
+def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
+    """Say what RBC C does, so that a person can do it by hand.
+
+    Args:
+        choice: What was chosen.
+        slots: Steps of a day.
+        battery: Whether the site has one.
+        vehicles: Whether any come.
+    """
+
+    def clock(slot: int) -> str:
+        minutes = slot % slots * (24 * 60 // slots)
+        return f"{minutes // 60:02d}:{minutes % 60:02d}"
+
+    def times(window: Window) -> str:
+        begin, steps = int(window.begin), int(window.steps)
+        return "all day" if steps >= slots else f"from {clock(begin)} to {clock(begin + steps)}"
+
+    parts: list[str] = []
+    if vehicles:
+        plain = _IN_WORDS[choice.vehicles]
+        charging = f"charge {plain}"
+        if choice.charge.steps and choice.vehicles != "arrival":
+            charging = f"charge all {times(choice.charge)}, otherwise {plain}"
+        parts.append(charging)
+    if battery:
+        doing = ["store surplus and serve the load" if choice.greedy else "idle"]
+        if choice.fill.steps:
+            doing.append(f"fill to {100 * float(choice.fill_soc):.0f} % {times(choice.fill)}")
+        if choice.hold.steps:
+            doing.append(f"hold {times(choice.hold)}")
+        parts.append(f"battery: {', '.join(doing)}")
+    return "; ".join(parts) or "nothing to control"
+
+
+_IN_WORDS = {
+    "arrival": "on arrival",
+    "solar": "from the sun",
+    "cheap": "in the cheap hours of each stay",
+    "solar_cheap": "from the sun and in the cheap hours of each stay",
+}
+
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}
+"""Those that are the same on every site."""

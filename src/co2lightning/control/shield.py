@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from co2lightning.control.state import State
+from co2lightning.control.state import SiteModel, State, laxity_order
 
 
 def ev_power_kw(state: State, share: Tensor) -> Tensor:
@@ -15,11 +15,56 @@ def ev_power_kw(state: State, share: Tensor) -> Tensor:
     return state.supply_kw.clamp(state.must_total_kw, wanted_kw)
 
 
-def battery_power_kw(state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:
+def dispatch(
+    model: SiteModel,
+    state: State,
+    ev_kw: Tensor,
+    least_kw: Tensor | None = None,
+    most_kw: Tensor | None = None,
+) -> Tensor:
+    """Share the EV budget `ev_kw` [B] among the sockets [B, C]: must first, then least laxity.
+
+    Who would get less than its socket's least power waits: the budget is never exceeded.
+
+    Args:
+        least_kw: What each gets at least, by default must; the budget covers it.
+        most_kw: What each gets at most, by default could.
+    """
+    most_kw = state.could_kw if most_kw is None else most_kw
+    least_total_kw = state.must_total_kw if least_kw is None else least_kw.sum(1)
+    least_kw = state.must_kw if least_kw is None else least_kw
+    order = laxity_order(model, state.laxity)
+    # What a vehicle goes without, negative: what those up to it could take beyond the budget, at
+    # most what it could take itself.
+    spare_kw = (least_kw - most_kw).gather(1, order)
+    rest_kw = (ev_kw - least_total_kw).unsqueeze(1)
+    without_kw = (spare_kw.cumsum(1) + rest_kw).clamp(spare_kw, model.zero)
+    socket_kw = most_kw.scatter_add(1, order, without_kw)
+    if model.floor_kw is None:
+        return socket_kw
+    floor_kw = torch.minimum(state.could_kw, model.floor_kw) - model.tiny
+    return torch.where(socket_kw < floor_kw, state.must_kw, socket_kw)
+
+
+def vehicle_powers_kw(model: SiteModel, state: State, wanted_kw: Tensor) -> Tensor:
+    """Return the powers [B, C] of vehicles as near to `wanted_kw` [B, C] as can be.
+
+    Where the grid connection is too small they yield by the same order as a budget's.
+    """
+    wanted_kw = wanted_kw.clamp(state.must_kw, state.could_kw)
+    ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
+    return dispatch(model, state, ev_kw, most_kw=wanted_kw)
+
+
+def battery_power_kw(model: SiteModel, state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:
     """Return the battery's power [B] in kW, charging positive, as near to `wanted_kw` as can be.
 
     Where load and vehicles leave the grid connection too little room charging yields first, and
-    then the battery gives what the connection cannot.
+    then the battery gives what the connection cannot. Where it may not charge from the grid it
+    takes a surplus only.
     """
     wanted_kw = torch.minimum(wanted_kw, state.room_kw - ev_kw)
+    if not model.may_charge_from_grid:
+        surplus_kw = -(state.net_kw + ev_kw)
+        wanted_kw = torch.minimum(wanted_kw, torch.maximum(surplus_kw, model.zero))
     return wanted_kw.clamp(state.battery_min_kw, state.battery_max_kw)

@@ -6,8 +6,8 @@ step alone, the equipment's numbers are tensors (arithmetic with a Python float 
 long), two rows go through one operation where they can, a state carries what both step and
 observation need.
 
-Shapes: T = 96 steps a day, D days of the site, P = T * D + 1 places in the tables, B days at once,
-S sockets, K prices.
+Shapes: P steps of the site, P + 1 places in the tables, B sites at once, C sockets that are ever
+taken (one that is never taken where there is none), K prices, M that the meter counts afterwards.
 """
 
 from collections.abc import Sequence
@@ -17,31 +17,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import Battery, Floats, Site
 
-_LAXITY_BITS = 7  # for the whole steps of a laxity, which is never longer than the stay
+_NO_BATTERY = Battery(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+_FRACTION_BITS = 10  # of a laxity's step, at least
+_STEPS_AT_ONCE = 1 << 20  # of sessions; bounds the memory of a long year with many sockets
 
 
 class SiteModel(NamedTuple):
     """A site as tensors on one device. Build it with `build_model`.
 
     Who stands where and for how long is a fact that no controller changes, so it is looked up, not
-    simulated. Step t of day d has place d * T + t in every table, and the next step the next place;
-    at the last place, where the last step leads, nobody stands.
+    simulated. The step after that at place p is at place p + 1; at the last place, where the last
+    step leads, nobody stands.
     """
 
-    series: Tensor  # [2 + K, P]: what `State` calls net_kw, room_kw, prices
-    sockets: Tensor  # [4, P, S]: later kW, session kW, 1.0 if it stays, owed kW
-    soc_bounds: Tensor  # [2, 1] soc_max, soc_min
+    series: Tensor  # [2 + K, P + 1]: what `State` calls net_kw, room_kw, prices
+    metered: Tensor  # [M, P + 1]: what no step looks up, see `sim.objective`
+    sockets: Tensor  # [4, P + 1, C]: later kW, session kW, 1.0 if it stays, owed kW
+    floor_kw: Tensor | None  # [C] a socket's least power; None where no socket has one
+    soc_bounds: Tensor  # [2, 1] the highest SoC that operation may reach, the lowest
     kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
+    most_kw: Tensor  # [2, 1] its power at the AC side, 0
+    least_kw: Tensor  # [2, 1] 0, minus its power
     action_scale: Tensor  # [2] from actions to the share of the EV power and to the battery's kW
     action_shift: Tensor  # [2]
     soc_per_kw: float  # what a kW at the AC side charges within a step
+    step_h: float
+    laxity_bits: int  # of the longest stay, in steps
+    may_charge_from_grid: bool
     # The rest is 0-dim.
-    charge_kw_per_soc: Tensor
     losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
-    least_battery_kw: Tensor  # minus that
     zero: Tensor
     one: Tensor
     minus_one: Tensor
@@ -57,8 +64,7 @@ class Carry(NamedTuple):
 
     place: Tensor  # [B] where this step stands in the tables
     soc: Tensor  # [B] 0-1
-    soc_start: Tensor  # [B] 0-1, where the day began
-    owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
+    owed_kw: Tensor  # [B, C] at the meter: the power that would finish a vehicle within this step
 
 
 class State(NamedTuple):
@@ -66,7 +72,6 @@ class State(NamedTuple):
 
     place: Tensor  # [B] where this step stands in the tables
     soc: Tensor  # [B] 0-1
-    soc_start: Tensor  # [B] 0-1, where the day began
     net_kw: Tensor  # [B] building load - PV
     room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
     prices: list[Tensor]  # K of [B], of nobody's business here: see `sim.objective`
@@ -74,10 +79,12 @@ class State(NamedTuple):
     limits_kw: Tensor  # [2, B] what the battery can take in this step, >= 0, and give, <= 0
     battery_max_kw: Tensor  # [B] the first of them
     battery_min_kw: Tensor  # [B] the second
-    owed_kw: Tensor  # [B, S] at the meter: the power that would finish a vehicle within this step
-    laxity: Tensor  # [B, S] steps a vehicle can still wait at full power afterwards
-    must_kw: Tensor  # [B, S] the shield's minimum
-    could_kw: Tensor  # [B, S] what the vehicle can take
+    owed_kw: Tensor  # [B, C] at the meter: the power that would finish a vehicle within this step
+    power_kw: Tensor  # [B, C] a vehicle's full power, 1.0 where none stands
+    later_kw: Tensor  # [B, C] that times the steps after this one in its stay
+    laxity: Tensor  # [B, C] steps a vehicle can still wait at full power afterwards
+    must_kw: Tensor  # [B, C] the shield's minimum
+    could_kw: Tensor  # [B, C] what the vehicle can take
     must_total_kw: Tensor  # [B]
     could_total_kw: Tensor  # [B]
     spread_kw: Tensor  # [B] could - must
@@ -86,7 +93,14 @@ class State(NamedTuple):
 
     @property
     def carry(self) -> Carry:
-        return Carry(self.place, self.soc, self.soc_start, self.owed_kw)
+        return Carry(self.place, self.soc, self.owed_kw)
+
+
+class Powers(NamedTuple):
+    """What a controller wants that decides for each vehicle by itself."""
+
+    socket_kw: Tensor  # [B, C]
+    battery_kw: Tensor  # [B] at the AC side, charging positive
 
 
 def build_model(
@@ -94,58 +108,61 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     prices: Sequence[Floats] = (),
+    metered: Sequence[Floats] = (),
 ) -> SiteModel:
     """Turn a site into tables of `dtype` on `device`.
 
     Args:
-        prices: What else is to be looked up of a step, each [D, T].
-
-    Raises:
-        ValueError: A vehicle stays longer than the order of vehicles can tell apart.
+        prices: What else is to be looked up of a step, each [P].
+        metered: What is to be looked up of steps that are done, each [P].
     """
-    places, n_sockets = len(site.days) * T + 1, site.n_sockets
-    sessions = site.sessions
+    sessions, n_steps, step_h = site.sessions, site.n_steps, site.step_h
+    places, n_columns = n_steps + 1, max(1, len(sessions.used_sockets))
     exact = np.float64 if dtype == torch.float64 else np.float32
-    sockets = np.zeros((4, places * n_sockets), dtype=exact)
+    sockets = np.zeros((4, places * n_columns), dtype=exact)
     later_kw, max_kw, stays, arriving_kw = sockets
     max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
-    # Where a session stands in a column, step after step of its stay.
-    window = sessions.departure_step - sessions.arrival_step
-    if (longest := int(window.max(initial=0))) >> _LAXITY_BITS:
-        raise ValueError(
-            f"a vehicle stays {longest} steps; vehicles are put in order for stays of up to "
-            f"{(1 << _LAXITY_BITS) - 1} (_LAXITY_BITS)"
-        )
-    arrival = (sessions.day * T + sessions.arrival_step) * n_sockets + sessions.socket
-    since = np.arange(int(window.sum())) - np.repeat(np.cumsum(window) - window, window)
-    stay = np.repeat(arrival, window) + since * n_sockets
-    power_kw = np.repeat(sessions.max_kw.astype(exact), window)
-    later_kw[stay] = power_kw * (np.repeat(window - 1, window) - since)
-    max_kw[stay] = power_kw
-    stays[stay] = since > 0
-    arriving_kw[arrival] = sessions.energy_kwh / STEP_H
+    window = sessions.departure - sessions.arrival
+    arrival = sessions.arrival * n_columns + sessions.column
+    arriving_kw[arrival] = sessions.energy_kwh / step_h
+    cuts = np.arange(_STEPS_AT_ONCE, int(window.sum()), _STEPS_AT_ONCE)
+    for some in np.split(np.arange(len(window)), np.searchsorted(window.cumsum(), cuts)):
+        # Where a session stands in a column, step after step of its stay.
+        steps = window[some]
+        since = np.arange(int(steps.sum())) - np.repeat(np.cumsum(steps) - steps, steps)
+        stay = np.repeat(arrival[some], steps) + since * n_columns
+        power_kw = np.repeat(sessions.max_kw[some].astype(exact), steps)
+        later_kw[stay] = power_kw * (np.repeat(steps - 1, steps) - since)
+        max_kw[stay] = power_kw
+        stays[stay] = since > 0
 
     net_kw = site.load_kw - site.pv_kw
-    series = np.stack([net_kw, site.grid_kw - net_kw, *prices])
-    battery = site.battery
-    charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / STEP_H
-    discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / STEP_H
+    series = np.stack([net_kw, site.import_limit_kw - net_kw, *prices])
+    afterwards = np.stack(metered) if metered else np.zeros((0, n_steps))
+    battery = site.battery or _NO_BATTERY
+    charge_kw_per_soc = battery.capacity_kwh / battery.charge_efficiency / step_h
+    discharge_kw_per_soc = battery.capacity_kwh * battery.discharge_efficiency / step_h
 
     def tensor(values: object) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=device)
 
     return SiteModel(
-        series=tensor(np.pad(series.reshape(len(series), -1), ((0, 0), (0, 1)))),
-        sockets=tensor(sockets.reshape(4, places, n_sockets)),
-        soc_bounds=tensor([[battery.soc_max], [battery.soc_min]]),
+        series=tensor(np.pad(series, ((0, 0), (0, 1)))),
+        metered=tensor(np.pad(afterwards, ((0, 0), (0, 1)))),
+        sockets=tensor(sockets.reshape(4, places, n_columns)),
+        floor_kw=tensor(_floor_kw(site, n_columns)) if sessions.min_kw.any() else None,
+        soc_bounds=tensor([[battery.soc_max], [battery.least_soc]]),
         kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
+        most_kw=tensor([[battery.power_kw], [0.0]]),
+        least_kw=tensor([[0.0], [-battery.power_kw]]),
         action_scale=tensor([0.5, battery.power_kw]),
         action_shift=tensor([0.5, 0.0]),
         soc_per_kw=1.0 / charge_kw_per_soc,
-        charge_kw_per_soc=tensor(charge_kw_per_soc),
+        step_h=step_h,
+        laxity_bits=int(window.max(initial=1)).bit_length(),
+        may_charge_from_grid=battery.may_charge_from_grid,
         losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
         battery_kw=tensor(battery.power_kw),
-        least_battery_kw=tensor(-battery.power_kw),
         zero=tensor(0.0),
         one=tensor(1.0),
         minus_one=tensor(-1.0),
@@ -153,20 +170,17 @@ def build_model(
     )
 
 
-def begin_day(model: SiteModel, day: Tensor, soc_start: Tensor) -> State:
-    """Return the state at the beginning of `day` [B] with the battery at `soc_start` [B]."""
-    soc_start = soc_start.to(model.zero.dtype)
-    nobody = model.zero.new_zeros(len(day), model.sockets.shape[-1])
-    return arrive(model, day * T, soc_start, soc_start, nobody)[0]
+def _floor_kw(site: Site, n_columns: int) -> Floats:
+    floor_kw = np.zeros(n_columns)
+    floor_kw[site.sessions.column] = site.sessions.min_kw
+    return floor_kw
 
 
-def arrive(
-    model: SiteModel, place: Tensor, soc: Tensor, soc_start: Tensor, left_kw: Tensor
-) -> tuple[State, Tensor]:
+def arrive(model: SiteModel, place: Tensor, soc: Tensor, left_kw: Tensor) -> tuple[State, Tensor]:
     """Let vehicles leave and arrive before the step at `place` and work out what can be done in it.
 
     Args:
-        left_kw: [B, S] what the vehicles of the step before are still owed.
+        left_kw: [B, C] what the vehicles of the step before are still owed.
 
     Returns:
         The state and what those that left are still owed [B].
@@ -174,7 +188,7 @@ def arrive(
     later_kw, power_kw, stays, arriving_kw = model.sockets.index_select(1, place).unbind(0)
     staying_kw = left_kw * stays
     unmet_kw = (left_kw - staying_kw).sum(1)
-    carry = Carry(place, soc, soc_start, staying_kw + arriving_kw)
+    carry = Carry(place, soc, staying_kw + arriving_kw)
     return _work_out(model, carry, later_kw, power_kw), unmet_kw
 
 
@@ -185,22 +199,24 @@ def restore(model: SiteModel, carry: Carry) -> State:
 
 
 def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor) -> State:
-    """Work out what can be done in a step; later and power [B, S] are the sessions' of it."""
-    place, soc, soc_start, owed_kw = carry
+    """Work out what can be done in a step; later and power [B, C] are the sessions' of it."""
+    place, soc, owed_kw = carry
     net_kw, room_kw, *prices = model.series.index_select(1, place).unbind(0)
     could_kw = torch.minimum(owed_kw, power_kw)
     # What the steps after this one cannot deliver at full power must be charged now.
     pressing_kw = owed_kw - later_kw
     must_kw = pressing_kw.clamp(model.zero, could_kw)
+    if model.floor_kw is not None:
+        least_kw = torch.minimum(could_kw, model.floor_kw)
+        must_kw = torch.where(must_kw > model.zero, torch.maximum(must_kw, least_kw), must_kw)
     laxity = torch.addcdiv(model.one, pressing_kw, power_kw, value=-1.0)
     must_total_kw, could_total_kw = must_kw.sum(1), could_kw.sum(1)
     reach_kw = (model.soc_bounds - soc) * model.kw_per_soc
-    limits_kw = reach_kw.clamp(model.least_battery_kw, model.battery_kw)
+    limits_kw = reach_kw.clamp(model.least_kw, model.most_kw)
     battery_max_kw, battery_min_kw = limits_kw.unbind(0)
     return State(
         place=place,
         soc=soc,
-        soc_start=soc_start,
         net_kw=net_kw,
         room_kw=room_kw,
         prices=prices,
@@ -209,6 +225,8 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
         battery_max_kw=battery_max_kw,
         battery_min_kw=battery_min_kw,
         owed_kw=owed_kw,
+        power_kw=power_kw,
+        later_kw=later_kw,
         laxity=laxity,
         must_kw=must_kw,
         could_kw=could_kw,
@@ -220,34 +238,39 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
     )
 
 
-def laxity_order(laxity: Tensor) -> Tensor:
-    """Return the sockets [B, S] by ascending laxity, the lower index first among equals.
+def laxity_order(model: SiteModel, laxity: Tensor) -> Tensor:
+    """Return the sockets [B, C] by ascending laxity, the lower one first among equals.
 
-    Laxity and socket number are packed into one int32, so that sorting the values alone gives the
-    order: numpy on a CPU does that 20 times faster than torch sorts with indices. 128 sockets
-    leave 17 bits for the fraction of a step, 7 ms: what float32 resolves at a laxity above 64.
+    Laxity and socket number are packed into one integer, so that sorting the values alone gives
+    the order: numpy on a CPU does that 20 times faster than torch sorts with indices. Of the 31
+    bits, 128 sockets and stays of a day of 15-minute steps leave 17 for the fraction of a step,
+    what float32 resolves at a laxity above 64; where they leave too few the integer is longer.
     """
     n_sockets = laxity.shape[1]
     socket_bits = (n_sockets - 1).bit_length()
-    per_step = 1 << (31 - _LAXITY_BITS - socket_bits)
+    fraction_bits = 31 - model.laxity_bits - socket_bits
+    long = fraction_bits < _FRACTION_BITS
+    per_step = 1 << (17 if long else fraction_bits)
     laxity = laxity.detach() if laxity.requires_grad else laxity
     if laxity.is_cpu and not torch.compiler.is_compiling():
+        whole = np.int64 if long else np.int32
         with np.errstate(invalid="ignore"):  # NaN of a policy that diverged: others tell
-            key = (laxity.numpy() * np.float32(per_step)).astype(np.int32)
+            key = (laxity.numpy() * np.float32(per_step)).astype(whole)
         key <<= socket_bits
-        key |= np.arange(n_sockets, dtype=np.int32)
+        key |= np.arange(n_sockets, dtype=whole)
         key.sort(axis=1)
         key &= (1 << socket_bits) - 1
         return torch.as_tensor(key.astype(np.int64))
-    key = (laxity * per_step).to(torch.int32) << socket_bits
-    key = key | torch.arange(n_sockets, dtype=torch.int32, device=laxity.device)
+    kind = torch.int64 if long else torch.int32
+    key = (laxity * per_step).to(kind) << socket_bits
+    key = key | torch.arange(n_sockets, dtype=kind, device=laxity.device)
     rows = _sort_rows(key) if key.is_cpu else key.sort(dim=1).values
     return (rows & ((1 << socket_bits) - 1)).long()
 
 
 @torch.library.custom_op("co2lightning::sort_rows", mutates_args=())
 def _sort_rows(key: Tensor) -> Tensor:
-    """Sort each row of integers [B, S] with numpy, which a compiled graph cannot do by itself."""
+    """Sort each row of integers [B, C] with numpy, which a compiled graph cannot do by itself."""
     return torch.as_tensor(np.sort(key.numpy(), axis=1))
 
 

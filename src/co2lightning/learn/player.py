@@ -87,52 +87,37 @@ class Player:
             return self._one_by_one
 
     def _in_graphs(self, env: SiteDays, obs: Tensor, noise: Tensor) -> _Play:
-        """Compile a step for the running day; only the step that ends a day goes on eagerly.
+        """Compile a step; a window ends by the clock alone, of which a graph need not know.
 
         On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.
         """
 
         def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             output, action = self._policy(obs, noise)
-            (place, soc, _, owed_kw), *made = env.advance(carry, action)
-            return place, soc, owed_kw, *made, output
+            following, *made = env.advance(carry, action)
+            return *following, *made, output
 
         def run(*start: Tensor) -> tuple[Tensor, ...]:
             *carry, obs, noise = start
-            carried, columns = Carry(*carry), list[tuple[Tensor, ...]]()
+            columns: list[tuple[Tensor, ...]] = []
             with torch.inference_mode(quick):
                 for draw in noise.unbind(0):
-                    place, soc, owed_kw, obs, *made = graph(carried, obs, draw)
-                    carried = Carry(place, soc, carried.soc_start, owed_kw)
-                    columns.append((obs, *made))
-            return *carried, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
+                    *carry, obs, reward, past, output = graph(Carry(*carry), obs, draw)
+                    columns.append((obs, reward, past, output))
+            return *carry, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
 
-        # At a day's beginning two of them are one tensor; a graph would take that for granted.
-        carry = Carry(*(part.clone() for part in env.carry))
         graph = as_graph(advance, self.agent.device)
         quick = self.agent.device.type == "cpu"  # a recording shall not hold such tensors
         with torch.inference_mode(quick):
-            graph(carry, obs, noise[0])
-        recorded = len(noise[: env.steps_left - 1])
-        replay = as_recording(run, (*carry, obs, noise[:recorded]))
+            graph(env.carry, obs, noise[0])
+        replay, recorded = as_recording(run, (*env.carry, obs, noise)), len(noise)
 
         def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
-            count = min(len(noise), env.steps_left - 1)
-            parts: list[tuple[Tensor, ...]] = []
-            if count:
-                whole = replay if count == recorded else run
-                *carried, obs, following, reward, past, output = whole(
-                    *env.carry, obs, noise[:count]
-                )
-                env.go_on(Carry(*carried), past)
-                no, yes = torch.zeros_like(reward), torch.ones_like(reward)
-                parts.append((output, following, reward, no, no, yes))
-            if count < len(noise):
-                obs, output, last = self._one_by_one(obs, noise[count:])
-                parts.append((output, *last))
-            if len(parts) > 1:
-                parts = [tuple(torch.cat(column) for column in zip(*parts, strict=True))]
-            ((output, *steps),) = parts
-            return obs, output, Step(*steps)
+            whole = replay if len(noise) == recorded else run
+            *carry, obs, following, reward, past, output = whole(*env.carry, obs, noise)
+            env.go_on(Carry(*carry), past)
+            no, yes = torch.zeros_like(reward), torch.ones_like(reward)
+            cut = no if env.steps_left else torch.cat([no[1:], yes[:1]])
+            return obs, output, Step(following, reward, no, cut, yes)
 
         return play

@@ -1,1 +1,1 @@
-"""`co2lightning report`: what was trained and what it does on held-out days, as one HTML file."""
+"""`co2lightning report`: what was trained and how good it is held out, as one HTML file."""

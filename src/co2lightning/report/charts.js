@@ -52,17 +52,15 @@ function rowName(svg, x, y, name) {
   if (text !== name) shape(node, "title", {}, name);
 }
 
-/** Return [low, high] around values, with 0 where asked and room for markers. */
-function extent(values, from = Infinity) {
-  let low = from, high = -from;
-  if (from === Infinity) high = -Infinity;
-  for (const value of values) {
-    if (value === null) continue;
-    low = Math.min(low, value);
-    high = Math.max(high, value);
-  }
-  if (low > high) return [0, 1];
-  const room = (high - low || 1) * 0.04;
+/**
+ * Return [low, high] around values, with room for the largest mark at both ends. `from`, where
+ * there is one, lies inside; nothing is added below it.
+ */
+function extent(values, from = null) {
+  const all = [...values.filter((value) => value !== null), ...(from === null ? [] : [from])];
+  if (!all.length) return [0, 1];
+  const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
+  const room = (high - low || Math.abs(high) || 1) * 0.07;
   return [low === from ? low : low - room, high + room];
 }
 
@@ -118,7 +116,8 @@ function stairs(values, step) {
 
 const MARKS = {
   dot: (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`,
-  diamond: (x, y, r) => `M${x} ${y - r}L${x + r} ${y}L${x} ${y + r}L${x - r} ${y}Z`,
+  square: (x, y, r) => `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
+  triangle: (x, y, r) => `M${x} ${y - r}L${x + r} ${y + r}H${x - r}Z`,
   dash: (x, y, r) => `M${x - r} ${y - 1.2}h${2 * r}v2.4h${-2 * r}Z`,
 };
 
@@ -127,9 +126,12 @@ function mark(svg, kind, x, y, size, look) {
   return shape(svg, "path", { class: look, d: MARKS[kind](round(x), round(y), size) });
 }
 
-/** Make a legend of {text, look, kind}; kind: "line", "area" or one of MARKS. */
-function legend(entries) {
-  const list = html("ul", { class: "legend" });
+/**
+ * Make a legend of {text, look, kind}; kind: "line", "area" or one of MARKS. With `places`, it has
+ * the height of so many entries whatever they say.
+ */
+function legend(entries, places = 0) {
+  const list = html("ul", { class: places ? "legend fixed" : "legend" });
   for (const { text, look, kind } of entries) {
     const item = html("li");
     const svg = shape(item, "svg", { viewBox: "0 0 30 12", "aria-hidden": "true" });
@@ -137,8 +139,10 @@ function legend(entries) {
     else if (kind === "area") shape(svg, "rect", { class: look, x: 3, y: 1, width: 24, height: 10 });
     else mark(svg, kind, 15, 6, 5, look);
     item.append(text);
+    if (places) item.title = text;
     list.append(item);
   }
+  while (list.children.length < places) list.append(html("li", { "aria-hidden": "true" }));
   return list;
 }
 

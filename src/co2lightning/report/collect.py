@@ -1,8 +1,9 @@
 """What a report shows: runs read, checked and evaluated, grouped by their site.
 
-Shapes: D held-out days, T = 96 steps a day, H = 24 hours, K classes of SoC.
+Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is no battery.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import load_agent, policy_of
+from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
 from co2lightning.control.rules import Rule, rbc_b
-from co2lightning.control.state import SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
+from co2lightning.metrics import Settled
+from co2lightning.report.comparison import count_text, evaluation_data, settled_in
+from co2lightning.report.looks import RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
-from co2lightning.sim.schedule import schedule
+from co2lightning.sim.schedule import Schedule, play
 from co2lightning.site.load import load_site, named_in
-from co2lightning.site.model import Floats, Site, T
+from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
 
 HOURS = 24
@@ -34,8 +38,8 @@ SOC_CLASSES = 20
 class _Heat(NamedTuple):
     """What an agent does other than RBC B in the very same state; every field is [H, K].
 
-    Means over the steps that the agent itself came to, by the hour and the SoC at their beginning.
-    NaN where it never was.
+    Means over the steps that the agent itself came to, by the hour of the local clock and the SoC
+    at their beginning. NaN where it never was.
     """
 
     battery_kw: Floats  # agent - rule, at the AC side, charging positive
@@ -43,12 +47,26 @@ class _Heat(NamedTuple):
     steps: Floats  # how many
 
 
+class HeldOutDay(NamedTuple):
+    """A day of a held-out stretch."""
+
+    date: str
+    stretch: int
+    begin: int  # its first step, counted from the stretch's
+    end: int  # the step after its last
+
+    def of(self, schedule: Schedule) -> Schedule:
+        """Return this day of what was done in its stretch."""
+        return Schedule._make(field[self.begin : self.end] for field in schedule)
+
+
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """A run with its newest episode on the held-out days.
+    """A run with its newest episode on the held-out stretches.
 
     Attributes:
         row: What `history` tells of it.
+        agent: The class that acts.
         action: How the agent's output is read: "direct", or "correction" of RBC B's action.
         episode: The evaluated episode.
         file: Its file.
@@ -58,6 +76,7 @@ class RunResult:
     """
 
     row: dict[str, Any]
+    agent: str
     action: str
     episode: int
     file: Path
@@ -84,23 +103,117 @@ class RunResult:
 
     @property
     def summary(self) -> Summary:
-        """What the run reaches on the held-out days."""
+        """What the run reaches on the held-out stretches."""
         return summarise(self.evaluation)["agent"]
 
 
 @dataclass(frozen=True, eq=False)
 class SiteResult:
-    """A site, its references and the runs evaluated on it."""
+    """A site and an objective, its references and the runs evaluated on it."""
 
     site: Site
     references: Evaluation
     runs: list[RunResult]
 
     @property
-    def typical_day(self) -> int:
-        """Index of the held-out day on which RBC B emits the median CO2."""
-        order = np.argsort(self.references.policies["rbc_b"].co2_kg, kind="stable")
-        return int(order[(len(order) - 1) // 2])
+    def data(self) -> dict[str, Any]:
+        """As `test --json` has it, with a policy for each run, by its title."""
+        data = evaluation_data(self.references)
+        for run in self.runs:
+            data["policies"][run.title] = evaluation_data(run.evaluation)["policies"]["agent"]
+        return data
+
+    @functools.cached_property
+    def settled(self) -> Settled:
+        """What its policies are settled by and compared with, in words."""
+        return settled_in(evaluation_data(self.references))
+
+    @property
+    def share_key(self) -> str:
+        """The figure of an episode that says how its days compare with the same uncontrolled."""
+        of_co2 = self.settled.key == "co2_kg"
+        return "co2_vs_uncontrolled" if of_co2 else "objective_vs_uncontrolled"
+
+    @functools.cached_property
+    def shares(self) -> dict[str, float]:
+        """What each policy settles at, as a share of uncontrolled: by its name, a run by its title.
+
+        Other than CO2, uncontrolled may be nothing or less, so it is what is gained in units of a
+        day, as the episodes of training tell it.
+        """
+        key, found = self.settled.key, summarise(self.references)
+        figures = {name: getattr(summary, key) for name, summary in found.items()}
+        figures |= {run.title: getattr(run.summary, key) for run in self.runs}
+        uncontrolled = figures["uncontrolled"]
+        if key == "co2_kg":
+            return {name: kg / max(uncontrolled, 1e-9) for name, kg in figures.items()}
+        unit = self.references.unit
+        return {name: 1.0 - (uncontrolled - own) / unit for name, own in figures.items()}
+
+    @property
+    def held_out_days(self) -> list[HeldOutDay]:
+        """The days of all stretches."""
+        bounds = self.site.day_bounds
+        return [
+            HeldOutDay(self.site.days[day], w, *(bounds[day : day + 2] - bounds[first]).tolist())
+            for w, (first, end) in enumerate(self.site.stretches.tolist())
+            for day in range(first, end)
+        ]
+
+    @property
+    def typical_day(self) -> HeldOutDay:
+        """The held-out day whose import emits the median CO2 under RBC B."""
+        plans = self.references.schedules["rbc_b"]
+        days = self.held_out_days
+        days.sort(key=lambda day: float(day.of(plans[day.stretch]).co2_kg.sum()))
+        return days[(len(days) - 1) // 2]
+
+    def a_day(self, values: Floats) -> Floats:
+        """Return figures of whole stretches [W] a day."""
+        return values / self.references.hours * DAY_H
+
+    @property
+    def looks(self) -> dict[str, RunLook]:
+        """How each run is drawn, by its name."""
+        return run_looks((run.name, run.agent) for run in self.runs)
+
+    @property
+    def paired(self) -> list[str]:
+        """The references that are drawn by their difference to the best of them.
+
+        Uncontrolled is none where all others would shrink to a point beside it.
+        """
+        found = summarise(self.references)
+        others = [found[name].vs_best for name in found if name != "uncontrolled"]
+        others += [run.summary.vs_best for run in self.runs]
+        near = abs(found["uncontrolled"].vs_best) <= 3 * max(abs(value) for value in others)
+        best = self.references.best
+        return [n for n in found if n != best and (near or n != "uncontrolled")]
+
+    @property
+    def compared(self) -> list[str]:
+        """The fields of `_Heat` that the site has something for."""
+        battery = ["battery_kw"] if self.site.battery else []
+        return [*battery, *(["ev_kw"] if self.site.n_sockets else [])]
+
+    def heat_limit_kw(self, what: str) -> float:
+        """Return the end of the scale of a field of `_Heat`, the same for all runs.
+
+        A few cells would leave the others without colour, so some lie beyond it.
+        """
+        sizes = np.abs(np.concatenate([getattr(run.heat, what).ravel() for run in self.runs]))
+        wanted_kw = max(0.1, float(np.nanpercentile(sizes, 95)))
+        power = 10.0 ** np.floor(np.log10(wanted_kw))
+        steps = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
+        return float(power * next(step for step in steps if step * power >= 0.999 * wanted_kw))
+
+
+def soc_band(battery: Battery | None) -> tuple[int, int]:
+    """Return the first class of SoC that a battery's band meets, and the one after the last."""
+    if battery is None:
+        return 0, 1
+    first = int(np.floor(battery.soc_min * SOC_CLASSES + 1e-6))
+    return first, int(np.ceil(battery.soc_max * SOC_CLASSES - 1e-6))
 
 
 class _Loaded(NamedTuple):
@@ -109,6 +222,7 @@ class _Loaded(NamedTuple):
     episode: int
     facts: dict[str, Any]  # what the checkpoint says of the run
     site: str
+    objective: Any  # what it was trained on: text or weights
     path: Path
 
     @property
@@ -125,6 +239,7 @@ def collect(
     site: str | None,
     echo: Callable[[str], None],
     warn: Callable[[str], None],
+    keep: Path,
 ) -> list[SiteResult]:
     """Read and evaluate runs; what is wrong with any of them comes out before the long part.
 
@@ -134,6 +249,7 @@ def collect(
         echo: Gets a line for each step of the work.
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
+        keep: Directory where the optimum is kept from one command to the next.
 
     Raises:
         UserError: A run is damaged, a site cannot be read, no run is left to show.
@@ -141,15 +257,17 @@ def collect(
     loaded = [one for run in runs if (one := _load(run, site, warn))]
     if not loaded:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
-    sites: dict[str, Site] = {}
-    groups: dict[tuple[str, bytes], tuple[Site, list[_Loaded]]] = {}
+    sites: dict[tuple[str, str], Site] = {}
+    groups: dict[tuple[str, Objective, bytes], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
-        if one.site not in sites:
+        wanted = one.site, str(one.objective)
+        if wanted not in sites:
             with named_in(None if site else one.path):
-                sites[one.site] = load_site(one.site)
-            for note in sites[one.site].notes:
-                warn(f"{sites[one.site].name}: {note}")
-        found = sites[one.site]
+                sites[wanted] = load_site(one.site, objective=one.objective)
+            if one.site not in [named for named, _ in list(sites)[:-1]]:
+                for note in sites[wanted].notes:
+                    warn(f"{sites[wanted].name}: {note}")
+        found = sites[wanted]
         name, sha256 = one.trained_on
         if sha256 != found.sha256:
             warn(
@@ -162,15 +280,15 @@ def collect(
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
-        key = found.sha256, found.held_out.tobytes()
+        key = found.sha256, found.objective, found.stretches.tobytes()
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in groups.values():
-        count = len(found.held_out_days)
-        echo(f"{found.name}: the rules and the optimum on {count} held-out days")
-        results.append(SiteResult(found, evaluate(None, found), []))
+        held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
+        echo(f"{found.name}: the rules and the optimum in {held_out}")
+        results.append(SiteResult(found, evaluate(None, found, keep=keep), []))
         for one in members:
-            echo(f"{one.run.name}: episode {one.episode} on these days")
+            echo(f"{one.run.name}: episode {one.episode} there")
             results[-1].runs.append(_evaluated(one, found, results[-1].references))
     return results
 
@@ -192,11 +310,16 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
     if isinstance(described, dict) and described.get("agent") and not described.get("site"):
         warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
         return None
+    if isinstance(described, dict) and (version := before_time_went_on(described)):
+        warn(f"{run.name}: trained by version {version} on days that stand alone, left out")
+        return None
     agent = load_agent(checkpoint, path)
-    wanted = site or checkpoint["run"].get("config", {}).get("env.site")
+    config = checkpoint["run"].get("config", {})
+    wanted = site or config.get("env.site")
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
-    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, path)
+    objective = config.get("env.objective", "co2")
+    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, objective, path)
 
 
 def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
@@ -204,6 +327,7 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
+        agent=type(one.agent).__name__,
         action=one.agent.settings.action,
         episode=one.episode,
         file=one.path,
@@ -215,30 +339,32 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
 
 
 def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu") -> _Heat:
-    """Return what a policy does on held-out days other than RBC B in the same states."""
-    seen: list[Tensor] = []  # of each step [3, B]: SoC and what the rule would do
+    """Return what a policy does in held-out stretches other than RBC B in the same states."""
+    seen: list[Tensor] = []  # of each step [4, B]: place, SoC, what is other than the rule's
 
-    def watched(model: SiteModel, state: State) -> Tensor:
-        _, flows = step(model, state, rbc_b(model, state))
-        seen.append(torch.stack([state.soc, flows.battery_kw, flows.ev_kw]))
-        return policy(model, state)
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
+        action = policy(model, state)
+        _, own = step(model, state, action)
+        _, rule = step(model, state, rbc_b(model, state))
+        battery_kw, ev_kw = own.battery_kw - rule.battery_kw, own.ev_kw - rule.ev_kw
+        place = state.place.double()  # beyond 2**24 no float32 is exact
+        seen.append(torch.stack([place, *(x.double() for x in (state.soc, battery_kw, ev_kw))]))
+        return action
 
-    own = schedule(priced_model(site, device), watched, site, site.held_out_days.tolist())
-    # The steps came T by T, for some days after others.
-    parts = [torch.stack(seen[i : i + T], 2) for i in range(0, len(seen), T)]
-    soc, rule_battery_kw, rule_ev_kw = torch.cat(parts, 1).double().cpu().numpy()
-    of_day = np.minimum(soc * SOC_CLASSES, SOC_CLASSES - 1).astype(int)
-    hours = np.broadcast_to(np.arange(T) * HOURS // T, of_day.shape)
-    cell = (hours * SOC_CLASSES + of_day).ravel()
+    play(priced_model(site, device), watched, site, site.stretch_bounds)
+    place, soc, battery_kw, ev_kw = torch.cat(seen, 1).cpu().numpy()
+    # Rounding may put an empty battery a hair below its band.
+    first, end = soc_band(site.battery)
+    level = np.clip(soc * SOC_CLASSES, first, end - 1).astype(int)
+    clock = site.local[place.astype(int)]
+    hour = (clock - clock.astype("datetime64[D]")).astype("timedelta64[h]").astype(int)
+    classes = SOC_CLASSES if site.battery else 1
+    cell = hour * classes + level
 
     def total(values: Floats) -> Floats:
-        sums = np.bincount(cell, values.ravel(), HOURS * SOC_CLASSES)
-        return sums.reshape(HOURS, SOC_CLASSES).astype(float)
+        sums = np.bincount(cell, values, HOURS * classes)
+        return sums.reshape(HOURS, classes).astype(float)
 
-    steps = total(np.ones_like(own.soc))
+    steps = total(np.ones_like(soc))
     visited = np.where(steps > 0, steps, np.nan)
-    return _Heat(
-        battery_kw=total(own.battery_kw - rule_battery_kw) / visited,
-        ev_kw=total(own.ev_kw - rule_ev_kw) / visited,
-        steps=steps,
-    )
+    return _Heat(total(battery_kw) / visited, total(ev_kw) / visited, steps)

@@ -1,17 +1,20 @@
 """A day drawn: the site's powers, the battery, the grid's carbon and the CO2 of several policies.
 
-Importing it imports no matplotlib, which takes a start-up a second. Shapes: T = 96 steps.
+Where cost is what is to be made small, the price and the cost instead of carbon and CO2.
+What a site has not is not drawn. Importing it imports no matplotlib, which takes a start-up a
+second. Shapes: n steps of the day, or of whatever else is drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from co2lightning.sim.schedule import Schedule, evaluation_soc
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.report.looks import FLOWS
+from co2lightning.sim.schedule import Schedule
+from co2lightning.site.model import Objective, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,54 +33,101 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a run's name is no formula
 }
-# Okabe and Ito's colours, darkened as in report.css; references are greys told apart by dashes.
-COLOURS = ("#0072b2", "#c2500a", "#008060", "#a8327d", "#8a6d00", "#5b4db7")
-LOOKS: dict[str, dict[str, Any]] = {
-    "uncontrolled": {"color": "#57606a", "ls": (0, (1, 2))},
-    "rbc_a": {"color": "#57606a", "ls": (0, (4, 3))},
-    "rbc_b": {"color": "#1b1f24", "ls": "-"},
-    "optimum": {"color": "#1b1f24", "ls": (0, (7, 2, 2, 2))},
-}
+_TICK_H = (1, 3, 6, 12)
 
 
-def draw_day(
-    figure: Figure, site: Site, day: int, policies: Sequence[tuple[str, Schedule, dict[str, Any]]]
-) -> None:
-    """Draw a day as policies control it.
+class Drawn(NamedTuple):
+    """A policy in a drawing of a day."""
+
+    title: str
+    schedule: Schedule  # of these steps, [n]
+    soc: float  # at their beginning
+    look: dict[str, Any]  # of its lines
+
+
+class Parts(NamedTuple):
+    """Which parts a site has."""
+
+    battery: bool
+    ev: bool
+    pv: bool
+    load: bool
+
+
+def parts_of(site: Site) -> Parts:
+    """Return which parts a site has."""
+    pv, load = bool(site.pv_kw.any()), bool(site.load_kw.any())
+    return Parts(site.battery is not None, site.n_sockets > 0, pv, load)
+
+
+def draw_day(figure: Figure, site: Site, begin: int, end: int, policies: Sequence[Drawn]) -> None:
+    """Draw a day, or other steps, as policies control it.
 
     Args:
         figure: Empty, made in this `STYLE`.
         site: The site.
-        day: Index into its days.
-        policies: Name, what it did on this day, in fields [1, T], and the look of its lines. Of
-            the last one the powers are drawn, too.
+        begin: Place of the first step.
+        end: The place after the last one.
+        policies: Of the last one the powers are drawn, too.
     """
-    power, soc, carbon, total = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1.6, 1, 1.8])
-    edges = np.arange(T + 1) * STEP_H
-    name, own, _ = policies[-1]
-    power.stairs(site.pv_kw[day], edges, fill=True, color="#f3d98a", label="PV available")
-    for values, label, look in (
-        (site.load_kw[day], "building load", {"color": "#7a828b", "ls": "--"}),
-        (own.grid_import_kw[0], "grid import", {"color": "#1b1f24"}),
-        (own.battery_kw[0], "battery (charging +)", {"color": "#a8327d"}),
-        (own.ev_kw[0], "EV charging", {"color": "#0072b2"}),
+    parts, steps = parts_of(site), slice(begin, end)
+    money = site.objective == Objective(0.0, 1.0)
+    unit = site.currency if money else "kg"
+    heights = [3.0, *([1.6] if parts.battery else []), 1.0, 1.8]
+    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+    power, carbon, total = panels[0], panels[-2], panels[-1]
+    edges = np.arange(end - begin + 1) * site.step_h
+    name, own = policies[-1].title, policies[-1].schedule
+    if parts.pv:
+        pv = {"fill": True, "color": FLOWS["pv"][0], "label": "PV available"}
+        power.stairs(site.pv_kw[steps], edges, **pv)
+    for there, values, label, flow, dashes in (
+        (parts.load, site.load_kw[steps], "building load", "load", "--"),
+        (True, own.grid_import_kw, "grid import", "grid", "-"),
+        (parts.battery, own.battery_kw, "battery (charging +)", "battery", "-"),
+        (parts.ev, own.ev_kw, "EV charging", "ev", "-"),
     ):
-        power.stairs(values, edges, baseline=None, label=label, **look)
+        if there:
+            look = {"color": FLOWS[flow][0], "ls": dashes}
+            power.stairs(values, edges, baseline=None, label=label, **look)
     power.set(ylabel="power, kW")
-    start = float(evaluation_soc(site)[day])
-    for title, plan, look in policies:
-        soc_percent = 100 * np.concatenate([[start], plan.soc[0]])
-        soc.plot(edges, soc_percent, lw=1.3, label=title, **look)
-        total_kg = np.concatenate([[0.0], plan.co2_kg[0].cumsum()])
-        total.plot(edges, total_kg, lw=1.3, label=f"{title}, {total_kg[-1]:.0f} kg", **look)
-    soc.set(ylabel="battery SoC, %", ylim=(0, 100))
-    carbon.stairs(site.carbon_kg_per_kwh[day], edges, baseline=None, color="#57606a")
-    carbon.set(ylabel="intensity,\nkg/kWh")
-    carbon.set_ylim(bottom=0)
-    total.set(ylabel="CO2 since\nmidnight, kg", xlabel="time of day, h")
-    total.set_title("the last step holds the battery's settlement", fontsize=8, loc="left")
-    total.set(xlim=(0, 24), xticks=range(0, 25, 3))
-    for axes in (power, soc, total):
+    for title, plan, start, look in policies:
+        if parts.battery:
+            panels[1].plot(edges, 100 * np.append(start, plan.soc), lw=1.3, label=title, **look)
+        sums = np.append(0.0, (plan.cost if money else plan.co2_kg).cumsum())
+        text = f"{sums[-1]:.{2 if money else 1}f} {unit}".strip()
+        total.plot(edges, sums, lw=1.3, label=f"{title}, {text}", **look)
+    if parts.battery:
+        panels[1].set(ylabel="battery SoC, %", ylim=(0, 100))
+    signal = (site.import_price if money else site.carbon_kg_per_kwh)[steps]
+    carbon.stairs(signal, edges, baseline=None, color=FLOWS["carbon"][0])
+    of_kwh = f"price,\n{unit}/kWh" if unit else "price of\na kWh"
+    carbon.set(ylabel=of_kwh if money else "intensity,\nkg/kWh")
+    if signal.min() >= 0:
+        carbon.set_ylim(bottom=0)
+    total.set(
+        ylabel=f"cost,\n{unit}".removesuffix(",\n") if money else "CO2 of the\nimport, kg",
+        xlabel="local time",
+        xlim=(0, edges[-1]),
+    )
+    total.set_title("the meter's, without settlement", fontsize=8, loc="left")
+    total.set_xticks(*_clock(site, begin, end))
+    for axes in (power, *panels[1:-2], total):
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    figure.suptitle(f"{name} on {site.days[day]}, site {site.name}", fontsize=10)
+    when = site.when(begin).date().isoformat()
+    figure.suptitle(f"{name} on {when}, site {site.name}", fontsize=10)
     figure.align_ylabels()
+
+
+def _clock(site: Site, begin: int, end: int) -> tuple[list[float], list[str]]:
+    """Return where full hours of the local clock lie, in hours from `begin`, and their names."""
+    hours = (end - begin) * site.step_h
+    every = next((h for h in _TICK_H if hours / h <= 9), 24)
+    at: list[float] = []
+    names: list[str] = []
+    for place in range(begin, end + 1):
+        when = site.when(place)
+        if when.minute == 0 and when.hour % every == 0:
+            at.append((place - begin) * site.step_h)
+            names.append(f"{when.hour}:00" if every < 24 else when.date().isoformat())
+    return at, names

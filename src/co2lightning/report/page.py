@@ -18,19 +18,30 @@ from typing import Any
 import numpy as np
 
 from co2lightning import __version__
-from co2lightning.control.rules import RULES
-from co2lightning.metrics import HELD_OUT
-from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, SiteResult
+from co2lightning.metrics import HELD_OUT, Settled
+from co2lightning.report import looks
+from co2lightning.report.collect import (
+    HOURS,
+    SOC_CLASSES,
+    RunResult,
+    SiteResult,
+    soc_band,
+)
+from co2lightning.report.comparison import count_text, remarks
+from co2lightning.report.day import parts_of
+from co2lightning.report.looks import RunLook
 from co2lightning.report.tables import (
     all_sessions_table,
     comparison_table,
     convergence_table,
     in_page,
+    metered_text,
+    stretches_table,
     table_in_page,
 )
-from co2lightning.sim.evaluate import TITLES, Evaluation, mean_interval, summarise
-from co2lightning.sim.schedule import evaluation_soc
-from co2lightning.site.model import Floats
+from co2lightning.sim.evaluate import TITLES, Evaluation, summarise
+from co2lightning.sim.schedule import start_soc
+from co2lightning.site.model import DAY_H, Floats, Site
 
 _SESSION_KEYS = (
     *("session_timestamp", "duration_seconds", "status", "device"),
@@ -51,6 +62,7 @@ def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
         files.joinpath(name).read_text(encoding="utf-8")
         for name in ("report.css", "charts.js", "report.js", "template.html")
     )
+    style = looks.style() + style
     script = charts + script
     parts = {
         "style_hash": _sha256(style),
@@ -88,41 +100,72 @@ def _sha256(text: str) -> str:
 
 def _site_data(result: SiteResult) -> dict[str, Any]:
     site, references = result.site, result.references
-    days = site.held_out_days
+    stretches = [slice(begin, end) for begin, end in site.stretch_bounds.tolist()]
+    days = [[d for d in result.held_out_days if d.stretch == w] for w in range(len(stretches))]
+    typical, of_money = result.typical_day, result.settled.key == "cost"
     return {
         "name": site.name,
-        "days": list(references.days),
-        "typical_day": result.typical_day,
-        "soc_start": _rounded(evaluation_soc(site)[days].double().numpy(), 3),
-        "soc_min": site.battery.soc_min,
-        "soc_max": site.battery.soc_max,
+        "step_h": site.step_h,
+        "parts": parts_of(site)._asdict(),
+        "stretches": [
+            {
+                "from": of_stretch[0].date,
+                "to": of_stretch[-1].date,
+                "clock": _minutes(site, steps),
+                "days": [[day.date, day.begin, day.end] for day in of_stretch],
+                "pv_kw": _rounded(site.pv_kw[steps], 2),
+                "load_kw": _rounded(site.load_kw[steps], 2),
+                "carbon": _rounded(site.carbon_kg_per_kwh[steps], 3),
+                **({"price": _rounded(site.import_price[steps], 4)} if of_money else {}),
+            }
+            for steps, of_stretch in zip(stretches, days, strict=True)
+        ],
+        "typical_day": [typical.stretch, days[typical.stretch].index(typical)],
+        "soc_start": start_soc(site),
         "hours": HOURS,
         "soc_classes": SOC_CLASSES,
-        "pv_kw": _rounded(site.pv_kw[days], 1),
-        "load_kw": _rounded(site.load_kw[days], 1),
-        "carbon": _rounded(site.carbon_kg_per_kwh[days], 3),
+        "soc_band": soc_band(site.battery),
+        "heat_limit_kw": {what: result.heat_limit_kw(what) for what in result.compared},
+        "paired": result.paired,
+        "settled": {
+            "key": result.settled.key,
+            "name": result.settled.name,
+            "a_day": result.settled.a_day,
+            "unit": result.settled.unit,
+            "digits": 1 if result.settled.key == "co2_kg" else 2,
+            "best": result.references.best,
+            "best_title": result.settled.best,
+        },
         "policies": [
-            {"key": name, "title": TITLES[name], **_policy_data(name, references)}
+            {"key": name, "title": TITLES[name], "look": name}
+            | _policy_data(name, result, references, name)
             for name in references.policies
         ],
-        "runs": [_run_data(run) for run in result.runs],
+        "runs": [_run_data(result, run, result.looks[run.name]) for run in result.runs],
     }
 
 
-def _run_data(run: RunResult) -> dict[str, Any]:
+def _minutes(site: Site, steps: slice) -> list[int]:
+    """Return the local clock, in minutes of the day, at each step's beginning and the end."""
+    clocks = [site.when(place) for place in range(steps.start, steps.stop + 1)]
+    return [60 * clock.hour + clock.minute for clock in clocks]
+
+
+def _run_data(result: SiteResult, run: RunResult, look: RunLook) -> dict[str, Any]:
     return {
         "key": run.name,
         "title": run.title,
+        "look": look.classes,
+        "mark": look.mark,
         "episode": run.episode,
         "curve": [
-            [m["episode"], _number(m.get("co2_kg"), 2), _number(m.get("co2_vs_uncontrolled"), 4)]
+            [m["episode"], _settled(m, result), _number(m.get(result.share_key), 4)]
             for m in run.metrics
             if m.get("co2_kg") is not None
         ],
-        **_policy_data("agent", run.evaluation),
+        **_policy_data("agent", result, run.evaluation, run.title),
         "heat": {
-            "battery_kw": _rounded(run.heat.battery_kw, 1),
-            "ev_kw": _rounded(run.heat.ev_kw, 1),
+            **{what: _rounded(getattr(run.heat, what), 2) for what in result.compared},
             "steps": run.heat.steps.astype(int).tolist(),
         },
         "sessions": [
@@ -131,24 +174,40 @@ def _run_data(run: RunResult) -> dict[str, Any]:
     }
 
 
-def _policy_data(name: str, evaluation: Evaluation) -> dict[str, Any]:
-    summaries, plan = summarise(evaluation), evaluation.schedules[name]
-    summary = summaries[name]
-    return {
-        "schedule": {
-            "ev_kw": _rounded(plan.ev_kw, 1),
-            "battery_kw": _rounded(plan.battery_kw, 1),
-            "grid_import_kw": _rounded(plan.grid_import_kw, 1),
-            "soc": _rounded(plan.soc, 3),
-            "co2_kg": _rounded(plan.co2_kg, 3),
-        },
-        "co2_kg": _rounded(evaluation.policies[name].co2_kg, 2),
-        "mean_kg": _number(summary.co2_kg, 3),
-        "mean_interval_kg": _number(summary.co2_kg_interval, 3),
-        "vs_rbc_b_kg": _number(summary.vs_rbc_b_kg, 3),
-        "vs_rbc_b_interval_kg": _number(summary.vs_rbc_b_kg_interval, 3),
-        "share": _number(summary.co2_kg / max(summaries["uncontrolled"].co2_kg, 1e-9), 4),
+def _policy_data(
+    name: str, result: SiteResult, evaluation: Evaluation, title: str
+) -> dict[str, Any]:
+    key, parts = result.settled.key, parts_of(result.site)
+    summary, plans = summarise(evaluation)[name], evaluation.schedules[name]
+    fields = {
+        **({"ev_kw": 2} if parts.ev else {}),
+        **({"battery_kw": 2, "soc": 3} if parts.battery else {}),
+        "grid_import_kw": 2,
+        **({"cost": 4} if key == "cost" else {"co2_kg": 4}),
     }
+    return {
+        "schedule": [
+            {key: _rounded(getattr(plan, key), digits) for key, digits in fields.items()}
+            for plan in plans
+        ],
+        "a_day": _rounded(result.a_day(evaluation.policies[name].settled), 3),
+        "unmet_kwh": _rounded(result.a_day(evaluation.policies[name].unmet_kwh), 3),
+        "mean": _number(getattr(summary, key), 3),
+        "mean_interval": _number(getattr(summary, f"{key}_interval"), 3),
+        "vs_best": _number(summary.vs_best, 3),
+        "vs_best_interval": _number(summary.vs_best_interval, 3),
+        "share": _number(result.shares[title], 4),
+    }
+
+
+def _settled(metrics: dict[str, Any], result: SiteResult) -> float | None:
+    """Return what an episode's training days came to of what is settled."""
+    co2_kg, cost = metrics.get("co2_kg"), metrics.get("cost")
+    if result.settled.key == "co2_kg":
+        return _number(co2_kg, 2)
+    if co2_kg is None or cost is None:
+        return None
+    return _number(result.site.objective.of(co2_kg, cost), 2)
 
 
 def _rounded(values: Floats, digits: int) -> list[Any]:
@@ -166,99 +225,154 @@ def _number(value: float | None, digits: int) -> float | None:
 
 
 def _lead(result: SiteResult) -> str:
-    """Return the sentence that says how the best run of a site stands beside the references."""
-    run = min(result.runs, key=lambda run: run.summary.co2_kg)
-    best, references = run.summary, result.references.policies
-    rival = min(RULES, key=lambda name: references[name].co2_kg.mean())
-    difference_kg, interval = mean_interval(
-        run.evaluation.policies["agent"].co2_kg - references[rival].co2_kg
-    )
-    days = len(result.references.days)
-    # An interval over days says something only where there are days to speak of.
+    """Return the sentences that say how the best run of a site stands beside the references."""
+    run = min(result.runs, key=lambda run: run.summary.vs_best)
+    best, settled = run.summary, result.settled
+    interval = best.vs_best_interval
+    # An interval over stretches says something only where there are enough to speak of.
     verdict = ""
     if interval is not None:
-        verdict = ": better" if difference_kg < 0 else ": worse"
-        verdict = verdict if abs(difference_kg) > interval else ": no clear difference"
+        verdict = ": better" if best.vs_best < 0 else ": worse"
+        verdict = verdict if abs(best.vs_best) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
         share = in_page(HELD_OUT["gap_closed"], best._asdict())
         closed = f" It closes {share} of the gap to the optimum."
-    paired = {"vs_rbc_b_kg": difference_kg, "vs_rbc_b_kg_interval": interval}
-    difference = in_page(HELD_OUT["vs_rbc_b_kg"], paired)
+    unmet = ""
+    if result.site.n_sockets:
+        unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day. {_not_asked(result.references)}"
+    difference = in_page(settled.metric("vs_best"), best._asdict())
+    mean = settled.written(getattr(best, settled.key)).replace("-", "\N{MINUS SIGN}")
+    unit = escape(f" {settled.unit}" if settled.unit else "")
+    told = {"co2_kg": f"emits {mean} kg of CO2", "cost": f"costs {mean}{unit}"}
+    told = told.get(settled.key, f"has an objective of {mean}")
     return (
-        f"<p>On {days} held-out day{'' if days == 1 else 's'} of <b>{escape(result.site.name)}</b>,"
-        f" <b>{escape(run.title)}</b> (episode {run.episode}) emits {best.co2_kg:.1f} kg of CO2 a "
-        f"day, {difference} kg against the best control without learning, {TITLES[rival]}{verdict}."
-        f"{closed}</p>"
+        f"<p>In {count_text(result.data['stretches'])} of <b>{escape(result.site.name)}</b>, "
+        f"<b>{escape(run.title)}</b> (episode {run.episode}) {told} a day, "
+        f"{difference}{unit} against the best control without learning, {settled.best}{verdict}."
+        f"{closed}{unmet}</p>"
     )
 
 
+def _not_asked(references: Evaluation) -> str:
+    """Return what vehicles wanted and no policy is asked for, so that CO2 does not stand alone."""
+    days = references.hours.sum() / DAY_H
+    return (
+        f"Of the site's data: turned away {references.turned_away_kwh.sum() / days:.1f} and "
+        f"clipped {references.clipped_kwh.sum() / days:.1f} kWh a day."
+    )
+
+
+def _equipment(site: Site) -> str:
+    battery, parts = site.battery, parts_of(site)
+    pv = f"{site.pv_kwp:g} kWp of PV" if site.pv_kwp else "PV" if parts.pv else "no PV"
+    stored = (
+        f"battery {battery.capacity_kwh:g} kWh / {battery.power_kw:g} kW"
+        if battery
+        else "no battery"
+    )
+    sockets = ", ".join(f"{s.count} {escape(s.name)} sockets" for s in site.sockets)
+    load = [] if parts.load else ["no building load"]
+    return ", ".join([pv, stored, sockets or "no sockets", *load])
+
+
 def _site(index: int, result: SiteResult) -> str:
-    site = result.site
-    count = len(result.references.days)
+    site, settled = result.site, result.settled
     files = ", ".join(
         f"{escape(run.name)} {escape(run.file.name)} (sha256 {escape(run.sha256[:12])})"
         for run in result.runs
     )
-    held_out = f"held-out days of {escape(site.name)} (sha256 {site.sha256[:12]})"
+    data, days = result.data, result.held_out_days
+    stretches = count_text(data["stretches"])
+    held_out = f"{stretches} of {escape(site.name)} (sha256 {site.sha256[:12]})"
+    titles = TITLES | {run.title: run.title for run in result.runs}
+    lines = remarks(data["stretches"], data["policies"], titles)
+    below = escape(" ".join(f"{line}." for line in lines))
     tested = " ".join(escape(f"co2lightning test {run.name};") for run in result.runs)[:-1]
-    battery = site.battery
-    sockets = ", ".join(f"{s.count} {escape(s.name)} sockets" for s in site.sockets)
-    facts = (
-        f"{site.pv_kwp:g} kWp of PV, battery {battery.capacity_kwh:g} "
-        f"kWh / {battery.power_kw:g} kW, {sockets}; {len(site.days)} days of which"
-    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in site.notes)
     foreign = "".join(
         f'<p class="warning">{escape(run.name)} was trained on {escape(run.trained_on[0])} '
         f"(sha256 {escape(run.trained_on[1][:12])}), not on this site.</p>"
         for run in result.runs
         if run.trained_on[1] != site.sha256
     )
+    interval = (
+        " ± half its 95 % interval (Student's t) over stretches: that of the difference to "
+        f"{settled.best}, paired stretch by stretch, is the one that decides; "
+        if result.runs[0].summary.co2_kg_interval is not None
+        else ", without an interval, for which eight stretches are needed, so each is shown below; "
+    )
     figure = f'<div class="chart" data-site="{index}" data-chart='
+    what = settled.name[0].upper() + settled.name[1:]
+    by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
+    meter = "cost" if settled.key == "cost" else "CO2"
+    verb = "emit" if settled.key == "co2_kg" else "come to"
+    unit = escape(settled.unit or "absolute figures")
+    in_unit = escape(f"in {settled.a_day}" if settled.unit else "a day")
     return f"""
 <section>
 <h2>Site {escape(site.name)}</h2>
-<p class="facts">{facts} {count} held-out days, {result.references.days[0]} to
-{result.references.days[-1]}. sha256 {site.sha256[:12]}.</p>
+<p class="facts">{_equipment(site)}; steps of {site.step_minutes} minutes; {len(site.days)} days
+from {site.day_start_h}:00 to {site.day_start_h}:00, of which {stretches}, {days[0].date} to
+{days[-1].date}. sha256 {site.sha256[:12]}.{by}</p>
+{notes}
 {foreign}
-<h3>Held-out days: how good is each controller?</h3>
+<h3>Held out: how good is each controller?</h3>
 {_comparison(result)}
-<p class="source">Mean over days ± half its 95 % interval (Student's t). Difference to RBC B: paired
-day by day, so its interval is the one that decides. Gap closed: share of the way from uncontrolled
-to the optimum (LP, perfect foresight). Unmet: energy not served beyond what charging on arrival
-also leaves. Self-consumption: share of the PV that found a use. The same by <code>{tested}</code>;
-files: {files}; {held_out}.</p>
+<p class="source">Mean a day{interval}each stretch in one go, settled by what the best operation of
+the next two days would cost from the state that is left. {metered_text(settled)}Gap
+closed: share of the way from uncontrolled to the optimum (LP, perfect foresight). Unmet: energy
+not served beyond what charging on arrival also leaves. Self-consumption: share of the PV that found
+a use. {below} The same by
+<code>{tested}</code>; files: {files}; {held_out}.</p>
+{_each_stretch(result)}
 <figure>{figure}"intervals"></div>
-<figcaption>Mean CO2 and paired difference to RBC B with 95 % intervals, from the table above;
-uncontrolled is too far off for the second.</figcaption></figure>
+<figcaption>Mean {settled.name} and paired difference to {settled.best}, with 95 % intervals
+where there are eight stretches, from the table above. Uncontrolled is left out of the second where
+it is too far off.
+</figcaption></figure>
 
 <h3>Learning curves</h3>
 <figure>{figure}"learning"></div>
 <figcaption>Lines of runs: each episode's <em>training</em> days, with exploration; the days differ
-from episode to episode. Diamonds and straight lines: the <em>held-out</em> days, without
-exploration. As a share of what the same days emit without control the two can be compared; in kg
-only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
+from episode to episode. Large marks and straight lines: the <em>held-out</em> stretches, without
+exploration. As a share of what the same days {verb} without control the two can be compared; in
+{unit} only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
 
-<h3>CO2 of each held-out day</h3>
-<figure>{figure}"days"></div>
-<figcaption>Every held-out day: the run, the rule RBC B and the optimum met the same weather,
-vehicles and battery start. A line joins run and rule. Click a day to open it below. Source: as the
-table.</figcaption></figure>
+<h3>{what} of each held-out stretch</h3>
+<figure>{figure}"stretches"></div>
+<figcaption>Every held-out stretch, settled, {in_unit}: the run, the best reference, {settled.best},
+and the optimum met the same weather, vehicles and battery start. A line joins run and reference.
+Click a stretch to open
+it below. Source: as the table.</figcaption></figure>
 
 <h3>Day explorer</h3>
 <figure>{figure}"explorer"></div>
-<figcaption>Battery: charging is positive. CO2: summed from midnight; the last step holds the
-battery's settlement. It opens on the day with the median CO2 under RBC B. Source: the schedules
-behind the table; PV, load and carbon intensity from the site's series.</figcaption></figure>
+<figcaption>A held-out stretch day by day. The {meter} of a day is the meter's alone: a stretch is
+settled as a whole, its days are not.{" Battery: charging is positive." if site.battery else ""} It
+opens on the day with the median CO2 under RBC B. Source: the schedules behind the table; the site's
+series.</figcaption></figure>
 
 <h3>What the run does differently from the rule</h3>
 <figure>{figure}"heat"></div>
-<figcaption>Mean power of the run minus what RBC B would do in the very same state, by the hour and
-the battery's SoC at the step's beginning, over the states the run itself came to on the held-out
-days. Blank: the run was never there. What lies beyond the scale has the colour of its end; each
-cell's own figure shows under the pointer. Source: the files named under the table, {held_out}.
-</figcaption></figure>
+<figcaption>Mean power of the run minus what RBC B would do in the very same state, by the hour of
+the local clock{" and the battery's SoC" if site.battery else ""} at the step's beginning, over the
+states the run itself came to in the held-out stretches. Grey: the run was never there. What lies
+beyond the scale has the colour of its end; each cell's own figure shows under the pointer.
+Source: the files named under the table, {held_out}.</figcaption></figure>
 </section>"""
+
+
+def _each_stretch(result: SiteResult) -> str:
+    """Return a table of the stretches where they are too few for an interval."""
+    if result.runs[0].summary.co2_kg_interval is not None:
+        return ""
+    data, runs = result.data, [run.title for run in result.runs]
+    policies = {title: data["policies"][title]["stretches"] for title in runs}
+    references = result.references.policies
+    policies |= {TITLES[name]: data["policies"][name]["stretches"] for name in references}
+    table = stretches_table(data["stretches"], policies, result.settled)
+    return f'{table_in_page(table)}\n<p class="source">{escape(table.caption or "")}</p>'
 
 
 def _comparison(result: SiteResult) -> str:
@@ -270,7 +384,15 @@ def _comparison(result: SiteResult) -> str:
         {"name": name, "policy": TITLES[name], **summary._asdict()}
         for name, summary in summarise(result.references).items()
     ]
-    return table_in_page(comparison_table(rows))
+    return table_in_page(comparison_table(rows, result.settled))
+
+
+def _by(settled: Settled, site: Site) -> str:
+    """Return what policies are settled by where a site has prices."""
+    if settled.key != "objective":
+        return f"{settled.name}, {settled.a_day}"
+    weights = site.objective
+    return f"an objective, {weights.co2:g} of a kg of CO2 and {weights.cost:g} of what it costs"
 
 
 def _training(results: Sequence[SiteResult]) -> str:

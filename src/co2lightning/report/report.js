@@ -2,10 +2,9 @@
 // a width in pixels; controls are made once, what is below them at every drawing.
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const STEP_H = 0.25;
+const MOST_COMPARED = 4;  // in the explorer: any controller, a run, the best reference, the optimum
 const explorers = new Map();
 
-const look = (i) => `run-${i % 6}`;
 const policy = (site, key) => site.policies.find((one) => one.key === key);
 const body = (host, ...before) => {
   const inner = html("div");
@@ -14,10 +13,7 @@ const body = (host, ...before) => {
 };
 
 function intervals(host, site) {
-  const rows = [
-    ...site.runs.map((run, i) => ({ ...run, look: look(i) })),
-    ...site.policies.map((one) => ({ ...one, look: one.key })),
-  ];
+  const rows = [...site.runs, ...site.policies];
   const panel = (inner, width, label, shown, mean, half, bars) => {
     const spread = shown.flatMap((row) => [row[mean] - (row[half] || 0), row[mean] + (row[half] || 0)]);
     const left = gutter(shown.map((row) => row.title), width), height = shown.length * 24 + 52;
@@ -42,7 +38,7 @@ function intervals(host, site) {
           class: "whisker", x1: area.x(row[mean] - row[half]), x2: area.x(row[mean] + row[half]), y1: y, y2: y,
         });
       }
-      if (!bars) mark(area.svg, "dot", x, y, 3.5, `mark ${row.look}`);
+      if (!bars) mark(area.svg, row.mark || "dot", x, y, 3.5, `mark ${row.look}`);
     });
   };
   return (width) => {
@@ -51,21 +47,23 @@ function intervals(host, site) {
     const panels = [html("div", { class: "panel" }), html("div", { class: "panel" })];
     inner.append(...panels);
     host.replaceChildren(inner);
-    panel(panels[0], each, "CO2, kg a day", rows, "mean_kg", "mean_interval_kg", true);
-    const others = rows.filter((row) => row.look !== "rbc_b" && row.look !== "uncontrolled");
-    panel(panels[1], each, "CO2 against RBC B, kg a day (left is better)", others,
-      "vs_rbc_b_kg", "vs_rbc_b_interval_kg", false);
+    const { name, a_day, best_title } = site.settled;
+    panel(panels[0], each, `${name}, ${a_day}`, rows, "mean", "mean_interval", true);
+    const others = [...site.runs, ...site.policies.filter((one) => site.paired.includes(one.key))];
+    panel(panels[1], each, `${name} against ${best_title}, ${a_day} (left is better)`, others,
+      "vs_best", "vs_best_interval", false);
   };
 }
 
 function learning(host, site) {
+  const { name, a_day } = site.settled;
   let unit = "share", width = 0;
-  const [, label] = choice("CO2 as", [["share", "share of uncontrolled"], ["kg", "kg a day"]], unit,
+  const [, label] = choice(`${name} as`, [["share", "share of uncontrolled"], ["amount", a_day]], unit,
     (value) => { unit = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const draw = (now) => {
     width = now;
-    const share = unit === "share", column = share ? 2 : 1, mean = share ? "share" : "mean_kg";
+    const share = unit === "share", column = share ? 2 : 1, mean = share ? "share" : "mean";
     const scale = share ? 100 : 1;
     const curves = site.runs.map((run) =>
       run.curve.filter((row) => row[column] !== null).map((row) => [row[0], row[column] * scale]));
@@ -75,73 +73,77 @@ function learning(host, site) {
     if (!every.some(([at]) => at === 1) && every[0][0] > last / 12) every.unshift([1, "1"]);
     const area = plot(html("div"), {
       width, height: Math.min(420, Math.max(280, width * 0.5)),
-      name: "Learning curves: CO2 over episodes",
+      name: `Learning curves: ${name} over episodes`,
       x: { range: [1, last], label: "episode", ticks: every },
       y: {
         range: extent([...curves.flat().map((p) => p[1]), ...[...site.policies, ...site.runs].map(level)], 0),
-        label: share ? "CO2, % of the same days uncontrolled" : "CO2, kg a day",
+        label: share ? `${name}, % of the same days uncontrolled` : `${name}, ${a_day}`,
       },
     });
-    for (const one of site.policies) line(area, [[1, level(one)], [last, level(one)]], `thin ${one.key}`);
+    for (const one of site.policies) line(area, [[1, level(one)], [last, level(one)]], `thin ${one.look}`);
     curves.forEach((curve, i) => {
+      const run = site.runs[i];
       const points = curve.flatMap((p, at) => (at && p[0] > curve[at - 1][0] + 1 ? [null, p] : [p]));
-      line(area, points, look(i));
+      line(area, points, run.look);
       if (curve.length < 40) {
-        for (const p of curve) mark(area.svg, "dot", area.x(p[0]), area.y(p[1]), 3, `mark ${look(i)}`);
+        for (const p of curve) mark(area.svg, run.mark, area.x(p[0]), area.y(p[1]), 3, `mark ${run.look}`);
       }
     });
-    site.runs.forEach((run, i) =>
-      mark(area.svg, "diamond", area.x(run.episode), area.y(level(run)), 7, `mark ${look(i)}`));
+    for (const run of site.runs) {
+      mark(area.svg, run.mark, area.x(run.episode), area.y(level(run)), 6.5, `hollow ${run.look}`);
+    }
     inner.replaceChildren(
       legend([
-        ...site.runs.map((run, i) => ({ text: `${run.title}, training days`, look: look(i), kind: "line" })),
-        ...site.runs.map((run, i) => ({ text: `${run.title}, held-out days`, look: `mark ${look(i)}`, kind: "diamond" })),
-        ...site.policies.map((one) => ({ text: `${one.title}, held-out days`, look: `thin ${one.key}`, kind: "line" })),
+        ...site.runs.map((run) => ({ text: `${run.title}, training days`, look: run.look, kind: "line" })),
+        ...site.runs.map((run) => ({ text: `${run.title}, held out`, look: `hollow ${run.look}`, kind: run.mark })),
+        ...site.policies.map((one) => ({ text: `${one.title}, held out`, look: `thin ${one.look}`, kind: "line" })),
       ]),
       area.svg);
   };
   return draw;
 }
 
-function days(host, site) {
-  const rule = policy(site, "rbc_b"), best = policy(site, "optimum"), count = site.days.length;
+function stretches(host, site) {
+  const { name, a_day, best_title, digits } = site.settled, unit = site.settled.unit && ` ${site.settled.unit}`;
+  const rule = policy(site, site.settled.best), best = policy(site, "optimum"), count = site.stretches.length;
   let against = "", width = 0;
-  const [, label] = choice("Show", [["", "CO2"], ["rule", "difference to RBC B"]], against,
+  const [, label] = choice("Show", [["", name], ["rule", `difference to ${best_title}`]], against,
     (value) => { against = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
   const draw = (now) => {
     width = now;
-    const level = (one, at) => one.co2_kg[at] - (against ? rule.co2_kg[at] : 0);
-    const all = [rule, best, ...site.runs].flatMap((one) => one.co2_kg.map((_, at) => level(one, at)));
-    const panels = site.runs.map((run, i) => {
+    const level = (one, at) => one.a_day[at] - (against ? rule.a_day[at] : 0);
+    const all = [rule, best, ...site.runs].flatMap((one) => one.a_day.map((_, at) => level(one, at)));
+    const panels = site.runs.map((run) => {
       const panel = html("div", { class: "panel" });
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       panel.append(legend([
-        { text: run.title, look: `mark ${look(i)}`, kind: "dot" },
-        { text: rule.title, look: "hollow rbc_b", kind: "dot" },
+        { text: run.title, look: `mark ${run.look}`, kind: run.mark },
+        { text: rule.title, look: `hollow ${rule.look}`, kind: "dot" },
         { text: best.title, look: "mark optimum", kind: "dash" },
       ]));
       const every = Math.max(1, Math.ceil(count / Math.max(1, (width - 60) / 95)));
       const area = plot(panel, {
-        width, height: 240, name: `CO2 of each held-out day, ${run.title}`,
+        width, height: 240, name: `${name} of each held-out stretch, ${run.title}`,
         x: {
-          range: [-0.5, count - 0.5], label: "held-out day",
-          ticks: site.days.map((day, at) => [at, day]).filter((_, at) => at % every === 0),
+          range: [-0.5, count - 0.5], label: "first day of the held-out stretch",
+          ticks: site.stretches.map((one, at) => [at, one.from]).filter((_, at) => at % every === 0),
         },
-        y: { range: extent(all, against ? undefined : 0), label: against ? "CO2 against RBC B, kg (down is better)" : "CO2, kg" },
+        y: { range: extent(all, against ? null : 0), label: against ? `${name} against ${best_title}, ${a_day} (down is better)` : `${name}, ${a_day}` },
       });
       const column = (area.right - area.left) / count, size = Math.max(2, Math.min(5, column * 0.4));
-      site.days.forEach((day, at) => {
+      site.stretches.forEach((one, at) => {
         const x = area.x(at), own = area.y(level(run, at)), ruled = area.y(level(rule, at));
-        shape(area.svg, "line", { class: `join ${look(i)}`, x1: x, x2: x, y1: own, y2: ruled });
-        mark(area.svg, "dash", x, area.y(level(best, at)), size, "mark optimum");
-        mark(area.svg, "dot", x, ruled, size, "hollow rbc_b");
-        mark(area.svg, "dot", x, own, size, `mark ${look(i)}`);
+        shape(area.svg, "line", { class: `join ${run.look}`, x1: x, x2: x, y1: own, y2: ruled });
+        mark(area.svg, "dot", x, ruled, size, `hollow ${rule.look}`);
+        mark(area.svg, run.mark, x, own, size, `mark ${run.look}`);
+        mark(area.svg, "dash", x, area.y(level(best, at)), 1.6 * size, "mark optimum");  // on top of what is near
         const hit = shape(area.svg, "rect", {
           class: "hit", x: x - column / 2, y: area.top, width: column, height: area.bottom - area.top,
         });
-        shape(hit, "title", {}, `${day}: ${run.title} ${run.co2_kg[at].toFixed(1)} kg, ` +
-          `${rule.title} ${rule.co2_kg[at].toFixed(1)} kg, ${best.title} ${best.co2_kg[at].toFixed(1)} kg`);
+        shape(hit, "title", {}, `${named(one)}: ${run.title} ${run.a_day[at].toFixed(digits)} ${a_day}, ` +
+          `${rule.title} ${rule.a_day[at].toFixed(digits)}${unit}, ${best.title} ${best.a_day[at].toFixed(digits)}${unit}; ` +
+          `unmet ${run.unmet_kwh[at].toFixed(3)} kWh a day`);
         hit.addEventListener("click", () => explorers.get(site)(at, run.key));
       });
       return panel;
@@ -151,124 +153,165 @@ function days(host, site) {
   return draw;
 }
 
+const named = (stretch) => (stretch.from === stretch.to ? stretch.from : `${stretch.from} to ${stretch.to}`);
+
 function explorer(host, site) {
-  // A run may be named as a rule is; its place tells them apart.
-  const shown = [...site.runs.map((run, i) => [run, look(i)]), ...site.policies.map((one) => [one, one.key])];
-  let day = site.typical_day, width = 0;
-  let chosen = site.runs.reduce((best, run, i) => (run.mean_kg < site.runs[best].mean_kg ? i : best), 0);
-  const [daySelect, dayLabel] = choice("Day", site.days.map((text, at) => [at, text]), day,
-    (value) => { day = Number(value); draw(width); });
-  const [ownSelect, ownLabel] = choice("Controller", shown.map(([one], at) => [at, one.title]), chosen,
+  const shown = [...site.runs, ...site.policies], parts = site.parts, step = site.step_h;
+  let [at, day] = site.typical_day, width = 0;
+  let chosen = site.runs.reduce((best, run, i) => (run.mean < site.runs[best].mean ? i : best), 0);
+  let run = site.runs[chosen];  // stays in view beside a reference
+  const [stretchSelect, stretchLabel] = choice("Stretch", site.stretches.map((one, i) => [i, named(one)]), at,
+    (value) => open(Number(value), 0));
+  const [daySelect, dayLabel] = choice("Day", [], "", (value) => open(at, Number(value)));
+  const [ownSelect, ownLabel] = choice("Controller", shown.map((one, i) => [i, one.title]), chosen,
     (value) => { chosen = Number(value); draw(width); });
-  const inner = body(host, html("div", { class: "controls" }, dayLabel, ownLabel));
-  explorers.set(site, (at, key) => {
-    day = at;
-    chosen = site.runs.findIndex((run) => run.key === key);
+  const controls = html("div", { class: "controls" }, stretchLabel);
+  if (site.stretches.some((one) => one.days.length > 1)) controls.append(dayLabel);
+  controls.append(ownLabel);
+  const inner = body(host, controls);
+  const fill = () => {
+    daySelect.replaceChildren(...site.stretches[at].days.map(([date], i) => html("option", { value: i }, date)));
+    stretchSelect.value = at;
     daySelect.value = day;
-    ownSelect.value = chosen;
+  };
+  const open = (stretch, chosenDay) => {
+    at = stretch;
+    day = chosenDay;
+    fill();
     draw(width);
+  };
+  explorers.set(site, (stretch, key) => {
+    chosen = site.runs.findIndex((one) => one.key === key);
+    ownSelect.value = chosen;
+    open(stretch, 0);
     host.scrollIntoView({ block: "nearest" });
   });
-  const hours = (values) => stairs(values, STEP_H);
+  const hours = (values) => stairs(values, step);
   const draw = (now) => {
     width = now;
-    const [own, ownLook] = shown[chosen];
-    const compared = [[own, ownLook]];
-    for (const key of ["rbc_b", "optimum"]) if (own.key !== key || chosen < site.runs.length) compared.push([policy(site, key), key]);
-    const flows = own.schedule, pv = site.pv_kw[day], load = site.load_kw[day], carbon = site.carbon[day];
-    const every = width > 560 ? 3 : 6;
-    const axis = (label) => ({
-      range: [0, 24], label, ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]),
-    });
+    const stretch = site.stretches[at], [date, begin, end] = stretch.days[day];
+    const own = shown[chosen];
+    if (chosen < site.runs.length) run = own;
+    const compared = [...new Set([own, run, policy(site, site.settled.best), policy(site, "optimum")])];
+    const of = (one, what) => one.schedule[at][what].slice(begin, end);
+    const series = (what) => stretch[what].slice(begin, end);
+    const money = site.settled.key === "cost", unit = money ? site.settled.unit : "kg";
+    const pv = series("pv_kw"), carbon = series(money ? "price" : "carbon"), count = end - begin;
+    const minutes = stretch.clock.slice(begin, end + 1);
+    const every = (width > 560 ? 3 : 6) * 60;
+    const clock = (minute) => `${Math.floor(minute / 60)}:${String(minute % 60).padStart(2, "0")}`;
+    const marks = minutes.flatMap((minute, i) => (minute % every === 0 ? [[i * step, clock(minute)]] : []));
+    const axis = { range: [0, count * step], label: "local time", ticks: marks };
     const areas = [];
     const panel = (title, entries, height, y, draws) => {
       const box = html("div", { class: "panel" });
-      if (entries.length) box.append(legend(entries));
-      const area = plot(box, { width, height, x: axis("time of day"), y, name: `${title}, ${own.title}, ${site.days[day]}` });
+      if (entries.length) box.append(legend(entries, Math.max(entries.length, MOST_COMPARED)));
+      const area = plot(box, { width, height, x: axis, y, name: `${title}, ${own.title}, ${date}` });
       draws(area);
       areas.push(area);
       return box;
     };
     const powers = [
-      ["EV charging", "ev", flows.ev_kw[day]], ["battery (charging +)", "battery", flows.battery_kw[day]],
-      ["grid import", "grid", flows.grid_import_kw[day]], ["building load", "load", load],
+      ...(parts.ev ? [["EV charging", "ev", of(own, "ev_kw")]] : []),
+      ...(parts.battery ? [["battery (charging +)", "battery", of(own, "battery_kw")]] : []),
+      ["grid import", "grid", of(own, "grid_import_kw")],
+      ...(parts.load ? [["building load", "load", series("load_kw")]] : []),
     ];
     const range = extent([0, ...pv, ...powers.flatMap(([, , values]) => values)]);
     const power = panel("Power",
-      [{ text: "PV available", look: "area pv", kind: "area" },
+      [...(parts.pv ? [{ text: "PV available", look: "area pv", kind: "area" }] : []),
         ...powers.map(([text, name]) => ({ text, look: name, kind: "line" }))],
       320, { range, label: "power, kW" }, (area) => {
-        const path = [[0, 0], ...hours(pv), [24, 0]];
-        shape(area.svg, "path", {
-          class: "area pv", d: "M" + path.map(([x, y]) => `${area.x(x).toFixed(1)} ${area.y(y).toFixed(1)}`).join("L"),
-        });
+        if (parts.pv) {
+          const path = [[0, 0], ...hours(pv), [count * step, 0]];
+          shape(area.svg, "path", {
+            class: "area pv", d: "M" + path.map(([x, y]) => `${area.x(x).toFixed(1)} ${area.y(y).toFixed(1)}`).join("L"),
+          });
+        }
         const zero = area.y(0);
         shape(area.svg, "line", { class: "axis", x1: area.left, x2: area.right, y1: zero, y2: zero });
         for (const [, name, values] of [...powers].reverse()) line(area, hours(values), name);
       });
-    const names = compared.map(([one, name]) => ({ text: one.title, look: name, kind: "line" }));
-    const soc = panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
-      for (const [one, name] of [...compared].reverse()) {
-        const levels = [site.soc_start[day], ...one.schedule.soc[day]];
-        line(area, levels.map((value, i) => [i * STEP_H, 100 * value]), name);
+    const names = compared.map((one) => ({ text: one.title, look: one.look, kind: "line" }));
+    const soc = parts.battery && panel("SoC", names, 190, { range: [0, 100], label: "battery SoC, %" }, (area) => {
+      for (const one of [...compared].reverse()) {
+        const levels = [begin ? one.schedule[at].soc[begin - 1] : site.soc_start, ...of(one, "soc")];
+        line(area, levels.map((value, i) => [i * step, 100 * value]), one.look);
       }
     });
-    const intensity = panel("Carbon intensity", [], 150,
-      { range: extent(carbon, 0), label: "carbon intensity of the grid, kg/kWh" },
+    const of_kwh = unit ? `, ${unit}/kWh` : " of a kWh", of_unit = unit && ` ${unit}`, each_kwh = unit && ` ${unit}/kWh`;
+    const intensity = panel(money ? "Price" : "Carbon intensity", [], 150,
+      { range: extent(carbon, 0), label: `${money ? "price" : "carbon intensity"} of the grid${of_kwh}` },
       (area) => line(area, hours(carbon), "carbon"));
-    const sums = compared.map(([one]) => {
+    const sums = compared.map((one) => {
       let sum = 0;
-      return [0, ...one.schedule.co2_kg[day].map((kg) => (sum += kg))];
+      return [0, ...of(one, money ? "cost" : "co2_kg").map((amount) => (sum += amount))];
     });
-    const total = panel("Cumulative CO2", names, 220,
-      { range: extent(sums.flat(), 0), label: "CO2 since midnight, kg" }, (area) => {
-        sums.forEach((values, i) => line(area, values.map((value, at) => [at * STEP_H, value]), compared[i][1]));
+    const since = `${money ? "cost less what export earns" : "CO2 of the import"} since the day began`;
+    const total = panel(money ? "Cumulative cost" : "Cumulative CO2", names, 220,
+      { range: extent(sums.flat(), 0), label: unit ? `${since}, ${unit}` : since }, (area) => {
+        sums.forEach((values, i) => line(area, values.map((value, to) => [to * step, value]), compared[i].look));
       });
     const readout = html("output", { class: "readout" });
-    const whole = `${site.days[day]}: ` + compared.map(([one]) => `${one.title} ${one.co2_kg[day].toFixed(1)} kg`).join(", ");
-    readout.textContent = whole;
-    const clock = (at) => `${Math.floor(at / 4)}:${String((at % 4) * 15).padStart(2, "0")}`;
-    const tell = (at) => {
-      readout.textContent = `${clock(at)}\u2013${clock(at + 1)}: PV ${pv[at].toFixed(0)} kW, ` +
-        powers.map(([text, , values]) => `${text} ${signed(values[at], 0)} kW`).join(", ") +
-        `; ${carbon[at].toFixed(3)} kg/kWh; SoC ${(100 * flows.soc[day][at]).toFixed(0)} %; CO2 so far ` +
-        compared.map(([one], i) => `${one.title} ${sums[i][at + 1].toFixed(1)} kg`).join(", ");
+    const say = (cells) => {
+      const empty = Array.from({ length: MOST_COMPARED - compared.length }, () => ["", ""]);
+      readout.replaceChildren(...[...cells, ...empty].map(([name, value]) =>
+        html("span", name ? { title: name } : {}, `${name} `, html("b", {}, value))));
     };
+    const short = (text) => text.replace(/ \(.*/, "");
+    const fixed = (value) => signed(value, Math.abs(value) < 10 ? 2 : Math.abs(value) < 100 ? 1 : 0);
+    const energy = (values) => values.reduce((sum, kw) => sum + kw * step, 0);
+    const tellDay = () => say([
+      ["whole day", date],
+      ...(parts.pv ? [["PV available", `${fixed(energy(pv))} kWh`]] : []),
+      ...powers.map(([text, , values]) => [short(text), `${fixed(energy(values))} kWh`]),
+      [money ? "mean price" : "mean intensity",
+        `${(carbon.reduce((sum, value) => sum + value, 0) / count).toFixed(3)}${each_kwh}`],
+      ...(parts.battery ? [["SoC at its end", `${(100 * own.schedule[at].soc[end - 1]).toFixed(0)} %`]] : []),
+      ...compared.map((one, i) => [one.title, `${sums[i].at(-1).toFixed(site.settled.digits)}${of_unit} (meter)`]),
+    ]);
+    const tell = (i) => say([
+      ["time", `${clock(minutes[i])}\u2013${clock(minutes[i + 1])}`],
+      ...(parts.pv ? [["PV available", `${fixed(pv[i])} kW`]] : []),
+      ...powers.map(([text, , values]) => [short(text), `${fixed(values[i])} kW`]),
+      [money ? "price" : "intensity", `${carbon[i].toFixed(3)}${each_kwh}`],
+      ...(parts.battery ? [["SoC", `${(100 * own.schedule[at].soc[begin + i]).toFixed(0)} %`]] : []),
+      ...compared.map((one, k) => [one.title, `${sums[k][i + 1].toFixed(site.settled.digits)}${of_unit} (meter)`]),
+    ]);
+    tellDay();
     for (const area of areas) {
       area.cursor = shape(area.svg, "line", { class: "cursor", y1: area.top, y2: area.bottom, visibility: "hidden" });
       area.svg.addEventListener("pointermove", (event) => {
         const box = area.svg.getBoundingClientRect();
         const share = ((event.clientX - box.left) * (width / box.width) - area.left) / (area.right - area.left);
-        const at = Math.min(pv.length - 1, Math.max(0, Math.floor(share * pv.length)));
-        tell(at);
+        const i = Math.min(count - 1, Math.max(0, Math.floor(share * count)));
+        tell(i);
         for (const { cursor, x } of areas) {
-          for (const end of ["x1", "x2"]) cursor.setAttribute(end, x((at + 0.5) * STEP_H));
+          for (const side of ["x1", "x2"]) cursor.setAttribute(side, x((i + 0.5) * step));
           cursor.setAttribute("visibility", "visible");
         }
       });
       area.svg.addEventListener("pointerleave", () => {
-        readout.textContent = whole;
+        tellDay();
         for (const { cursor } of areas) cursor.setAttribute("visibility", "hidden");
       });
     }
-    inner.replaceChildren(readout, power, soc, intensity, total);
+    inner.replaceChildren(...[readout, power, soc, intensity, total].filter(Boolean));
   };
+  fill();
   return draw;
 }
 
 function heat(host, site) {
-  let what = "battery_kw", width = 0;
-  const options = [["battery_kw", "battery power (charging +)"], ["ev_kw", "EV charging power"]];
+  const options = [["battery_kw", "battery power (charging +)"], ["ev_kw", "EV charging power"]]
+    .filter(([key]) => key in site.heat_limit_kw);
+  let [[what]] = options, width = 0;
   const [, label] = choice("Difference in", options, what, (value) => { what = value; draw(width); });
   const inner = body(host, html("div", { class: "controls" }, label));
-  const classes = site.soc_classes;
-  const first = Math.floor(site.soc_min * classes + 1e-6), last = Math.ceil(site.soc_max * classes - 1e-6);
+  const classes = site.soc_classes, [first, end] = site.soc_band;
   const draw = (now) => {
     width = now;
-    const values = site.runs.flatMap((run) => run.heat[what].flat()).filter((value) => value !== null);
-    // A few cells, such as the last hour's, would leave the others without colour.
-    const sizes = values.map(Math.abs).sort((a, b) => a - b);
-    const limit = ticks(0, Math.max(1, sizes[Math.floor(0.95 * sizes.length)]), 4).at(-1)[0];
+    const limit = site.heat_limit_kw[what];
     const tint = (value) => ({
       class: value < 0 ? "minus" : "plus", "fill-opacity": Math.min(1, Math.abs(value) / limit).toFixed(3),
     });
@@ -279,19 +322,23 @@ function heat(host, site) {
       if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
       const every = each > 430 ? 3 : 6;
       const area = plot(panel, {
-        width: each, height: 280, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
-        x: { range: [0, 24], label: "time of day", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
-        y: { range: [(100 * first) / classes, (100 * last) / classes], label: "battery SoC, %" },
+        width: each, height: site.parts.battery ? 280 : 90, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,
+        x: { range: [0, 24], label: "local time", ticks: Array.from({ length: 24 / every + 1 }, (_, i) => [i * every, `${i * every}:00`]) },
+        y: { range: [(100 * first) / classes, (100 * end) / classes], label: site.parts.battery ? "battery SoC, %" : "" },
       });
+      shape(area.svg, "rect", { class: "never", x: area.left, y: area.top, width: area.right - area.left, height: area.bottom - area.top });
       for (let hour = 0; hour < site.hours; hour++) {
-        for (let level = first; level < last; level++) {
+        for (let level = first; level < end; level++) {
           const value = run.heat[what][hour][level];
           if (value === null) continue;
           const x = area.x(hour), y = area.y((100 * (level + 1)) / classes);
-          const box = { x: x.toFixed(1), y: y.toFixed(1), width: (area.x(hour + 1) - x - 1).toFixed(1), height: (area.y((100 * level) / classes) - y - 1).toFixed(1) };
-          shape(area.svg, "rect", { class: "visited", ...box });
+          const box = {
+            x: x.toFixed(1), y: y.toFixed(1), width: (area.x(hour + 1) - x).toFixed(1), height: (area.y((100 * level) / classes) - y).toFixed(1),
+            "shape-rendering": "crispEdges",
+          };
+          shape(area.svg, "rect", { class: "same", ...box });
           const cell = shape(area.svg, "rect", { ...tint(value), ...box });
-          shape(cell, "title", {}, `${hour}:00\u2013${hour + 1}:00, SoC ${(100 * level) / classes}\u2013${(100 * (level + 1)) / classes} %: ` +
+          shape(cell, "title", {}, `${hour}:00\u2013${hour + 1}:00${site.parts.battery ? `, SoC ${(100 * level) / classes}\u2013${(100 * (level + 1)) / classes} %` : ""}: ` +
             `${signed(value, 1, "+")} kW, mean of ${run.heat.steps[hour][level]} steps`);
         }
       }
@@ -307,9 +354,9 @@ function heat(host, site) {
     };
     for (const part of [-1, -0.5, 0, 0.5, 1]) {
       const unit = part === 1 ? " kW and more: above RBC B" : part === -1 ? " kW and less: below" : " kW";
-      swatch(signed(part * limit, limit < 10 ? 1 : 0, "+") + unit, { class: "visited" }, tint(part * limit));
+      swatch(signed(part * limit, limit < 10 ? 1 : 0, "+") + unit, { class: "same" }, tint(part * limit));
     }
-    swatch("never there", { class: "empty" });
+    swatch("never there", { class: "never" });
     inner.replaceChildren(scale, panels);
   };
   return draw;
@@ -356,7 +403,7 @@ function sessions(host) {
   };
 }
 
-const CHARTS = { intervals, learning, days, explorer, heat, sessions };
+const CHARTS = { intervals, learning, stretches, explorer, heat, sessions };
 for (const host of document.querySelectorAll(".chart")) {
   const draw = CHARTS[host.dataset.chart](host, data.sites[host.dataset.site]);
   let width = 0;

@@ -3,13 +3,13 @@
 Needs no torch: `history` starts without it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
 from rich.table import Table as TerminalTable
 
-from co2lightning.metrics import HELD_OUT, TRAINING, Metric
+from co2lightning.metrics import TRAINING, Metric, Settled
 from co2lightning.runs.run import TrainingCheckpoint
 
 _Row = dict[str, Any]
@@ -22,6 +22,7 @@ _SESSION = (
     Metric("duration_seconds", "seconds", "{:.1f}"),
     Metric("device", "device"),
 )
+_OF = "of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
 
 
@@ -76,16 +77,6 @@ class Table(NamedTuple):
 
 def runs_table(runs: Iterable[_Row]) -> Table:
     """Return the table of runs, each as `summarize` tells it."""
-    columns = (
-        _RUN,
-        Metric("agent", "agent"),
-        Metric("total_episodes", "episodes", "{}"),
-        Metric("episode", "episode", "{}"),
-        *_FIGURES,
-        Metric("checkpoints", "checkpoints", "{}", "check-\npoints"),
-        Metric("number", "sessions", "{}"),
-        Metric("status", "status"),
-    )
     rows: list[_Row] = []
     for run in runs:
         last, best = run["last"], run["best"]
@@ -93,14 +84,25 @@ def runs_table(runs: Iterable[_Row]) -> Table:
         rows.append({**run, **shown, **_figures(last)})
         if best:
             rows.append({"episode": f"best {best['episode']}", **_figures(best)})
+    columns = (
+        _RUN,
+        Metric("agent", "agent"),
+        Metric("total_episodes", "episodes", "{}"),
+        Metric("episode", "episode", "{}"),
+        *_known(rows),
+        Metric("checkpoints", "checkpoints", "{}", "check-\npoints"),
+        Metric("number", "sessions", "{}"),
+        Metric("status", "status"),
+    )
     caption = "of uncontrolled: CO2 as a share of the same days without control"
     return Table(columns, rows, caption=caption, whole=("total_episodes", "episode"))
 
 
 def sessions_table(run: _Row) -> Table:
     """Return the sessions of one run with the figures of their last episodes."""
-    columns = (*_SESSION, Metric("status", "status"), *_FIGURES)
-    return Table(columns, _sessions(run), title="\nsessions")
+    rows = _sessions(run)
+    columns = (*_SESSION, Metric("status", "status"), *_known(rows))
+    return Table(columns, rows, title="\nsessions")
 
 
 def all_sessions_table(runs: Iterable[_Row]) -> Table:
@@ -112,13 +114,16 @@ def all_sessions_table(runs: Iterable[_Row]) -> Table:
 def convergence_table(runs: Iterable[_Row]) -> Table:
     """Return the mean figures of all sessions, each against the session before it."""
     co2, share, unmet = (TRAINING[key] for key in ("co2_kg", "co2_vs_uncontrolled", "unmet_kwh"))
+    rows = [means for run in runs for means in _convergence(run)]
     columns = (
         *(_RUN, Metric("episodes", "episodes", "{}"), co2),
         Metric("change_kg", "change, kg", "{:+.1f}"),
         Metric("change_percent", "change", "{:+.0f}%"),
-        *(share._replace(form="{:.1%}"), unmet),
+        share._replace(form="{:.1%}"),
+        *(metric for metric in _known(rows) if metric.key == "cost"),
+        unmet,
     )
-    return Table(columns, [means for run in runs for means in _convergence(run)])
+    return Table(columns, rows)
 
 
 def newest_sessions_table(runs: Iterable[_Row]) -> Table:
@@ -135,29 +140,97 @@ def newest_sessions_table(runs: Iterable[_Row]) -> Table:
     return Table(columns, rows, title="\nmean CO2 of a session's episodes, kg")
 
 
-def comparison_table(policies: Iterable[_Row], title: str | None = None) -> Table:
-    """Return policies side by side on held-out days.
+def comparison_table(policies: Iterable[_Row], settled: Settled, title: str | None = None) -> Table:
+    """Return policies side by side in held-out stretches.
 
     Args:
         policies: Each with its title as `policy` and its figures; a rule or the optimum with its
             `name`, a run with its `episode` where that is shown.
+        settled: What they are settled by and compared with.
         title: Above it, in a terminal.
     """
-    nothing = dict.fromkeys(("vs_rbc_b_kg", "vs_rbc_b_kg_interval"))
-    rows = [row | nothing if row.get("name") == "rbc_b" else row for row in policies]
+    nothing = dict.fromkeys(("vs_best", "vs_best_interval"))
+    rows = [
+        row | nothing if "name" in row and row["policy"] == settled.best else row
+        for row in policies
+    ]
     episode = [Metric("episode", "episode", "{}")] if "episode" in rows[0] else []
+    known = [m for m in settled.metrics() if any(row.get(m.key) is not None for row in rows)]
+    certain = rows[0].get("co2_kg_interval") is not None
+    interval = "± half the 95 % interval over stretches. " if certain else ""
     return Table(
-        (Metric("policy", "policy"), *episode, *HELD_OUT.values()),
+        (Metric("policy", "policy"), *episode, *known),
         rows,
         title,
-        caption="± half the 95 % interval over days. Gap: from uncontrolled to the optimum. "
+        caption=f"{interval}Each stretch in one go, settled by what the best operation of the next "
+        f"two days would cost. {metered_text(settled)}Gap: from uncontrolled to the optimum. "
         "Unmet: beyond what charging on arrival leaves.",
         boxed=True,
     )
 
 
+def metered_text(settled: Settled) -> str:
+    """Return which of CO2 and cost are the meter's alone, "" without prices, else with a space."""
+    if settled.currency is None:
+        return ""
+    others = {"co2_kg": "Cost is", "cost": "CO2 is", "objective": "CO2 and cost are"}
+    return f"{others[settled.key]} the meter's alone, not settled. "
+
+
+def stretches_table(
+    stretches: Sequence[_Row],
+    policies: Mapping[str, Sequence[_Row]],
+    settled: Settled,
+    title: str | None = None,
+) -> Table:
+    """Return each held-out stretch with what policies are settled by.
+
+    Args:
+        stretches: Each with `begin`, `hours`, `turned_away_kwh` and `clipped_kwh`.
+        policies: Title -> what the policy did in each stretch, `settled` and `unmet_kwh`.
+        settled: What that is.
+        title: Above it, in a terminal.
+    """
+    form = settled.metric(settled.key).form
+    rows: list[_Row] = []
+    for w, stretch in enumerate(stretches):
+        whole = {_OF + name: figures[w]["settled"] for name, figures in policies.items()}
+        whole["unmet_kwh"] = max(figures[w]["unmet_kwh"] for figures in policies.values())
+        whole |= {key: stretch[key] for key in ("turned_away_kwh", "clipped_kwh")}
+        a_day = {key: value / stretch["hours"] * 24 for key, value in whole.items()}
+        rows.append({"begin": stretch["begin"], **a_day})
+    columns = (
+        Metric("begin", "from"),
+        # The page may break the longest one at a soft hyphen.
+        *(
+            Metric(
+                _OF + name,
+                name.replace("uncontr", "uncon\u00adtr"),
+                form,
+                name.replace("uncontr", "uncon-\ntr"),
+            )
+            for name in policies
+        ),
+        Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+        Metric("turned_away_kwh", "turned away, kWh/day", "{:.1f}", "turned\naway"),
+        Metric("clipped_kwh", "clipped, kWh/day", "{:.1f}", "clipped"),
+    )
+    caption = (
+        f"Settled {settled.name} of each policy{f' in {settled.unit}' if settled.unit else ''} a "
+        "day. Unmet: the most of any of them. Turned away, "
+        "clipped: of the site's sessions, in kWh a day."
+    )
+    return Table(columns, rows, title, caption, boxed=True, whole=("begin",))
+
+
 def _figures(metrics: _Row) -> _Row:
     return {metric.key: metrics.get(metric.key) for metric in _FIGURES}
+
+
+def _known(rows: Sequence[_Row]) -> list[Metric]:
+    """Return the figures to show: a cost only where an episode has one."""
+    priced = any(row.get("cost") is not None for row in rows)
+    return [metric for metric in _FIGURES if priced or metric.key != "cost"]
 
 
 def _sessions(run: _Row) -> list[_Row]:
@@ -219,14 +292,15 @@ def in_terminal(table: Table) -> TerminalTable:
 def table_in_page(table: Table) -> str:
     """Return a table as HTML; a column of text has `text` for its class, numbers stand right."""
     kinds = ["" if column.form else ' class="text"' for column in table.columns]
+    named = [' class="name"' if c.key.startswith(_OF) else "" for c in table.columns]
     head = "".join(
         f'<th scope="col"{kind}>{escape(column.heading)}</th>'
-        for kind, column in zip(kinds, table.columns, strict=True)
+        for kind, column in zip(map(str.__add__, kinds, named), table.columns, strict=True)
     )
     body = "\n".join(
         "<tr>"
         + "".join(
-            f"<td{kind}>{escape(in_page(column, row))}</td>"
+            f'<td{kind} data-label="{escape(column.heading)}">{escape(in_page(column, row))}</td>'
             for kind, column in zip(kinds, table.columns, strict=True)
         )
         + "</tr>"
@@ -251,4 +325,5 @@ def _text(column: Metric, row: _Row, unknown: str) -> str:
     if value is None or value == "":
         return unknown if value is None else ""
     text = (column.form or "{}").format(value)
-    return text if interval is None else f"{text} ± {interval:.1f}"
+    half = "" if interval is None else column.form.replace("+", "").format(interval)
+    return f"{text} ± {half}" if half else text

@@ -22,7 +22,8 @@ from co2lightning.runs.seal import Damaged
 EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
 MAX_EPISODES = 999_999  # the digits of a file name
 STATUSES = ("running", "completed", "interrupted", "failed", "killed")
-_BEST_METRIC = "co2_vs_uncontrolled"  # share of the episode's own days' uncontrolled CO2
+# Share of what its own days are without control: of the objective where that is not CO2 alone.
+_BEST_METRICS = "objective_vs_uncontrolled", "co2_vs_uncontrolled"
 
 Row = dict[str, Any]
 _Metrics = dict[str, float | None]
@@ -258,9 +259,11 @@ def rebuild(
 
 def score(metrics: _Metrics | None) -> tuple[int, float]:
     """Rank an episode, lower is better; the reward decides only where the share is unknown."""
-    share, reward = ((metrics or {}).get(key) for key in (_BEST_METRIC, "reward"))
-    if share is not None:
-        return 0, share
+    known = metrics or {}
+    for key in _BEST_METRICS:
+        if (share := known.get(key)) is not None:
+            return 0, share
+    reward = known.get("reward")
     return (1, -reward) if reward is not None else (2, 0.0)
 
 

@@ -59,6 +59,7 @@ _RANGES = {
     "figures_every": Range(0, MAX_EPISODES),
     "checkpoints.keep_last": COUNT,
     "env.num_envs": Range(1, 1_000_000),
+    "env.hours": Range(1, 168),
     "trainer.num_nodes": Range(1, 10_000),
     # Under autocast the policy that learns is not quite the one that acted.
     "trainer.precision": ("32-true", "32", 32, None),
@@ -92,8 +93,8 @@ def _build_parser(agent: str) -> ArgumentParser:
             "       co2lightning fit --ckpt_path FILE [options]   go on from an episode"
         ),
         description=f"Train {agent}. An episode is one day of the site; CO2 is in kg, energy in "
-        "kWh, the reward in kg CO2. Flags win over the run they resume, that over the recipe, "
-        "that over the defaults below.",
+        "kWh, a reward of 1 is the CO2 of the site's uncontrolled day. Flags win over the run they "
+        "resume, that over the recipe, that over the defaults below.",
         epilog="example: co2lightning fit --config ppo.yaml --ckpt_path last --episodes 5",
         formatter_class=_Help,
         exit_on_error=False,

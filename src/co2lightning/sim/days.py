@@ -1,67 +1,97 @@
 """The site as an environment for the agents, in torch; for everybody else see `gymnasium.py`.
 
-`SiteDays` is the one simulator. One episode is one day, 00:00-24:00 local, 96 steps.
+`SiteDays` is the one simulator. One episode is a window of a day, cut out of a time that goes on.
 
-Shapes: T = 96 steps a day, D days of the site, B days at once, A = 2 actions, O features.
+Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A = 2
+actions, O features, K more that only critics see, C columns of sockets.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.observation import (
-    FEATURES,
-    RULE_FEATURES,
-    Observer,
-    build_observer,
-    observe,
-)
-from co2lightning.control.rules import uncontrolled
-from co2lightning.control.state import Carry, SiteModel, State, begin_day, restore
+from co2lightning.control.observation import FEATURES, RULE_FEATURES, observe
+from co2lightning.control.rules import rbc_b, uncontrolled
+from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.errors import UserError
-from co2lightning.sim.hindsight import HINDSIGHT, measure_against_rule
+from co2lightning.sim.hindsight import HINDSIGHT, hindsight
 from co2lightning.sim.interface import Environment, Step
-from co2lightning.sim.objective import Booked, book, priced_model, settle
+from co2lightning.sim.objective import (
+    mean_per_kwh,
+    metered,
+    priced_model,
+    reward,
+    rewarded,
+    unit_a_day,
+)
 from co2lightning.sim.physics import Flows, step
-from co2lightning.sim.schedule import evaluation_soc, run_days
+from co2lightning.sim.scales import observer_of
+from co2lightning.sim.schedule import start, through
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.site.model import DAY_H, Objective, Site
+
+
+class _Tables(NamedTuple):
+    """What all environments of a site share; never written."""
+
+    model: SiteModel  # with rewards against RBC B
+    hindsight: Tensor  # [P + 1, K]
+    owed_kw: Tensor  # [D, C] to the vehicles at each day's beginning
+    # What of these came before each place without control, and what is owed then, [P + 1]:
+    uncontrolled_kg: Tensor
+    uncontrolled_cost: Tensor
+    pv_kwh: Tensor
+    owed_kwh: Tensor
+    unit: float  # what objectives of a day are measured in
 
 
 @functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)  # what it would make can never be trained on
-def _tables(site: Site, device: torch.device) -> tuple[SiteModel, Tensor, Observer]:
-    """Make the tables of a site: its model, the hindsight features, the observer.
+def _tables(site: Site, device: torch.device) -> _Tables:
+    idle, rule = through(site, uncontrolled), through(site, rbc_b)
+    training = site.training_steps
+    days = training.sum() * site.step_h / DAY_H
+    objective = site.objective
+    a_day = float(objective.of(idle.co2_kg, idle.cost)[training].sum() / days)
+    of_rule = objective.of(rule.co2_kg, rule.cost)
+    model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
+    ahead = np.ascontiguousarray(hindsight(site, rule))
 
-    They are never written, so all environments of a site have the same; of a year they take a
-    third of a second and 100 MB.
-    """
-    model, hindsight = measure_against_rule(priced_model(site, device), site)
-    return model, hindsight, build_observer(site, device)
+    def until(values: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)
 
-
-@functools.lru_cache(maxsize=2)
-def _uncontrolled_kg(site: Site, device: torch.device) -> Tensor:
-    days = torch.arange(len(site.days))
-    trace = run_days(_tables(site, device)[0], uncontrolled, days, evaluation_soc(site))
-    return trace.total("co2_kg")
+    return _Tables(
+        model=model,
+        hindsight=torch.as_tensor(ahead).to(model.zero),
+        owed_kw=start(model, site, site.day_bounds[:-1], 0.0).owed_kw,
+        uncontrolled_kg=until(idle.co2_kg),
+        uncontrolled_cost=until(idle.cost),
+        pv_kwh=until(site.pv_kw * site.step_h),
+        owed_kwh=torch.as_tensor(np.append(idle.owed_kw, 0.0) * site.step_h).to(device),
+        unit=unit_a_day(site, a_day),
+    )
 
 
 class SiteDays:
-    """B days of a site at once, each with its own date, battery start and sessions.
+    """B windows of a site at once, each with its own beginning and battery.
 
     Args:
         site: The site.
-        num_envs: B, days simulated at once.
+        num_envs: B, windows simulated at once.
         device: Where the tables and the state live.
         hindsight: Whether observations end with the K features for critics, see `hindsight.py`.
+        hours: Length of a window; it begins where a day of the site does.
+
+    Raises:
+        UserError: No window of this length lies in the training days.
     """
 
     observation_dim = len(FEATURES)
     action_dim = 2
-    horizon = T
     rule_features = RULE_FEATURES
     may_reset = False
 
@@ -71,29 +101,30 @@ class SiteDays:
         num_envs: int,
         device: torch.device | str = "cpu",
         hindsight: bool = False,
+        hours: float = DAY_H,
     ) -> None:
         self.site = site
         self.num_envs = num_envs
+        self.step_minutes = site.step_minutes
+        self.horizon = site.steps(hours)
         self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
-        self._past: list[Tensor] = []  # of each step [3, B]: CO2 kg, grid kW, unmet kW
+        self._days = self.horizon * site.step_h / DAY_H
+        self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
+        self._length = self.horizon  # of the running window, in steps
+        self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
         self._at: State | Carry | None = None
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
-        self.model, self._hindsight, self.observer = _tables(self.site, device)
-        self._training_days = torch.as_tensor(self.site.training_days)
+        self.tables = _tables(self.site, device)
+        self.model, self.observer = self.tables.model, observer_of(self.site, device)
 
     def to(self, device: torch.device) -> None:
-        """Move the site's tables; a running day is dropped."""
+        """Move the site's tables; a running window is dropped."""
         device = torch.empty(0, device=device).device  # cuda becomes cuda:0
         if device != self.model.device:
             self._build(device)
             self._at = None
-
-    @property
-    def uncontrolled_kg(self) -> Tensor:
-        """CO2 [D] in kg of every day of the site without any control."""
-        return _uncontrolled_kg(self.site, self.model.device)
 
     def reset(self, seed: int) -> Tensor:
         """Begin B training days drawn with `seed`; no day twice before each was drawn once."""
@@ -107,15 +138,29 @@ class SiteDays:
         rounds = -(-count // n_days)
         drawn = torch.cat([torch.randperm(n_days, generator=generator) for _ in range(rounds)])
         days = self._training_days[drawn[:count]]
-        battery = self.site.battery
+        share = torch.rand(count, generator=generator)
+        if (battery := self.site.battery) is None:
+            return days, torch.zeros(count)
         span = battery.start_soc_max - battery.start_soc_min
-        soc = battery.start_soc_min + span * torch.rand(count, generator=generator)
-        return days, soc
+        return days, battery.start_soc_min + span * share
 
-    def begin(self, days: Tensor, soc_start: Tensor) -> Tensor:
-        """Begin given days [B] with given battery starts [B]; returns observations [B, O]."""
-        self.day = days.to(self.model.device)
-        self._at = state = begin_day(self.model, self.day, soc_start.to(self.model.device))
+    def begin(self, days: Tensor, soc: Tensor, steps: int | None = None) -> Tensor:
+        """Begin given days [B] with given batteries [B]; returns observations [B, O + K].
+
+        Vehicles that stand there owe what charging on arrival has left.
+
+        Args:
+            days: Indices of the site's days.
+            soc: States of charge.
+            steps: How long this window is, other than the horizon; it must lie in the series.
+        """
+        model = self.model
+        self._length = steps or self.horizon
+        self.place = torch.tensor(self.site.day_bounds)[days.cpu()].to(model.device)
+        owed_kw = self.tables.owed_kw[days.to(model.device)]
+        carry = Carry(self.place, soc.to(model.zero), owed_kw)
+        self._began = carry
+        self._at = state = restore(model, carry)
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
@@ -123,56 +168,48 @@ class SiteDays:
 
     @property
     def state(self) -> State | None:
-        """The site at the beginning of the running step; None where no day is running."""
+        """The site at the beginning of the next step; None where no window is running."""
         if isinstance(self._at, Carry):
             self._at = restore(self.model, self._at)
         return self._at
 
     @property
     def steps_left(self) -> int:
-        """How many steps of the running day are to be played."""
-        return T - len(self._past)
+        """How many steps of the running window are to be played."""
+        return self._length - len(self._past) if self._at is not None else 0
 
     def _observe(self, state: State) -> Tensor:
         obs = observe(self.observer, self.model, state)
         if not self.hindsight_dim:
             return obs
-        ahead = self._hindsight.index_select(0, state.place)
+        ahead = self.tables.hindsight.index_select(0, state.place)
         return torch.cat([obs, ahead], dim=1)
 
     def step(self, action: Tensor) -> Step:
-        """Run one step of 15 minutes with actions [B, A] in [-1, 1]."""
+        """Run one step with actions [B, A] in [-1, 1]; the last one of a window truncates it."""
         state = self.state
-        if state is None:
+        if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
         following, self.flows = step(self.model, state, action)
-        self.booked = book(state, self.flows)
+        self._at = following
+        self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
-        if self.steps_left > 1:
-            self._at = following
-            obs, terminated = self._observe(following), zeros
-        else:
-            # The battery's settlement makes the day's end a real end.
-            self.booked = settle(self.model, state, self.flows, self.booked)
-            self._at = None
-            obs = zeros.new_zeros(len(zeros), self.observation_dim + self.hindsight_dim)
-            terminated = ones
-        self._past.append(_past_of(self.flows, self.booked))
-        return Step(obs, self.booked.reward, terminated, zeros, ones)
+        truncated = zeros if self.steps_left else ones
+        return Step(self._observe(following), reward(state, self.flows), zeros, truncated, ones)
 
     @property
     def carry(self) -> Carry:
-        """What the running step takes over from the one before.
+        """What the next step takes over from the one before.
 
         Raises:
-            RuntimeError: No day is running.
+            RuntimeError: No window is running.
         """
         if self._at is None:
             raise RuntimeError(_NO_DAY)
         return self._at.carry if isinstance(self._at, State) else self._at
 
     def advance(self, carry: Carry, action: Tensor) -> tuple[Carry, Tensor, Tensor, Tensor]:
-        """Work out a step that ends no day, a pure function for graphs of one or more of them.
+        """Work out a step, a pure function for graphs of one or more of them.
 
         Args:
             carry: What it begins with.
@@ -180,44 +217,76 @@ class SiteDays:
 
         Returns:
             The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
-            [3, B], for `go_on`.
+            [2, B], for `go_on`.
         """
         state = restore(self.model, carry)
         following, flows = step(self.model, state, action)
-        booked = book(state, flows)
-        past = _past_of(flows, booked)
-        return following.carry, self._observe(following), booked.reward, past
+        observed, past = self._observe(following), _past_of(flows)
+        return following.carry, observed, reward(state, flows), past
 
     def go_on(self, carry: Carry, past: Tensor) -> None:
-        """Set the running day to a carry that `advance` led to, the past [n, 3, B] of n steps."""
+        """Set the window to a carry that `advance` led to, with the past [n, 2, B] of n steps."""
         self._past += past.unbind(0)
         self._at = carry
 
     def totals(self) -> dict[str, Tensor]:
-        """Return what the days [B] added up to so far."""
+        """Return what the windows [B] added up to so far, and the same time without control.
+
+        `co2_kg` and `cost` are the meter's, and what is left undone at the mean intensity and
+        price: the battery below where it began, vehicles owed more than charging on arrival would
+        leave. Nothing is won by putting it off beyond the window's end.
+        """
         if not self._past:
             raise RuntimeError("no step was made yet")
-        co2_kg, grid_kw, unmet_kw = torch.stack(self._past, dim=1)
-        totals = {
-            "co2_kg": co2_kg.sum(0),
-            "grid_import_kwh": grid_kw.relu().sum(0) * STEP_H,
-            "curtailed_kwh": (-grid_kw).relu().sum(0) * STEP_H,
-            "unmet_kwh": unmet_kw.sum(0) * STEP_H,
+        grid_kw, unmet_kw = torch.stack(self._past, dim=1)
+        co2_kg, cost = metered(self.model, self.place, grid_kw)
+        tables, step_h, carry = self.tables, self.site.step_h, self.carry
+        undone_kwh = (carry.owed_kw.sum(1) * step_h - tables.owed_kwh[carry.place]).relu()
+        if battery := self.site.battery:
+            less = (self._began.soc - carry.soc).relu()
+            undone_kwh = undone_kwh + less * battery.capacity_kwh / battery.charge_efficiency
+        mean_kg, mean_price = mean_per_kwh(self.site)
+        return {
+            "co2_kg": co2_kg.sum(0) + (undone_kwh * mean_kg).to(co2_kg),
+            "cost": cost.sum(0) + (undone_kwh * mean_price).to(cost),
+            "grid_import_kwh": grid_kw.relu().sum(0) * step_h,
+            "curtailed_kwh": (-grid_kw).relu().sum(0) * step_h,
+            "unmet_kwh": unmet_kw.sum(0) * step_h,
+            "pv_kwh": self._meanwhile(tables.pv_kwh),
+            "uncontrolled_kg": self._meanwhile(tables.uncontrolled_kg),
+            "uncontrolled_cost": self._meanwhile(tables.uncontrolled_cost),
         }
-        days = self.day.cpu().numpy()
-        pv_kwh = self.site.pv_kw[days, : len(self._past)].sum(axis=1) * STEP_H
-        return totals | {"pv_kwh": torch.as_tensor(pv_kwh).to(self._zeros)}
+
+    def _meanwhile(self, until: Tensor) -> Tensor:
+        """Return what came about [B] since the windows began, of a sum [P + 1] from the first."""
+        return (until[self.carry.place] - until[self.place]).to(self._zeros)
 
     def metrics(self, mean: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]:
-        """Return the means over the finished days, for the logs.
+        """Return the means of a day over the finished windows, for the logs.
 
         Args:
             mean: Averages a tensor over the ranks of a distributed run.
         """
-        totals = self.totals() | {"uncontrolled_kg": self.uncontrolled_kg[self.day]}
-        means = mean(torch.stack(list(totals.values())).mean(1)).tolist()
+        totals = self.totals()
+        means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
+        site = self.site
+        money = (
+            {}
+            if site.price_per_kwh is None
+            else {
+                "site/cost": day["cost"],
+                "site/uncontrolled_cost": day["uncontrolled_cost"],
+            }
+        )
+        if site.objective != Objective():
+            # Above 0 whatever the sign of what is paid: what is gained, in units of a day.
+            gained = site.objective.of(
+                day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
+            )
+            money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
         return {
+            **money,
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
@@ -234,9 +303,24 @@ class SiteDays:
 _NO_DAY = "no day is running: call reset() or begin() first"
 
 
-def _past_of(flows: Flows, booked: Booked) -> Tensor:
-    """Return [3, B] what a day's totals are made of: CO2 kg, grid kW, unmet kW."""
-    return torch.stack([booked.co2_kg, flows.grid_kw, flows.unmet_kw])
+def _past_of(flows: Flows) -> Tensor:
+    """Return [2, B] what a window's totals are made of: grid kW, unmet kW."""
+    return torch.stack([flows.grid_kw, flows.unmet_kw])
+
+
+def _windows(site: Site, horizon: int, hours: float) -> np.ndarray:
+    """Return the days whose windows lie in the series and meet no held-out step."""
+    held_out = np.concatenate([[0], (~site.training_steps).cumsum()])
+    days = site.training_days
+    begin, end = site.day_bounds[days], site.day_bounds[days] + horizon
+    inside = end <= site.n_steps
+    clear = held_out[np.minimum(end, site.n_steps)] == held_out[begin]
+    if not (found := days[inside & clear]).size:
+        raise UserError(
+            f"--env.hours {hours:g}: no window of so many hours lies between the held-out days of "
+            f"{site.name}; at least one day must begin it"
+        )
+    return found
 
 
 def day_index(site: Site, day: str) -> int:
@@ -250,17 +334,25 @@ def day_index(site: Site, day: str) -> int:
 
 
 def make_environment(
-    site: str = "iquitos", num_envs: int = 64, hindsight: bool = False, id: str | None = None
+    site: str = "iquitos",
+    num_envs: int = 64,
+    hours: float = DAY_H,
+    hindsight: bool = False,
+    id: str | None = None,
+    objective: dict[str, float] | str = "co2",
 ) -> Environment:
     """Make the environment an agent trains in.
 
     Args:
         site: Name of a shipped site, or a site folder.
-        num_envs: Days simulated at once; an episode is one day of each.
-        hindsight: Let critics see how the rest of a training day goes; policies never do. A
-            Gymnasium environment has no hindsight.
+        num_envs: Windows simulated at once; an episode is one of each.
+        hours: Length of a window, which begins where a day of the site does.
+        hindsight: Let critics see how a training day goes on; policies never do. A Gymnasium
+            environment has no hindsight.
         id: A Gymnasium environment instead of a site, such as Pendulum-v1, for checking the
             algorithms; an episode is then one horizon of each of its copies.
+        objective: What is to be made small: co2, cost where the site has prices, or weights of
+            a kg and of a unit of its currency such as {co2: 1, cost: 0.2}.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
@@ -268,4 +360,7 @@ def make_environment(
         from co2lightning.sim.foreign import GymEnvironment
 
         return GymEnvironment(id, num_envs)
-    return SiteDays(load_site(site), num_envs, hindsight=hindsight)
+    if not 1 <= hours <= 168:
+        raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
+    found = load_site(site, objective=objective)
+    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours)

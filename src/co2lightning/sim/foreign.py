@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from co2lightning.errors import UserError
-from co2lightning.sim.interface import Step
+from co2lightning.sim.interface import NOMINAL_STEP_MINUTES, Step
 
 
 class GymEnvironment:
@@ -32,6 +32,7 @@ class GymEnvironment:
     """
 
     hindsight_dim = 0
+    step_minutes = NOMINAL_STEP_MINUTES  # whatever it simulates: settings are per step as they are
     rule_features: tuple[int, ...] = ()
     may_reset = True
 

@@ -4,7 +4,7 @@ The single environment is the B = 1 case of the vector one.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,43 @@ from gymnasium.vector.utils import batch_space
 from co2lightning.control.observation import FEATURES
 from co2lightning.errors import UserError
 from co2lightning.sim.days import SiteDays, day_index
-from co2lightning.sim.schedule import evaluation_soc
+from co2lightning.sim.objective import metered
+from co2lightning.sim.schedule import start_soc
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H
+from co2lightning.site.model import DAY_H, Site
 
 
 class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """B days of a charging site at once, for Gymnasium.
+    """B windows of a charging site at once, for Gymnasium.
 
-    One episode is one day of 96 steps of 15 minutes. The action is two numbers in [-1, 1]: the EV
+    One episode is a window of a day, in steps of the site's own length, and is truncated at its
+    end: time goes on. The action is two numbers in [-1, 1]: the EV
     charging power between what must and what could be charged now, and the battery's power as a
     share of its rating, charging positive. A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
-    reward is the kg CO2 by which the rule RBC B is beaten on that day (see
-    `co2lightning.sim.objective`).
+    reward is the CO2, or what else the objective is, by which the rule RBC B is beaten, in units of
+    what the site emits on a day without control (see `co2lightning.sim.objective`).
 
-    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step; that of
-    a reset `day`, the dates. After a day's last step the next call of `step` ignores its actions
-    and begins new days (NEXT_STEP autoreset).
+    `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step, and
+    `cost` where the site has prices; that of a reset `day`, the dates. After a window's last step
+    the next call of `step` ignores its actions and begins new days (NEXT_STEP autoreset).
 
-    Observation, float32 of shape [B, 29] (power scale: the larger of the battery's and the
-    sockets' total power in kW; energy scale: two hours of it in kWh):
+    Windows are of training days. `reset(options={"stretch": "2025-02-05"})` plays a whole held-out
+    stretch in one go, begun as evaluation begins it and truncated at its end, whatever `hours` is;
+    the dates are `env.unwrapped.held_out`. What is left at its end only `co2lightning.evaluate`
+    settles. `options={"day": "2025-03-01"}` begins a window on any day.
+
+    Observation, float32 of shape [B, 30], each feature less its mean and in units of its spread on
+    this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
+    to a part that the site has not is 0:
 
     OBSERVATION_TABLE
 
     Args:
-        num_envs: B, days at once.
+        num_envs: B, windows at once.
         site: Name of a shipped site, or a site folder.
+        hours: Length of a window.
+        objective: What is to be made small, as `load_site` takes it: co2, cost or weights.
         render_mode: Only None; the report draws the days.
 
     Raises:
@@ -54,20 +64,23 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012
 
     def __init__(
-        self, num_envs: int = 1, site: str | Path = "iquitos", render_mode: str | None = None
+        self,
+        num_envs: int = 1,
+        site: str | Path = "iquitos",
+        render_mode: str | None = None,
+        hours: float = DAY_H,
+        objective: str | Mapping[str, float] = "co2",
     ) -> None:
-        self.days = SiteDays(load_site(site), num_envs)
+        self.days = SiteDays(load_site(site, objective=objective), num_envs, hours=hours)
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self._over = False
         self._streams: list[np.random.Generator] = []  # that draw days: one for all, or B
-        self.single_observation_space = gym.spaces.Box(
-            np.array([f.low for f in FEATURES], dtype=np.float32),
-            np.array([f.high for f in FEATURES], dtype=np.float32),
-        )
+        highest = self.days.observer.high[:, 0].numpy()
+        self.single_observation_space = gym.spaces.Box(-highest, highest)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (SiteDays.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self.held_out = _held_out(self.days.site)
 
     def reset(
         self,
@@ -75,12 +88,16 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin B training days, or the day named by `options={"day": "2025-03-01"}`.
+        """Begin B training days, or what `options` name.
 
         Args:
             seed: One for all days, no two of which are the same; or B of them, each of which gives
                 the days that the single environment has with it. None goes on as before.
-            options: The day, of all B.
+            options: `{"day": "2025-03-01"}` begins that day, all B of it; `{"stretch":
+                "2025-02-05"}` the held-out stretch that begins on that day, as evaluation does.
+
+        Raises:
+            UserError: There is no such day, or no held-out stretch begins on it.
         """
         if seed is None or isinstance(seed, int):
             super().reset(seed=seed)
@@ -88,16 +105,19 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
                 self._streams = [self.np_random]
         else:
             self._streams = self._streams_of(seed)
-        if options and "day" in options:
-            index = day_index(self.days.site, str(options["day"]))
+        steps, given = None, options or {}
+        if "day" in given or "stretch" in given:
+            if "stretch" in given:
+                index, steps = _stretch(self.days.site, str(given["stretch"]))
+            else:
+                index = day_index(self.days.site, str(given["day"]))
             days = torch.full((self.num_envs,), index)
-            soc = evaluation_soc(self.days.site)[days]
+            soc = torch.full((self.num_envs,), start_soc(self.days.site))
         else:
             each = self.num_envs // len(self._streams)
             drawn = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
             days, soc = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        obs = self.days.begin(days, soc)
-        self._over = False
+        obs = self.days.begin(days, soc, steps)
         return obs.numpy(), {"day": np.array([self.days.site.days[day] for day in days.tolist()])}
 
     def _streams_of(self, seeds: Sequence[int | None]) -> list[np.random.Generator]:
@@ -117,54 +137,86 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Run 15 minutes; after the day's last step the next call begins new days."""
+        """Run one step; after the window's last one the next call begins new days."""
         never = np.zeros(self.num_envs, dtype=bool)
-        if self._over:
+        if not self.days.steps_left:
             obs, info = self.reset()
             return obs, np.zeros(self.num_envs), never, never, info
         with torch.no_grad():
             action = torch.from_numpy(np.asarray(actions, dtype=np.float32))
             result = self.days.step(action)
-        self._over = self.days.state is None
-        flows = self.days.flows
+        flows, step_h = self.days.flows, self.days.site.step_h
+        model, place = self.days.model, self.days.carry.place - 1
+        co2_kg, cost = metered(model, place, flows.grid_kw.unsqueeze(0))
         info = {
-            "co2_kg": self.days.booked.co2_kg.numpy(),
-            "grid_import_kwh": flows.grid_import_kw.numpy() * STEP_H,
-            "curtailed_kwh": flows.curtailed_kwh.numpy(),
-            "unmet_kwh": flows.unmet_kwh.numpy(),
+            "co2_kg": co2_kg[0].numpy(),
+            "grid_import_kwh": flows.grid_kw.relu().numpy() * step_h,
+            "curtailed_kwh": (-flows.grid_kw).relu().numpy() * step_h,
+            "unmet_kwh": flows.unmet_kw.numpy() * step_h,
         }
+        if self.days.site.price_per_kwh is not None:
+            info["cost"] = cost[0].numpy()
         reward = result.reward.double().numpy()
-        return result.obs.numpy(), reward, result.terminated.numpy() > 0.5, never, info
+        return result.obs.numpy(), reward, never, result.truncated.numpy() > 0.5, info
 
 
 class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
-    """One day of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
+    """One window of a charging site: the B = 1 case of `ChargingSiteVectorEnv`, which see.
 
     Args:
         site: Name of a shipped site, or a site folder.
         render_mode: Only None; the report draws the days.
+        hours: Length of a window.
+        objective: What is to be made small, as `load_site` takes it.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
 
-    def __init__(self, site: str | Path = "iquitos", render_mode: str | None = None) -> None:
-        self._vector = ChargingSiteVectorEnv(1, site)
+    def __init__(
+        self,
+        site: str | Path = "iquitos",
+        render_mode: str | None = None,
+        hours: float = DAY_H,
+        objective: str | Mapping[str, float] = "co2",
+    ) -> None:
+        self._vector = ChargingSiteVectorEnv(1, site, hours=hours, objective=objective)
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
+        self.held_out = self._vector.held_out
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin a training day, or the day named by `options={"day": "2025-03-01"}`."""
+        """Begin a training day, or the day or the held-out stretch that `options` name."""
         super().reset(seed=seed)
         obs, info = self._vector.reset(seed=seed, options=options)
         return obs[0], _first(info)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Run 15 minutes."""
-        obs, reward, terminated, _, info = self._vector.step(np.asarray(action)[None])
-        return obs[0], float(reward[0]), bool(terminated[0]), False, _first(info)
+        """Run one step."""
+        obs, reward, _, truncated, info = self._vector.step(np.asarray(action)[None])
+        return obs[0], float(reward[0]), False, bool(truncated[0]), _first(info)
+
+
+def _stretch(site: Site, day: str) -> tuple[int, int]:
+    """Return the first day of the held-out stretch that begins on a date, and its steps.
+
+    Raises:
+        UserError: None does.
+    """
+    if day not in (dates := _held_out(site)):
+        raise UserError(
+            f"stretch: no held-out stretch of {site.name} begins on {day}; they begin on "
+            f"{', '.join(dates)}"
+        )
+    number = dates.index(day)
+    begin, end = site.stretch_bounds[number].tolist()
+    return int(site.stretches[number, 0]), end - begin
+
+
+def _held_out(site: Site) -> tuple[str, ...]:
+    return tuple(site.days[day] for day in site.stretches[:, 0].tolist())
 
 
 def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -172,11 +224,8 @@ def _first(info: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _observation_table() -> str:
-    header = f"{'#':>2}  {'name':<18} {'min':>4} {'max':>4}  {'unit':<12}  meaning"
-    rows = [
-        f"{i:>2}  {f.name:<18} {f.low:>4g} {f.high:>4g}  {f.unit:<12}  {f.meaning}"
-        for i, f in enumerate(FEATURES)
-    ]
+    header = f"{'#':>2}  {'name':<18} {'unit':<8} meaning"
+    rows = [f"{i:>2}  {f.name:<18} {f.unit:<8} {f.meaning}" for i, f in enumerate(FEATURES)]
     return "\n".join(f"    {line}".rstrip() for line in [header, *rows])
 
 

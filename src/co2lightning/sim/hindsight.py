@@ -1,87 +1,72 @@
-"""What only hindsight knows: how the rest of a day goes for the rule RBC B.
+"""What only hindsight knows: how the next day goes for the rule RBC B.
 
 Days differ far more than actions do, so most of what a policy gradient sees is weather. Two things
-take that out without changing what is best. The reward is measured against the rule on the same
-day (see `measure_against_rule`). And a critic, which only training needs, may look ahead: it
-observes what the rest of this very day will be, while the policy never does. A baseline may depend
-on all inputs that no action changes: Mao et al. 2018 (arXiv:1807.02264); a critic with more to see
-than its actor: Pinto et al. 2017 (arXiv:1710.06542).
+take that out without changing what is best. The reward is measured against the rule in the same
+step (see `objective`). And a critic, which only training needs, may look ahead: it observes what
+the next day will be, while the policy never does. A baseline may depend on all inputs that no
+action changes: Mao et al. 2018 (arXiv:1807.02264); a critic with more to see than its actor:
+Pinto et al. 2017 (arXiv:1710.06542).
 
-Shapes: T = 96 steps a day, D days of the site, K = 11 features.
+Shapes: P steps of the site, K = 11 features.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.lib.stride_tricks import sliding_window_view
 
-from co2lightning.control.rules import rbc_b
-from co2lightning.control.state import SiteModel, State
-from co2lightning.sim.objective import measured_against
-from co2lightning.sim.schedule import by_day, run_days
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.control.observation import HIGHEST, centre_and_spread
+from co2lightning.sim.schedule import Course
+from co2lightning.site.model import DAY_H, Floats, Site
 
 HINDSIGHT = (
     "the rule's state of charge, 0-1",
     "energy it owes to the vehicles present",
-    "energy it will curtail until midnight",
-    "energy it will import until midnight",
-    "CO2 it will emit until midnight",
+    "energy it will curtail within 24 hours",
+    "energy it will import within 24 hours",
+    "what it will cost, CO2 or money, within 24 hours",
     "energy it will curtail within 2 hours",
     "energy it will import within 2 hours",
     "energy it will curtail within 6 hours",
     "energy it will import within 6 hours",
-    "its highest state of charge until midnight, 0-1",
-    "its lowest state of charge until midnight, 0-1",
+    "its highest state of charge within 24 hours, 0-1",
+    "its lowest state of charge within 24 hours, 0-1",
 )
-"""Energies as shares of the battery's capacity, CO2 as that of a charge at the mean intensity."""
-
-_STEPS_2_H, _STEPS_6_H = round(2 / STEP_H), round(6 / STEP_H)
+"""Each less its mean and in units of its spread on the training days, as observations are."""
 
 
-def measure_against_rule(model: SiteModel, site: Site) -> tuple[SiteModel, Tensor]:
-    """Run RBC B through every day of the site, the battery starting in the middle of its range.
+def hindsight(site: Site, rule: Course) -> Floats:
+    """Return the features [P + 1, K], each step at its place; beyond the series nothing happens.
 
-    Returns:
-        The model with the rule as its reference, so that a step's reward is what the rule's is
-        exceeded by, and the hindsight features [T * D, K], each step at its place.
+    Args:
+        site: The site.
+        rule: The run of RBC B through the whole series.
     """
-    owed_kw: list[Tensor] = []
-
-    def watched(model: SiteModel, state: State) -> Tensor:
-        owed_kw.append(state.owed_kw.sum(1))
-        return rbc_b(model, state)
-
-    days = torch.arange(len(site.days), device=model.device)
-    middle = (site.battery.start_soc_min + site.battery.start_soc_max) / 2
-    soc_start = torch.full_like(days, middle, dtype=torch.float32)
-    trace = run_days(model, watched, days, soc_start)
-    soc = by_day([soc_start, *trace.each("soc")[:-1]])
-    owed_kwh = by_day(owed_kw) * STEP_H
-    curtailed_kwh = by_day(trace.each("curtailed_kwh"))
-    import_kwh = by_day(trace.each("grid_import_kw")) * STEP_H
-    co2_kg = by_day(trace.each("co2_kg"))
-    capacity_kwh = site.battery.capacity_kwh
-    charge_kg = capacity_kwh * max(float(site.carbon_kg_per_kwh.mean()), 1e-9)
-    features = [
-        soc,
-        owed_kwh / capacity_kwh,
-        _ahead(curtailed_kwh, T) / capacity_kwh,
-        _ahead(import_kwh, T) / capacity_kwh,
-        _ahead(co2_kg, T) / charge_kg,
-        _ahead(curtailed_kwh, _STEPS_2_H) / capacity_kwh,
-        _ahead(import_kwh, _STEPS_2_H) / capacity_kwh,
-        _ahead(curtailed_kwh, _STEPS_6_H) / capacity_kwh,
-        _ahead(import_kwh, _STEPS_6_H) / capacity_kwh,
-        np.maximum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
-        np.minimum.accumulate(soc[:, ::-1], axis=1)[:, ::-1],
-    ]
-    table = np.stack(features, axis=-1).reshape(-1, len(HINDSIGHT))
-    reward = torch.as_tensor(by_day(trace.each("reward")).ravel())
-    return measured_against(model, reward), torch.as_tensor(table).to(model.zero)
+    a_day = site.steps(DAY_H)
+    before = [site.battery.soc_min if site.battery else 0.0]
+    soc = np.concatenate([before, rule.soc])
+    later = sliding_window_view(np.pad(soc[1:], (0, a_day), mode="edge"), a_day)
+    curtailed, imported = np.maximum(-rule.grid_kw, 0.0), np.maximum(rule.grid_kw, 0.0)
+    features = np.stack(
+        [
+            soc,
+            np.append(rule.owed_kw, 0.0),
+            _ahead(curtailed, a_day),
+            _ahead(imported, a_day),
+            _ahead(site.objective.of(rule.co2_kg, rule.cost), a_day),
+            _ahead(curtailed, site.steps(2.0)),
+            _ahead(imported, site.steps(2.0)),
+            _ahead(curtailed, site.steps(6.0)),
+            _ahead(imported, site.steps(6.0)),
+            later.max(axis=1),
+            later.min(axis=1),
+        ]
+    )
+    centre, spread = centre_and_spread(features[:, :-1][:, site.training_steps])
+    gain = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
+    observed = (features - centre[:, None]) * gain[:, None]
+    return observed.clip(-HIGHEST, HIGHEST).T
 
 
-def _ahead(values: np.ndarray, steps: int) -> np.ndarray:
-    """Return the sums [D, T] of this step and those after it, `steps` in all, within the day."""
-    until = np.pad(values.cumsum(axis=1), ((0, 0), (1, 0)))
-    end = np.minimum(np.arange(T) + steps, T)
-    return until[:, end] - until[:, :-1]
+def _ahead(values: Floats, steps: int) -> Floats:
+    """Return the sums [P + 1] of each step [P] and those after it, `steps` in all."""
+    until = np.concatenate([[0.0], values.cumsum(), np.full(steps, values.sum())])
+    return until[steps : steps + len(values) + 1] - until[: len(values) + 1]

@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+NOMINAL_STEP_MINUTES = 15
+"""The step that what agents' settings give per step is meant for; it follows an environment's."""
+
 
 class Step(NamedTuple):
     """What one step of B environments gave."""
@@ -31,6 +34,7 @@ class Environment(Protocol):
     hindsight_dim: int
     action_dim: int
     horizon: int
+    step_minutes: int
     rule_features: tuple[int, ...]
     may_reset: bool  # whether a step can be a reset instead of a transition
 

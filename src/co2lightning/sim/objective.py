@@ -1,20 +1,21 @@
-"""What a step costs and earns, and what an end is worth: the one place that knows.
+"""What a step costs and earns: the one place that knows.
 
-Physics says what flowed. Grid import emits CO2, and a day's CO2 is sum(import * h * intensity) +
-mean intensity * max(0, SoC start - SoC end) * capacity / charge efficiency: a battery emptied at
-the day's end is not a gift.
+What is to be made small is a series, not a branch: of a site and its objective come two, what an
+imported kWh adds and what an exported one takes off (`Site.import_price`, `Site.export_credit`).
+Kilograms of CO2, which export does not lessen, and money follow afterwards from what the meter has
+counted.
 
-The day's reward is reference - CO2 in kg, where the reference depends on the day alone: as
-`priced_model` makes it, the building's import without battery and vehicles, and half the mean
-intensity for every kWh that vehicles get; after `measured_against` whatever a rule emits. Within
-the day energy stored in the battery counts at that same half price, a potential in the sense of
-Ng, Harada and Russell 1999: it moves reward to the step that earned it and leaves the sum over the
-day as it is. At half the price, storing a surplus pays at once and storing grid power does not,
-whatever the hour.
+A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
+without control, so that one recipe fits sites of any size: reference - cost, where the reference is
+the rule's own at that step of one run through the whole series. Within it energy that is stored or
+given to vehicles counts at half the mean price, a potential in the sense of Ng, Harada and
+Russell 1999: it moves reward to the step that earned it. At half the price, storing a surplus pays
+at once and storing grid power does not, whatever the hour.
 
-Shapes: T = 96 steps a day, D days of the site, B days at once.
+Shapes: P steps, B at once, n steps of a run.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -23,68 +24,119 @@ from torch import Tensor
 
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import DAY_H, Floats, Site
 
-_CREDIT_SHARE = 0.5  # of what refilling costs: what a kWh earns when it is stored or charged
-_REFERENCE_ROW = -2  # of the model's series, whose last rows are the prices
-
-
-class Booked(NamedTuple):
-    """What a step cost and earned."""
-
-    co2_kg: Tensor  # [B] of the grid import; in a day's last step also of the settlement
-    reward: Tensor  # [B] kg CO2 less than the reference
+_CREDIT_SHARE = 0.5  # of the mean price: what a kWh earns when it is stored or charged
+# The prices among the model's series. What is imported is counted at the price less the export
+# credit, and all that flows at the credit: a sum instead of two cases.
+_MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
 
 
-def refill_kg_per_kwh(carbon_kg_per_kwh: Floats) -> Floats:
-    """Return the CO2 [...] of a kWh that refills the battery after a day [..., T]."""
-    return carbon_kg_per_kwh.mean(axis=-1)
+class Metered(NamedTuple):
+    """What the meter's power comes to; every field is [n, B]."""
+
+    co2_kg: Tensor  # of the import
+    cost: Tensor  # of import less export, in the site's currency; 0 without prices
+
+
+def mean_per_kwh(site: Site) -> tuple[float, float]:
+    """Return the mean intensity and the mean price of the steps that are not held out."""
+    of_training = site.training_steps
+    price = site.money_per_kwh[0]
+    return float(site.carbon_kg_per_kwh[of_training].mean()), float(price[of_training].mean())
+
+
+def _daily_kwh(site: Site) -> float:
+    """Return the energy that a site uses on a day, load and vehicles, of its training days.
+
+    Where it uses none: what its PV gives; then what its battery holds.
+    """
+    training = site.training_steps
+    days = training.sum() * site.step_h / DAY_H
+    of_training = training[site.sessions.arrival]
+    used_kwh = np.abs(site.load_kw[training]).sum() * site.step_h
+    used_kwh += site.sessions.energy_kwh[of_training].sum()
+    used_kwh = used_kwh or site.pv_kw[training].sum() * site.step_h
+    capacity_kwh = site.battery.capacity_kwh if site.battery else 1.0
+    return float(used_kwh / days) or capacity_kwh
+
+
+def unit_a_day(site: Site, uncontrolled: float) -> float:
+    """Return what objectives of a day are measured in, above 0.
+
+    Args:
+        site: The site.
+        uncontrolled: Its objective on a training day without control. Where that is nothing or
+            less, the unit is what its daily energy would be at the mean absolute price.
+    """
+    price = site.import_price[site.training_steps]
+    fallback = _daily_kwh(site) * float(np.abs(price).mean())
+    return (uncontrolled if uncontrolled > 1e-6 * fallback else fallback) or 1.0
 
 
 def priced_model(
     site: Site, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> SiteModel:
-    """Turn a site into tables that hold its prices too: what `build_model` makes and days need.
+    """Turn a site into tables that hold its prices too; rewards are - objective until `rewarded`.
 
-    Raises:
-        ValueError: A vehicle stays on when its day has ended and been settled.
+    They are the largest a site has, so they are made once a process; never write to them.
     """
-    if (last := int(site.sessions.departure_step.max(initial=0))) > T:
-        raise ValueError(f"a vehicle leaves at step {last} of its day; a day ends after {T}")
-    carbon_kg_per_kw = site.carbon_kg_per_kwh * STEP_H
-    reference_kg = np.maximum(site.load_kw - site.pv_kw, 0.0) * carbon_kg_per_kw
-    refill_kg_per_kw = refill_kg_per_kwh(site.carbon_kg_per_kwh)[:, None] * np.full(T, STEP_H)
-    return build_model(site, device, dtype, [carbon_kg_per_kw, reference_kg, refill_kg_per_kw])
+    return _priced_model(site, torch.device(device), dtype)
 
 
-def measured_against(model: SiteModel, reward: Tensor) -> SiteModel:
-    """Return a model whose rewards are what those of somebody, at each step [T * D], exceed."""
+@functools.lru_cache(maxsize=2)
+@torch.inference_mode(False)  # what it would make can never be trained on
+def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteModel:
+    carbon_kg_per_kw = site.carbon_kg_per_kwh * site.step_h
+    price, credit = site.money_per_kwh * site.step_h
+    per_kw = np.stack([site.import_price - site.export_credit, site.export_credit]) * site.step_h
+    nothing = np.zeros(site.n_steps)
+    metered = [carbon_kg_per_kw, price - credit, credit]
+    return build_model(site, device, dtype, [*per_kw, nothing, nothing], metered)
+
+
+def rewarded(
+    model: SiteModel, site: Site, uncontrolled: float, rule: Floats, credited_kw: Floats
+) -> SiteModel:
+    """Return a priced model that gives rewards.
+
+    Args:
+        model: As `priced_model` makes it.
+        site: Its site.
+        uncontrolled: What its objective is on a training day without control.
+        rule: The objective of the rule that is to be exceeded, in each step [P].
+        credited_kw: What that rule charged, [P].
+    """
+    unit = unit_a_day(site, uncontrolled)
+    of_training = float(site.import_price[site.training_steps].mean())
+    credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
+    reference = rule / unit - credit_per_kw * credited_kw
     series = model.series.clone()
-    series[_REFERENCE_ROW, :-1] -= reward.to(series)
+    series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
+    series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
+    series[_CREDIT, :-1] = credit_per_kw
     return model._replace(series=series)
 
 
-def book(state: State, flows: Flows) -> Booked:
-    """Return what a step cost and earned, `state` at its beginning."""
-    carbon_kg_per_kw, reference_kg, refill_kg_per_kw = state.prices
-    co2_kg = flows.grid_kw.relu() * carbon_kg_per_kw
-    credited_kw = flows.ev_kw + flows.stored_kw
-    return Booked(
-        co2_kg,
-        torch.addcmul(reference_kg - co2_kg, refill_kg_per_kw, credited_kw, value=_CREDIT_SHARE),
-    )
+def reward(state: State, flows: Flows) -> Tensor:
+    """Return what a step earned [B], `state` at its beginning: in days of the uncontrolled site."""
+    margin_per_kw, export_per_kw, reference, credit_per_kw = state.prices
+    earned = torch.addcmul(reference, flows.grid_kw.relu(), margin_per_kw, value=-1.0)
+    earned = torch.addcmul(earned, flows.grid_kw, export_per_kw, value=-1.0)
+    return torch.addcmul(earned, credit_per_kw, flows.ev_kw + flows.stored_kw)
 
 
-def settle(model: SiteModel, state: State, flows: Flows, booked: Booked) -> Booked:
-    """Return what a day's last step cost and earned with the end that it made.
+def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
+    """Return what n steps came to.
 
-    A deficit against the day's start costs the kWh that refill it, a surplus earns nothing. The
-    reward gives back the credit for what is still stored.
+    Args:
+        model: As `priced_model` makes it.
+        begin: [B] where each run begins.
+        grid_kw: [n, B] at the meter, import positive.
     """
-    refill_kg_per_kw = state.prices[-1]
-    gained_kw = (flows.soc - state.soc_start) * model.charge_kw_per_soc
-    settlement_kg = (-gained_kw).relu() * refill_kg_per_kw
-    return Booked(
-        booked.co2_kg + settlement_kg,
-        booked.reward - settlement_kg - gained_kw * (_CREDIT_SHARE * refill_kg_per_kw),
-    )
+    steps = torch.arange(len(grid_kw), device=model.device).unsqueeze(1)
+    places = (begin + steps).clamp(max=model.metered.shape[1] - 1)
+    carbon_kg_per_kw, margin_per_kw, export_per_kw = model.metered[:, places]
+    import_kw = grid_kw.relu()
+    cost = torch.addcmul(import_kw * margin_per_kw, grid_kw, export_per_kw)
+    return Metered(import_kw * carbon_kg_per_kw, cost)

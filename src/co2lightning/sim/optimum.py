@@ -1,118 +1,285 @@
-"""The perfect-foresight optimum of a day: a linear program, the bound no controller can pass.
+"""The perfect-foresight optimum: a linear program, the bound no controller can pass.
 
-The program knows the whole day beforehand and decides the power of every vehicle for itself. It
-is a relaxation of the physics: whatever a policy does on that day is one of its points, so its
-optimum is at most the policy's CO2. Where the two differ it is the looser one: no limit at the
-grid connection, vehicles not bound to one shared budget, the battery free to charge and discharge
-in one step (a small cost on throughput keeps it from doing so), energy thrown away at will.
+The program knows all that is to come and decides the power of every vehicle for itself. It is a
+relaxation of the physics: whatever a policy does is one of its points. Where the two differ it is
+the looser one: vehicles not bound to one shared budget, plugs without a least power, the battery
+free to charge and discharge in one step (a small cost on throughput keeps it from doing so), a
+connection as wide as its limit or as all vehicles at full power, energy thrown away at will.
 
-Shapes: T = 96 steps a day, N sessions of the day, K = sum of their windows in steps.
-Variables, in this order: grid import [T], charge [T], discharge [T], curtailment [T] in kW,
-stored energy [T] at the end of each step in kWh, energy missing at midnight [1] in kWh, power of
-each vehicle in each step of its window [K] in kW.
+A stretch is settled by what the best operation of the two days after it, its tail, costs from the
+state that is left; the optimum is that of stretch and tail as one. What it costs is the site's
+objective, CO2 or money.
+
+Where import is paid for, as negative prices do, what the meter counts is no longer convex in what
+flows. There import is bounded by what the site can use, and by the straight line from the least the
+meter can show to the most; the battery charges or discharges, or each for a part of the step; a
+session that the tail's end cuts gets all that a policy could give it.
+
+Shapes: T steps, of the stretch first, then of its tail; N sessions, K = sum of their steps, C
+columns of sockets. Variables, in this order: grid import [T], charge [T] and discharge [T] in kW,
+stored energy [T] at the end of each step in kWh, power of each vehicle in each of its steps [K] in
+kW; export [T] in kW where it earns something.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import linprog
 
-from co2lightning.sim.objective import refill_kg_per_kwh
-from co2lightning.sim.schedule import Schedule, evaluation_soc
-from co2lightning.site.model import STEP_H, Site, T
+from co2lightning.sim.schedule import Schedule
+from co2lightning.site.model import TAIL_H, Battery, Floats, Ints, Site
 
-_THROUGHPUT_KG_PER_KWH = 1e-6
+_THROUGHPUT_PER_KWH = 1e-6
+_HIGHEST_INTENSITY = 2.0
 # Tighter than HiGHS's own 1e-7: the bound is compared to the last 1e-6 kg.
 _TOLERANCE = 1e-9
+# The simplex takes 0.4 s for nine days of 128 sockets, the interior point method 1.4 s.
+_METHODS = "highs-ds", "highs-ipm"
+NO_BATTERY = Battery(1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+"""One that can do nothing, for programs of sites without."""
 
 
-def optimum_schedule(site: Site, days: list[int]) -> Schedule:
-    """Return the perfect-foresight optimum of days [D] as evaluation starts them."""
-    soc_start = evaluation_soc(site).tolist()
-    best = [optimum(site, day, soc_start[day]) for day in days]
-    return Schedule(*map(np.stack, zip(*best, strict=True)))
+class Best(NamedTuple):
+    """The best that could have been done."""
+
+    settled: float  # the objective of stretch and tail
+    schedule: Schedule  # of the stretch
 
 
-def optimum(site: Site, day: int, soc_start: float) -> Schedule:
-    """Solve one day; return the best that could have been done, every field [T].
+def optimum(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats) -> Best:
+    """Return the optimum of the stretch from `begin` to `end` and its tail.
 
     Args:
         site: The site.
-        day: Index into `site.days`.
-        soc_start: State of charge at midnight, 0-1.
+        begin: Place of the stretch's first step.
+        end: The place after its last.
+        stored_kwh: What the battery holds at its begin.
+        owed_kwh: [C] what vehicles that stand there then are owed, arrivals whole.
 
     Raises:
-        RuntimeError: HiGHS found no optimum. Every day of a checked site has one.
+        RuntimeError: HiGHS found no optimum. Every stretch of a checked site has one.
     """
-    battery, sessions = site.battery, site.sessions
-    carbon = site.carbon_kg_per_kwh[day]
-    stored_start_kwh = soc_start * battery.capacity_kwh
-    own = np.flatnonzero(sessions.day == day)
-    window = sessions.departure_step[own] - sessions.arrival_step[own]
-    session = np.repeat(np.arange(len(own)), window)
-    first = np.repeat(np.cumsum(window) - window, window)
-    step = sessions.arrival_step[own][session] + np.arange(len(session)) - first
-    max_kw = sessions.max_kw[own]
-    # What charging on arrival could not deliver either is nobody's debt.
-    energy_kwh = np.minimum(sessions.energy_kwh[own], window * max_kw * STEP_H)
+    best, n = _solve(site, begin, end, stored_kwh, owed_kwh), end - begin
+    capacity_kwh = site.battery.capacity_kwh if site.battery else 1.0
+    price, credit = site.money_per_kwh[:, begin:end]
+    return Best(
+        settled=float(best.objective.sum()),
+        schedule=Schedule(
+            ev_kw=best.ev_kw[:n],
+            battery_kw=best.battery_kw[:n],
+            grid_import_kw=best.import_kw[:n],
+            curtailed_kwh=best.surplus_kw[:n] * site.step_h,
+            unmet_kwh=np.zeros(n),
+            soc=best.stored_kwh[:n] / capacity_kwh,
+            co2_kg=site.step_h * site.carbon_kg_per_kwh[begin:end] * best.import_kw[:n],
+            cost=site.step_h * (price * best.import_kw[:n] - credit * best.surplus_kw[:n]),
+        ),
+    )
 
-    each_step, zeros = sparse.identity(T, format="csr"), sparse.csr_matrix((T, T))
-    nothing = sparse.csr_matrix((T, 1))
-    in_step = sparse.csr_matrix((np.ones(len(step)), (step, np.arange(len(step)))), (T, len(step)))
+
+def tail_objective(site: Site, place: int, stored_kwh: float, owed_kwh: Floats) -> float:
+    """Return what the best operation of the two days from `place` on comes to, in CO2 or money.
+
+    Fewer where the series ends earlier, nothing where it ends there. Sessions that go on beyond
+    them count as far as they can be charged within; what is stored in the end is worth nothing.
+
+    Args:
+        site: The site.
+        place: Where a stretch has ended.
+        stored_kwh: What it leaves in the battery.
+        owed_kwh: [C] what it leaves to be charged by vehicles that stand there, arrivals whole.
+
+    Raises:
+        RuntimeError: HiGHS found no optimum.
+    """
+    if place >= site.n_steps:
+        return 0.0
+    return float(_solve(site, place, place, stored_kwh, owed_kwh).objective.sum())
+
+
+class _Operation(NamedTuple):
+    """How stretch and tail go; every field is [T]."""
+
+    ev_kw: Floats
+    battery_kw: Floats  # charging positive
+    stored_kwh: Floats  # at the end of the step
+    import_kw: Floats
+    surplus_kw: Floats  # what is exported, or curtailed where that earns nothing
+    objective: Floats
+
+
+def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats) -> _Operation:
+    battery = site.battery or NO_BATTERY
+    steps = slice(begin, min(end + site.steps(TAIL_H), site.n_steps))
+    # What a kWh of import costs and one of export earns, and in which steps import is paid for.
+    price, credit = site.import_price[steps], site.export_credit[steps]
+    paid, earns = price < 0.0, bool((credit > 0.0).any())
+    net_kw = site.load_kw[steps] - site.pv_kw[steps]
+    n, step_h = len(net_kw), site.step_h
+    fleet = _fleet(site, steps, end, owed_kwh, bool(paid.any()))
+    count = len(fleet.step)
+    each = np.arange(count)
+    in_step = sparse.csr_matrix((np.ones(count), (fleet.step, each)), (n, count))
     of_session = sparse.csr_matrix(
-        (np.full(len(step), STEP_H), (session, np.arange(len(step)))), (len(own), len(step))
+        (fleet.share_h, (fleet.session, each)), (len(fleet.asked_kwh), count)
     )
-    no_vehicles = sparse.csr_matrix((T, len(step)))
-    before = sparse.diags(np.ones(T - 1), -1, (T, T), format="csr")
-    charge_kwh = STEP_H * battery.charge_efficiency
-    discharge_kwh = STEP_H / battery.discharge_efficiency
-    # Import + discharge - charge - curtailment - vehicles = load - PV, in every step.
-    balance = [each_step, -each_step, each_step, -each_step, zeros, nothing, -in_step]
-    # Stored energy - that of the step before - what is charged + what is discharged = 0.
-    storage = [zeros, -charge_kwh * each_step, discharge_kwh * each_step, zeros]
-    storage += [each_step - before, nothing, no_vehicles]
-    served = sparse.hstack([sparse.csr_matrix((len(own), 5 * T + 1)), of_session])
-    stored_before_kwh = np.zeros(T)
-    stored_before_kwh[0] = stored_start_kwh
-    # Missing energy >= (stored at the start - stored at the end) / charge efficiency.
-    missing = sparse.csr_matrix(
-        ([-1.0 / battery.charge_efficiency, -1.0], ([0, 0], [5 * T - 1, 5 * T])),
-        (1, 5 * T + 1 + len(step)),
+    fleet_kw = in_step @ fleet.most_kw
+
+    each_step, zeros = sparse.csr_matrix(sparse.identity(n)), sparse.csr_matrix((n, n))
+    import_kw = np.maximum(np.maximum(site.import_limit_kw[steps], net_kw + fleet_kw), 0.0)
+    before = sparse.diags(np.ones(n - 1), -1, (n, n), format="csr")
+    # Load - PV + vehicles + charge - discharge <= import, in every step; the rest is curtailed.
+    at_most = [sparse.hstack([-each_step, each_step, -each_step, zeros, in_step])]
+    bounds = [-net_kw]
+    charge_kw = np.full(n, battery.power_kw)
+    if not battery.may_charge_from_grid:
+        # Charging takes no more than the surplus that vehicles leave. That is no convex set where
+        # all together could take more than the surplus: then it is the least one around it.
+        surplus_kw = np.maximum(-net_kw, 0.0)
+        charge_kw = np.minimum(charge_kw, surplus_kw)
+        taken = sparse.diags(surplus_kw / np.maximum(np.maximum(surplus_kw, fleet_kw), 1e-9))
+        at_most.append(sparse.hstack([zeros, each_step, zeros, zeros, taken @ in_step]))
+        bounds.append(surplus_kw)
+    if paid.any():
+        where = np.flatnonzero(paid)
+        one, none, vehicles = each_step[where], zeros[where], in_step[where]
+        # Import <= load + vehicles + charge, as far as PV does not serve the load.
+        at_most.append(sparse.hstack([one, -one, none, none, -vehicles]))
+        bounds.append(np.maximum(net_kw[where], 0.0))
+        # Import <= slope x (what the meter shows - the least it can show, at most 0).
+        least_kw = np.minimum(net_kw - battery.power_kw, 0.0)
+        most_kw = np.maximum(net_kw + fleet_kw + battery.power_kw, 0.0)
+        slope = most_kw / np.maximum(most_kw - least_kw, 1e-9)
+        steep = sparse.diags(slope[where])
+        at_most.append(sparse.hstack([one, -steep @ one, steep @ one, none, -steep @ vehicles]))
+        bounds.append((slope * (net_kw - least_kw))[where])
+        nobody = sparse.csr_matrix((len(where), count))
+        at_most.append(sparse.hstack([none, one, one, none, nobody]))
+        bounds.append(np.full(len(where), battery.power_kw))
+    if fleet.freely.any():  # a session that the tail's end cuts gets at most what it asks for
+        nowhere = sparse.csr_matrix((int(fleet.freely.sum()), 4 * n))
+        whole_h = sparse.csr_matrix(
+            (np.full(count, step_h), (fleet.session, each)), (len(fleet.asked_kwh), count)
+        )
+        at_most.append(sparse.hstack([nowhere, whole_h[fleet.freely]]))
+        bounds.append(fleet.most_kwh[fleet.freely])
+        at_most.append(sparse.hstack([nowhere, -of_session[fleet.freely]]))
+        bounds.append(-fleet.asked_kwh[fleet.freely])
+        of_session = of_session[~fleet.freely]
+    asked_kwh = fleet.asked_kwh[~fleet.freely]
+    # Stored - what was stored before - charged + discharged = 0; all sessions get what they ask.
+    charged, discharged = step_h * battery.charge_efficiency, step_h / battery.discharge_efficiency
+    storage = [zeros, -charged * each_step, discharged * each_step, each_step - before]
+    nowhere = sparse.csr_matrix((len(asked_kwh), 4 * n))
+    equal = [
+        sparse.hstack([*storage, sparse.csr_matrix((n, count))]),
+        sparse.hstack([nowhere, of_session]),
+    ]
+    stored_before_kwh = np.zeros(n)
+    stored_before_kwh[0] = stored_kwh
+
+    # As HiGHS's tolerances would have it, prices are of the size of intensities.
+    unit = highest if (highest := float(np.abs(price).max())) > _HIGHEST_INTENSITY else 1.0
+    cost = np.zeros(4 * n + count)
+    cost[:n] = step_h * price / unit
+    cost[n : 3 * n] = step_h * _THROUGHPUT_PER_KWH
+    lower = np.zeros_like(cost)
+    # A start outside the battery's band is where it may stay.
+    lower[3 * n : 4 * n] = min(battery.least_soc * battery.capacity_kwh, stored_kwh)
+    most_kwh = max(battery.soc_max * battery.capacity_kwh, stored_kwh)
+    upper = np.concatenate(
+        [import_kw, charge_kw, np.full(n, battery.power_kw), np.full(n, most_kwh), fleet.most_kw]
     )
-
-    cost = np.zeros(5 * T + 1 + len(step))
-    cost[:T] = STEP_H * carbon
-    cost[T : 3 * T] = STEP_H * _THROUGHPUT_KG_PER_KWH
-    cost[5 * T] = refill_kg_per_kwh(carbon)
-    lower, upper = np.zeros_like(cost), np.full_like(cost, np.inf)
-    upper[T : 3 * T] = battery.power_kw
-    lower[4 * T : 5 * T] = battery.soc_min * battery.capacity_kwh
-    upper[4 * T : 5 * T] = battery.soc_max * battery.capacity_kwh
-    upper[5 * T + 1 :] = max_kw[session]
-
-    result = linprog(
+    use, kept = (sparse.vstack(rows, format="csr") for rows in (at_most, equal))
+    if earns:
+        below = sparse.csr_matrix((sum(map(len, bounds)) - n, n))
+        # A column of export for each step; import less export serves what is used.
+        use = sparse.hstack([use, sparse.vstack([each_step, below])], format="csr")
+        kept = sparse.hstack([kept, sparse.csr_matrix((n + len(asked_kwh), n))], format="csr")
+        cost = np.concatenate([cost, -step_h * credit / unit])
+        export_kw = np.where(credit > 0.0, np.maximum(-net_kw, 0.0) + battery.power_kw, 0.0)
+        lower, upper = np.pad(lower, (0, n)), np.concatenate([upper, export_kw])
+    best = least(
         cost,
-        A_ub=missing,
-        b_ub=[-stored_start_kwh / battery.charge_efficiency],
-        A_eq=sparse.vstack([sparse.hstack(balance), sparse.hstack(storage), served], format="csr"),
-        b_eq=np.concatenate([site.load_kw[day] - site.pv_kw[day], stored_before_kwh, energy_kwh]),
+        A_ub=use,
+        b_ub=np.concatenate(bounds),
+        A_eq=kept,
+        b_eq=np.concatenate([stored_before_kwh, asked_kwh]),
         bounds=np.stack([lower, upper], axis=1),
-        method="highs",
-        options={
+    )
+    ev_kw = in_step @ best[4 * n : 4 * n + count]
+    battery_kw = best[n : 2 * n] - best[2 * n : 3 * n]
+    grid_kw = net_kw + ev_kw + battery_kw
+    # Import that is paid for may be more than the meter would count: it is a bound.
+    imported_kw = np.where(paid, np.maximum(best[:n], grid_kw), np.maximum(grid_kw, 0.0))
+    surplus_kw = np.where(paid, imported_kw - grid_kw, np.maximum(-grid_kw, 0.0))
+    objective = step_h * price * imported_kw - step_h * credit * surplus_kw
+    return _Operation(ev_kw, battery_kw, best[3 * n : 4 * n], imported_kw, surplus_kw, objective)
+
+
+def least(cost: Floats, **problem: Any) -> Floats:
+    """Return the best point of a program that `linprog` takes.
+
+    Raises:
+        RuntimeError: HiGHS found none.
+    """
+    message = ""
+    for method in _METHODS:
+        options = {
             "primal_feasibility_tolerance": _TOLERANCE,
             "dual_feasibility_tolerance": _TOLERANCE,
-        },
-    )
-    if result.status != 0:
-        raise RuntimeError(f"the optimum of {site.days[day]} was not found: {result.message}")
-    grid_kw, charge_kw, discharge_kw, curtailed_kw, stored_kwh = result.x[: 5 * T].reshape(5, T)
-    co2_kg = STEP_H * grid_kw * carbon
-    co2_kg[-1] += STEP_H * grid_kw @ carbon + cost[5 * T] * result.x[5 * T] - co2_kg.sum()
-    return Schedule(
-        ev_kw=in_step @ result.x[5 * T + 1 :],
-        battery_kw=charge_kw - discharge_kw,
-        grid_import_kw=grid_kw,
-        curtailed_kwh=STEP_H * curtailed_kw,
-        unmet_kwh=np.zeros(T),
-        soc=stored_kwh / battery.capacity_kwh,
-        co2_kg=co2_kg,
+        }
+        result = linprog(cost, **problem, method=method, options=options)
+        if result.status == 0:
+            return result.x
+        message = result.message
+    raise RuntimeError(f"an optimum was not found: {message}")
+
+
+class _Fleet(NamedTuple):
+    """The vehicles of a program, each with every step of its own: fields are [K], some are [N]."""
+
+    session: Ints  # 0 to N - 1
+    step: Ints  # 0 to T - 1
+    most_kw: Floats
+    share_h: Floats  # what a kW in this step adds to what the session has got
+    asked_kwh: Floats  # [N]
+    most_kwh: Floats  # [N]
+    freely: NDArray[np.bool_]  # [N] whether it may get more than `asked_kwh`, up to `most_kwh`
+
+
+def _fleet(site: Site, steps: slice, end: int, owed_kwh: Floats, paid: bool) -> _Fleet:
+    sessions, begin, until = site.sessions, steps.start, steps.stop
+    own = np.flatnonzero((sessions.arrival < until) & (sessions.departure > begin))
+    stands = sessions.arrival[own] <= begin
+    asked_kwh = sessions.energy_kwh[own]
+    asked_kwh[stands] = owed_kwh[sessions.column[own[stands]]]
+    arrival = np.maximum(sessions.arrival[own], begin)
+    departure = np.minimum(sessions.departure[own], until)
+    step_kwh = sessions.max_kw[own] * site.step_h
+    asked_kwh = np.clip(asked_kwh, 0.0, step_kwh * (departure - arrival))
+    # A session that goes on beyond the tail is cut to what the tail can give, T, whatever x it got
+    # in the stretch, up to X: min(asked - x, T) is what a policy's end is charged for. The least
+    # convex set around that is tail + share x >= min(asked, T); one kWh less is never dearer unless
+    # import is paid for: then tail + x <= asked is its other side.
+    in_stretch = np.maximum(end - arrival, 0)
+    cut = (sessions.departure[own] > until) & (in_stretch > 0)
+    tail_kwh = np.where(cut, step_kwh * (until - np.maximum(arrival, end)), np.inf)
+    beyond_kwh = np.maximum(asked_kwh - tail_kwh, 0.0)
+    before_kwh = np.minimum(asked_kwh, step_kwh * in_stretch)
+    share = np.maximum(1.0 - beyond_kwh / np.maximum(before_kwh, 1e-9), 0.0)
+    window = departure - arrival
+    session = np.repeat(np.arange(len(own)), window)
+    first = np.repeat(np.cumsum(window) - window, window)
+    step = arrival[session] + np.arange(len(session)) - first
+    return _Fleet(
+        session=session,
+        step=step - begin,
+        most_kw=sessions.max_kw[own][session],
+        share_h=site.step_h * np.where(step < end, share[session], 1.0),
+        asked_kwh=np.minimum(asked_kwh, tail_kwh),
+        most_kwh=asked_kwh,
+        freely=cut & (share < 1.0) if paid else np.zeros(len(own), dtype=np.bool_),
     )

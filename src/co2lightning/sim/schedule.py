@@ -1,93 +1,219 @@
-"""Schedules: what a policy, a rule or the optimum does in every step of held-out days.
+"""Runs of rules and policies: stretches of the series, and the whole of it in one go.
 
-Shapes: T = 96 steps a day, D days.
+Shapes: P steps of the site, n steps of a run, B runs at once, W stretches, C columns of sockets.
 """
 
-from __future__ import annotations
-
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.rules import Rule
-from co2lightning.control.state import SiteModel, begin_day
-from co2lightning.sim.objective import Booked, book, settle
-from co2lightning.sim.physics import Flows, step
-from co2lightning.site.model import Floats, Site, T
+from co2lightning.control.rules import Rule, rbc_b
+from co2lightning.control.state import Carry, SiteModel, restore
+from co2lightning.sim.objective import metered, priced_model
+from co2lightning.sim.physics import step
+from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
 
-def evaluation_soc(site: Site) -> Tensor:
-    """Return the battery's start [D] of every day in evaluation, fixed by the site's seed."""
-    battery = site.battery
-    draws = np.random.default_rng(site.seed).uniform(
-        battery.start_soc_min, battery.start_soc_max, len(site.days)
-    )
-    return torch.tensor(draws, dtype=torch.float32)
+class Trace(NamedTuple):
+    """A run as it went; every field is [n, B]. Powers are means over a step."""
+
+    ev_kw: Tensor
+    battery_kw: Tensor  # at the AC side, charging positive
+    grid_kw: Tensor  # at the meter, import positive
+    unmet_kw: Tensor  # owed to vehicles that left at the end of the step
+    soc: Tensor  # 0-1, at the end of the step
+    credited_kw: Tensor  # what was charged, for rewards
+    owed_kw: Tensor  # to all vehicles present, at the beginning of the step
+    co2_kg: Tensor
+    cost: Tensor  # 0 without prices
+
+
+class Course(NamedTuple):
+    """One run as it went; every field is [n], as in `Trace`."""
+
+    ev_kw: Floats
+    battery_kw: Floats
+    grid_kw: Floats
+    unmet_kw: Floats
+    soc: Floats
+    credited_kw: Floats
+    owed_kw: Floats
+    co2_kg: Floats
+    cost: Floats
 
 
 @torch.inference_mode()
-def run_days(model: SiteModel, rule: Rule, day: Tensor, soc_start: Tensor) -> _Trace:
-    """Run a rule, or any policy in its form, through whole days.
+def run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> tuple[Trace, Carry]:
+    """Run a rule, or any policy in its form, for some steps.
 
     Args:
         model: With prices, as `priced_model` makes it.
-        day: [B] indices of the days to run, each once.
-        soc_start: [B] state of charge where they begin.
+        rule: Decides.
+        carry: Where each run begins.
+        steps: n, how many.
+
+    Returns:
+        How it went, and where it stands after that.
     """
-    trace = _Trace([], [])
-    following = begin_day(model, day.to(model.device), soc_start.to(model.device))
-    for ahead in reversed(range(T)):
-        state = following
+    columns: list[tuple[Tensor, ...]] = []
+    state = restore(model, carry)
+    for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
-        booked = book(state, flows)
-        trace.flows.append(flows)
-        trace.booked.append(booked if ahead else settle(model, state, flows, booked))
-    return trace
+        flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, flows.soc
+        columns.append((*flowed, flows.ev_kw + flows.stored_kw, state.owed_kw.sum(1)))
+        state = following
+    stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
+    return Trace(*(*stacked, *metered(model, carry.place, stacked[2]))), state.carry
 
 
-class _Trace(NamedTuple):
-    """Days as they went, in each of the T steps."""
+def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Carry:
+    """Return runs that begin at places [B], their vehicles owed what charging on arrival leaves.
 
-    flows: list[Flows]
-    booked: list[Booked]
-
-    def each(self, name: str) -> list[Tensor]:
-        """Return what of the flows or of what was booked has this name, T of [B]."""
-        steps = self.booked if name in Booked._fields else self.flows
-        return [getattr(step, name) for step in steps]
-
-    def total(self, name: str) -> Tensor:
-        """Return the day's sum [B] of one of them, for instance "co2_kg"."""
-        return torch.stack(self.each(name)).sum(0)
-
-
-def by_day(steps: list[Tensor]) -> Floats:
-    """Return T figures [B] of a step each as rows of days [B, T]."""
-    return torch.stack(steps, 1).double().cpu().numpy()
+    Args:
+        soc: Of each run [B], or of all.
+    """
+    owed_kw = np.zeros((len(places), model.sockets.shape[-1]))
+    for row, place in enumerate(places.tolist()):
+        owed_kwh = site.owed_on_arrival_kwh(place)
+        owed_kw[row, : len(owed_kwh)] = owed_kwh / site.step_h
+    return Carry(
+        torch.tensor(places, device=model.device),
+        torch.as_tensor(soc, device=model.device).to(model.zero.dtype).expand(len(places)).clone(),
+        torch.as_tensor(owed_kw, dtype=model.zero.dtype, device=model.device),
+    )
 
 
-_DAYS_AT_ONCE = 64  # bounds the memory of a long year with many sockets
+# --- the whole series ----------------------------------------------------------------------------
+
+_SAME_SOC, _SAME_KW = 1e-6, 1e-4  # what rounding may leave between an end and a beginning
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode()
+def through(site: Site, rule: Rule) -> Course:
+    """Run a rule through the whole series in one go, from `soc_min`.
+
+    Pieces of a day run side by side, and again where the piece before ended otherwise than was
+    assumed, until all ends meet: a battery that was full or empty has forgotten how it began.
+    """
+    model, per_piece = priced_model(site), site.steps(DAY_H)
+    soc = site.battery.soc_min if site.battery else 0.0
+    short = site.n_steps % per_piece or min(per_piece, site.n_steps)
+    before, after = run(model, rule, start(model, site, np.array([0]), soc), short)
+    places = np.arange(short, site.n_steps, per_piece)
+    began = start(model, site, places, soc)
+    if len(places):
+        began.soc[0], began.owed_kw[0] = after.soc[0], after.owed_kw[0]
+    whole, ended = run(model, rule, began, per_piece)
+    while len(moved := _let_ends_meet(model, whole, began, ended)):
+        again = Carry(*(part[moved] for part in began))
+        trace, stood = run(model, rule, again, per_piece)
+        for old, new in zip(whole, trace, strict=True):
+            old[:, moved] = new
+        for old, new in zip(ended, stood, strict=True):
+            old[moved] = new
+    columns = [torch.cat([a[:, 0], b.T.flatten()]) for a, b in zip(before, whole, strict=True)]
+    return Course(*(column.double().cpu().numpy() for column in columns))
+
+
+def _let_ends_meet(model: SiteModel, whole: Trace, began: Carry, ended: Carry) -> Tensor:
+    """Let each piece begin where the one before it ends; returns which [n] that has moved.
+
+    Where a piece ends follows its beginning one to one unless its battery was full or empty, so
+    one pass sees how far a change will reach.
+    """
+    most, least = model.soc_bounds[:, 0].tolist()
+    inside = (whole.soc < most - _SAME_SOC) & (whole.soc > least + _SAME_SOC)
+    free = inside.all(0).tolist()
+    soc, end = began.soc.tolist(), ended.soc.tolist()
+    for i in range(1, len(soc)):
+        shift = soc[i - 1] - float(began.soc[i - 1]) if free[i - 1] else 0.0
+        soc[i] = min(max(end[i - 1] + shift, min(least, end[i - 1])), max(most, end[i - 1]))
+    wanted = torch.tensor(soc).to(began.soc)
+    moved = (wanted - began.soc).abs() > _SAME_SOC
+    moved[1:] |= ((ended.owed_kw[:-1] - began.owed_kw[1:]).abs() > _SAME_KW).any(1)
+    began.soc[moved] = wanted[moved]
+    began.owed_kw[1:] = torch.where(moved[1:, None], ended.owed_kw[:-1], began.owed_kw[1:])
+    return moved.nonzero().flatten()
+
+
+@functools.lru_cache(maxsize=4)
+def start_soc(site: Site) -> float:
+    """Return the state of charge with which evaluation begins, 0 without a battery.
+
+    The mean of what RBC B has at the beginnings of the training days when the whole series is run
+    in one go from `soc_min`, to 0.01.
+    """
+    if site.battery is None:
+        return 0.0
+    soc = np.concatenate([[site.battery.soc_min], through(site, rbc_b).soc])
+    return round(float(soc[site.day_bounds[site.training_days]].mean()), 2)
+
+
+# --- stretches -----------------------------------------------------------------------------------
 
 
 class Schedule(NamedTuple):
-    """Days as they went; every field is [D, T]. Powers are means over a step."""
+    """A stretch as it went; every field is [n]. Powers are means over a step."""
 
     ev_kw: Floats
     battery_kw: Floats  # at the AC side, charging positive
     grid_import_kw: Floats
     curtailed_kwh: Floats  # PV that found no use
     unmet_kwh: Floats  # owed to vehicles that left at the end of the step
-    soc: Floats  # 0-1, at the end of the step
-    co2_kg: Floats  # in the last step with the battery's settlement at midnight
+    soc: Floats  # 0-1, at the end of the step; 0 without a battery
+    co2_kg: Floats  # of the import
+    cost: Floats  # of import less export, in the site's currency; 0 without prices
 
 
-def schedule(model: SiteModel, rule: Rule, site: Site, days: list[int]) -> Schedule:
-    """Run a rule, or any policy in its form, through days [D] as evaluation starts them."""
-    soc_start = evaluation_soc(site)
-    columns: list[list[Floats]] = []
-    for some in torch.as_tensor(days).split(_DAYS_AT_ONCE):
-        trace = run_days(model, rule, some, soc_start[some])
-        columns.append([by_day(trace.each(name)) for name in Schedule._fields])
-    return Schedule(*(np.concatenate(parts) for parts in zip(*columns, strict=True)))
+class Played(NamedTuple):
+    """A stretch as it went, and what is left at its end, arrivals of that moment included."""
+
+    schedule: Schedule
+    stored_kwh: float
+    owed_kwh: Floats  # [C]
+
+
+def play(model: SiteModel, rule: Rule, site: Site, bounds: Ints) -> list[Played]:
+    """Run a rule, or any policy in its form, through stretches as evaluation begins them.
+
+    Args:
+        model: With prices, as `priced_model` makes it.
+        rule: Decides.
+        site: Its site.
+        bounds: [W, 2] the first place of each stretch and the one after its last.
+    """
+    played: dict[int, Played] = {}
+    lengths = bounds[:, 1] - bounds[:, 0]
+    for length in np.unique(lengths).tolist():
+        for some in np.array_split(own := np.flatnonzero(lengths == length), -(-len(own) // _ONCE)):
+            begun = start(model, site, bounds[some, 0], start_soc(site))
+            trace, ended = run(model, rule, begun, length)
+            for i, row in enumerate(some.tolist()):
+                played[row] = _played(site, trace, ended, i)
+    return [played[row] for row in range(len(bounds))]
+
+
+_ONCE = 64  # stretches; bounds the memory of a long year with many sockets
+
+
+def _played(site: Site, trace: Trace, ended: Carry, row: int) -> Played:
+    step_h = site.step_h
+    of = Course(*(column[:, row].double().cpu().numpy() for column in trace))
+    owed_kwh = ended.owed_kw[row].double().cpu().numpy() * step_h
+    plan = Schedule(
+        ev_kw=of.ev_kw,
+        battery_kw=of.battery_kw,
+        grid_import_kw=np.maximum(of.grid_kw, 0.0),
+        curtailed_kwh=np.maximum(-of.grid_kw, 0.0) * step_h,
+        unmet_kwh=of.unmet_kw * step_h,
+        soc=of.soc,
+        co2_kg=of.co2_kg,
+        cost=of.cost,
+    )
+    capacity_kwh = site.battery.capacity_kwh if site.battery else 0.0
+    stored_kwh = float(ended.soc[row]) * capacity_kwh
+    return Played(plan, stored_kwh, owed_kwh[: len(site.sessions.used_sockets)])

@@ -3,16 +3,23 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
-
-import numpy as np
-from numpy.typing import NDArray
 
 from co2lightning.errors import UserError, show
 from co2lightning.site.model import Battery, SocketType
 from co2lightning.site.plain_yaml import parse_yaml
+
+
+class HeldOut(NamedTuple):
+    """Which days are kept for testing: every so many stretches of so many days, or these dates."""
+
+    days: int
+    every: int = 0
+    first: int = 0
+    dates: tuple[str, ...] = ()
 
 
 def _number(
@@ -43,10 +50,22 @@ def _integer(low: int, high: int) -> Callable[[str, object], int]:
     return check
 
 
+def _boolean(key: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _config_error(key, value, "true or false")
+    return value
+
+
 def _name(key: str, value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"\w[\w .-]{0,63}", value):
         right = "text of at most 64 letters, digits, spaces, . _ - (quote it if need be)"
         raise _config_error(key, value, right)
+    return value
+
+
+def _currency(key: str, value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[^\W\d_]{1,12}|[^\w\s]", value):
+        raise _config_error(key, value, "three letters such as EUR, or a name of at most 12")
     return value
 
 
@@ -60,41 +79,58 @@ def _zone(key: str, value: object) -> str:
 
 
 def _config_error(key: str, value: object, right: str) -> UserError:
-    return UserError(f"site.yaml: {key}: {show(value)} is not {right}")
+    return UserError(f"site.yaml: {key}: {_shown(value)} not {right}")
+
+
+def _shown(value: object) -> str:
+    """Return what stands in the file, before "not": nothing at all is None to YAML."""
+    if value is None:
+        return "is empty,"
+    return f"{value if isinstance(value, date) else show(value)} is"
 
 
 _EFFICIENCY = _number(0.5, 1, hint=" (a share, not per cent)")
+_SHARE = _number(0, 1, hint=" (a share, not per cent)")
 _POWER_KW = _number(0, 1e6, above=True, hint=" kW")
 _BATTERY = {
     "capacity_kwh": _number(0, 1e6, above=True, hint=" kWh"),
     "power_kw": _POWER_KW,
     **dict.fromkeys(("charge_efficiency", "discharge_efficiency"), _EFFICIENCY),
-    **dict.fromkeys(
-        ("soc_min", "soc_max", "start_soc_min", "start_soc_max"),
-        _number(0, 1, hint=" (a share, not per cent)"),
-    ),
+    **dict.fromkeys(("soc_min", "soc_max", "start_soc_min", "start_soc_max"), _SHARE),
+    "may_charge_from_grid": _boolean,
+    "reserve_soc": _SHARE,
 }
+_BATTERY_OPTIONAL = {"may_charge_from_grid": True, "reserve_soc": None}
 _SOCKET = {
     "name": _name,
     "count": _integer(1, 100_000),
     "max_kw": _number(0, 1000, above=True, hint=" kW"),
+    "min_kw": _number(0, 1000, hint=" kW"),
 }
-_EVERY = {"every": _integer(2, 10_000), "first": _integer(1, 10_000)}
+_SOCKET_OPTIONAL = {"min_kw": 0.0}
+_RULES = {
+    unit: {unit: _integer(2, 10_000), "first": _integer(1, 10_000)}
+    for unit in ("every_weeks", "every")
+}
 
 
 def _battery(key: str, value: object) -> Battery:
-    battery = Battery(**_mapping(key, value, _BATTERY))
+    battery = Battery(**_mapping(key, value, _BATTERY, _BATTERY_OPTIONAL))
+    if battery.reserve_soc is None:
+        battery = replace(battery, reserve_soc=battery.soc_min)
     for low, high in (
         ("soc_min", "soc_max"),
         ("soc_min", "start_soc_min"),
         ("start_soc_min", "start_soc_max"),
         ("start_soc_max", "soc_max"),
+        ("soc_min", "reserve_soc"),
+        ("reserve_soc", "soc_max"),
     ):
         a, b = getattr(battery, low), getattr(battery, high)
         if a > b or ((low, high) == ("soc_min", "soc_max") and a == b):
             raise UserError(
                 f"site.yaml: {key}.{high}: {b:g} is below {key}.{low} {a:g}; right is soc_min < "
-                "soc_max and soc_min <= start_soc_min <= start_soc_max <= soc_max"
+                "soc_max and between them start_soc_min <= start_soc_max, and reserve_soc"
             )
     return battery
 
@@ -103,9 +139,15 @@ def _sockets(key: str, value: object) -> tuple[SocketType, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= 1000:
         raise _config_error(key, value, "a list such as [{name: moto, count: 112, max_kw: 2.0}]")
     sockets = tuple(
-        SocketType(**_mapping(f"{key}[{i}]", item, _SOCKET)) for i, item in enumerate(value)
+        SocketType(**_mapping(f"{key}[{i}]", item, _SOCKET, _SOCKET_OPTIONAL))
+        for i, item in enumerate(value)
     )
     for i, socket in enumerate(sockets):
+        if socket.min_kw > socket.max_kw:
+            raise UserError(
+                f"site.yaml: {key}[{i}].min_kw: {socket.min_kw:g} is above max_kw "
+                f"{socket.max_kw:g}; it is the least power at which a vehicle charges"
+            )
         if socket.name in [s.name for s in sockets[:i]]:
             raise UserError(
                 f"site.yaml: {key}[{i}].name: {socket.name} is there twice; names differ"
@@ -115,16 +157,20 @@ def _sockets(key: str, value: object) -> tuple[SocketType, ...]:
     return sockets
 
 
-def _held_out_rule(key: str, value: object) -> tuple[int, int] | tuple[str, ...]:
-    """Check the rule; a pair (every, first) or dates. Days are looked up by `held_out_days`."""
+def _held_out(key: str, value: object) -> HeldOut:
+    """Check the rule; `calendar.stretches` looks the days up."""
     if isinstance(value, dict):
-        rule = _mapping(key, value, _EVERY)
-        return rule["every"], rule["first"]
+        unit = "every" if "every" in value else "every_weeks"
+        rule = _mapping(key, value, _RULES[unit])
+        return HeldOut(7 if unit == "every_weeks" else 1, rule[unit], rule["first"])
     if not isinstance(value, list) or not value:
         raise _config_error(
-            key, value, "{every: 6, first: 6} or a list of dates such as [2025-01-06]"
+            key,
+            value,
+            "{every_weeks: 6, first: 6}, {every: 6, first: 6} or a list of dates such as "
+            "[2025-01-06]",
         )
-    return tuple(_date(f"{key}[{i}]", item) for i, item in enumerate(value))
+    return HeldOut(1, dates=tuple(_date(f"{key}[{i}]", item) for i, item in enumerate(value)))
 
 
 def _date(key: str, value: object) -> str:
@@ -148,52 +194,110 @@ _SITE = {
     "seed": _integer(0, 2**32 - 1),
     "battery": _battery,
     "sockets": _sockets,
-    "held_out": _held_out_rule,
+    "held_out": _held_out,
+    "day_start": _integer(0, 23),
+    "currency": _currency,
+}
+_SITE_OPTIONAL: dict[str, Any] = {
+    "pv_kwp": 0.0,
+    "charger_efficiency": None,
+    "battery": None,
+    "sockets": (),
+    "held_out": None,
+    "day_start": None,
+    "currency": "",
+}
+_WHAT_IF = {
+    "battery.capacity_kwh": _BATTERY["capacity_kwh"],
+    "battery.power_kw": _BATTERY["power_kw"],
+    "pv_kwp": _SITE["pv_kwp"],
+    "grid_kw": _SITE["grid_kw"],
 }
 
 
 def _mapping(
-    path: str, value: object, checks: Mapping[str, Callable[[str, object], Any]]
+    path: str,
+    value: object,
+    checks: Mapping[str, Callable[[str, object], Any]],
+    optional: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Check a mapping key by key; `path` is "" for the whole file."""
+    """Check a mapping key by key.
+
+    Args:
+        path: Where it stands; "" for the whole file.
+        value: What stands there.
+        checks: By key; each returns the value.
+        optional: What counts for keys that may be missing.
+    """
     where = f"{path}: " if path else ""
     keys = f"the keys are {', '.join(checks)}"
     if not isinstance(value, dict):
-        raise UserError(f"site.yaml: {where}{show(value)} is not a mapping; {keys}")
+        raise UserError(f"site.yaml: {where}{_shown(value)} not a mapping; {keys}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in checks:
             raise UserError(f"site.yaml: {prefix}{show(key)} is unknown; {keys}")
+    found = dict(optional or {})
     for key in checks:
-        if key not in value:
+        if key not in value and key not in found:
             raise UserError(f"site.yaml: {prefix}{key} is missing; {keys}")
-    return {key: check(prefix + key, value[key]) for key, check in checks.items()}
+    for key, check in checks.items():
+        if key in value:
+            found[key] = check(prefix + key, value[key])
+    return found
 
 
 def read_equipment(data: bytes) -> dict[str, Any]:
-    """Return what the file holds, checked, by the names of its keys."""
-    return _mapping("", parse_yaml(data, "site.yaml", "docs/site-format.md"), _SITE)
+    """Return what the file holds, checked, by the names of its keys.
+
+    `battery`, `held_out` and `day_start` are None where the file has none.
+    """
+    config = parse_yaml(data, "site.yaml", "docs/site-format.md")
+    return _mapping("", config, _SITE, _SITE_OPTIONAL)
 
 
-def held_out_days(
-    rule: tuple[int, int] | tuple[str, ...], days: tuple[str, ...], series: str
-) -> NDArray[np.bool_]:
-    """Mark the held-out days; with a rule, days are counted from 1 among those that are used."""
-    chosen, known = np.zeros(len(days), dtype=np.bool_), set(days)
-    if isinstance(rule[0], int):
-        every, first = int(rule[0]), int(rule[1])
-        chosen[first - 1 :: every] = True
-    else:
-        chosen = np.isin(days, rule)
-        for i, day in enumerate(rule):
-            if day not in known:
-                raise UserError(
-                    f"site.yaml: held_out[{i}]: {day} is not a complete day of {series}, which "
-                    f"has {days[0]} to {days[-1]}"
-                )
-    if not chosen.any() or chosen.all():
-        raise UserError(
-            f"site.yaml: held_out: selects {chosen.sum()} of the {len(days)} days; at least one "
-            "day to test on and one to train on are needed"
+def what_if(
+    equipment: Mapping[str, Any], changes: Mapping[str, float]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return equipment in which some figures are others, and a remark on each.
+
+    A battery that a site has not needs both its figures; it then gets a usual efficiency and all
+    of its capacity.
+
+    Args:
+        equipment: What `read_equipment` returned.
+        changes: Any of battery.capacity_kwh, battery.power_kw, pv_kwp and grid_kw.
+
+    Raises:
+        UserError: A figure is out of range, or of a part that the site has not.
+    """
+    changed, remarks = dict(equipment), []
+    battery, new = equipment["battery"], {}
+    for key, value in changes.items():
+        if key not in _WHAT_IF:
+            raise UserError(f"--{key}: is not a figure to change; {', '.join(_WHAT_IF)} are")
+        try:
+            number = _WHAT_IF[key](key, value)
+        except UserError as error:
+            raise UserError(str(error).replace("site.yaml: ", "--", 1)) from None
+        part, _, name = key.rpartition(".")
+        before = getattr(battery, name, None) if part else equipment[key]
+        if key == "pv_kwp" and not before:
+            raise UserError(
+                "--pv_kwp: the site has no PV whose power could be scaled; give site.yaml pv_kwp "
+                "and the series pv_kw"
+            )
+        (new if part else changed)[name] = number
+        remarks.append(
+            f"as if {key} were {number:g}{'' if before is None else f', not {before:g}'}"
         )
-    return chosen
+    if new and battery is None:
+        if missing := [name for name in ("capacity_kwh", "power_kw") if name not in new]:
+            raise UserError(
+                f"--battery.{next(iter(new))}: the site has no battery; give "
+                f"--battery.{missing[0]} as well"
+            )
+        battery = Battery(new["capacity_kwh"], new["power_kw"], 0.95, 0.95, 0.0, 1.0, 0.0, 1.0)
+    elif new:
+        battery = replace(battery, **new)
+    return changed | {"battery": battery}, remarks

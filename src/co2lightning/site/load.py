@@ -1,25 +1,36 @@
 """Find a site's folder and make a `Site` of it.
 
-A folder holds `site.yaml`, `series.csv.gz` and `sessions.csv.gz` (or plain `.csv`); see
-docs/site-format.md. Folders come from strangers: nothing in them is run, sizes are bounded, and
-whatever is wrong becomes one line that names file, row, column or key and what would be right.
+A folder holds `site.yaml`, `series.csv.gz` and, where vehicles charge, `sessions.csv.gz` (or plain
+`.csv`); see docs/site-format.md. Folders come from strangers: nothing in them is run, sizes are
+bounded, and whatever is wrong becomes one line that names file, row, column or key and what would
+be right.
 """
 
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from co2lightning.errors import UserError, show
 from co2lightning.places import local
-from co2lightning.site.equipment import held_out_days, read_equipment
-from co2lightning.site.model import Site
-from co2lightning.site.series import local_clock, read_series
-from co2lightning.site.sessions import read_sessions
+from co2lightning.site.calendar import (
+    days,
+    quietest_hour,
+    remark_on_tails,
+    span_share,
+    stretches,
+)
+from co2lightning.site.equipment import read_equipment, what_if
+from co2lightning.site.model import Objective, Site
+from co2lightning.site.plain_yaml import parse_yaml
+from co2lightning.site.series import clock, read_series
+from co2lightning.site.sessions import admit, no_sessions, read_sessions
 from co2lightning.site.table import MAX_BYTES
 
 _SHIPPED = Path(__file__).parents[1] / "sites"
@@ -45,58 +56,152 @@ def named_in(file: Path | None) -> Iterator[None]:
         raise UserError(f"{file}: {error}; --env.site gives its place here") from None
 
 
-def load_site(site: str | Path) -> Site:
+def load_site(
+    site: str | Path,
+    changes: Mapping[str, float] | None = None,
+    objective: str | Mapping[str, float] = "co2",
+) -> Site:
     """Read and check a site, once a process as long as its files stay as they are.
 
     Args:
         site: A site folder, or the name of a shipped site such as `iquitos`. A bare name that is
             both means the shipped site; write `./iquitos` for the folder.
+        changes: What if: other figures for battery.capacity_kwh, battery.power_kw, pv_kwp (scales
+            the series) or grid_kw. The folder stays as it is; the site says so in its notes.
+        objective: What policies are settled by: co2, cost, or weights such as
+            {"co2": 1, "cost": 0.2}, of a kg and of a unit of the site's currency.
 
     Returns:
         The site, with the sessions already admitted to sockets; its arrays cannot be written.
 
     Raises:
-        UserError: The folder or a file is missing, or something in it is wrong.
+        UserError: The folder or a file is missing, or something in it is wrong; or the objective
+            is none, or needs prices that the site has not.
     """
+    wanted = _objective(objective)
     directory, remarks = _locate(site)
-    return _read_site(
+    site_yaml = _read_file(directory / "site.yaml", _MAX_YAML_BYTES)
+    series, sessions = (_read_csv(directory, stem) for stem in ("series", "sessions"))
+    if series is None:
+        raise _missing("series.csv.gz", directory)
+    found = _read_site(
         directory,
         tuple(remarks),
-        _read_file(directory / "site.yaml", _MAX_YAML_BYTES),
-        _read_csv(directory, "series"),
-        _read_csv(directory, "sessions"),
+        site_yaml,
+        series,
+        sessions,
+        tuple((changes or {}).items()),
     )
+    if wanted.cost and found.price_per_kwh is None:
+        raise UserError(
+            f"--env.objective {show(objective)}: the series of site {found.name} has no column "
+            "price_per_kwh, so nobody knows what it costs; add the column, or leave it at co2"
+        )
+    return _settled_by(found, wanted)
+
+
+def _objective(given: str | Mapping[str, float]) -> Objective:
+    """Return the weights that a text or a mapping gives."""
+    named = {"co2": {"co2": 1.0}, "cost": {"cost": 1.0}}
+    weights = named.get(given.strip()) if isinstance(given, str) else given
+    if isinstance(given, str) and weights is None:
+        weights = parse_yaml(
+            given.encode(), f"--env.objective {show(given)}", "{co2: 1, cost: 0.2}"
+        )
+    if (
+        not isinstance(weights, Mapping)
+        or not set(weights) <= set(Objective._fields)
+        or not all(type(weight) in (int, float) for weight in weights.values())
+        or not all(0 <= weight <= 1e9 for weight in weights.values())
+        or not any(weights.values())
+    ):
+        raise UserError(
+            f"--env.objective {show(given)}: must be co2, cost, or weights of 0 or more, one of "
+            "them above 0, such as {co2: 1, cost: 0.2}"
+        )
+    return Objective(*(float(weights.get(name, 0.0)) for name in Objective._fields))
+
+
+@functools.lru_cache(maxsize=8)  # what is worked out of a site is kept by which site it is
+def _settled_by(site: Site, objective: Objective) -> Site:
+    return site if objective == site.objective else replace(site, objective=objective)
 
 
 @functools.lru_cache(maxsize=4)
 def _read_site(
-    directory: Path, remarks: tuple[str, ...], site_yaml: _File, series: _File, sessions: _File
+    directory: Path,
+    remarks: tuple[str, ...],
+    site_yaml: _File,
+    series: _File,
+    sessions: _File | None,
+    changes: tuple[tuple[str, float], ...],
 ) -> Site:
-    """Make a site of the content of its three files."""
+    """Make a site of the content of its files."""
     notes = list(remarks)
     equipment = read_equipment(site_yaml[1])
-    held_out = equipment.pop("held_out")
-    clock = local_clock(ZoneInfo(equipment["timezone"]))
-    calendar, columns = read_series(*series, equipment, clock, notes)
-    days = tuple(calendar.dates[i].isoformat() for i in calendar.complete)
-    admitted, turned_away = read_sessions(*sessions, equipment["sockets"], clock, calendar, notes)
+    equipped, whats = what_if(equipment, dict(changes))
+    sockets = equipment["sockets"]
+    _check_parts(equipped, sessions, directory)
+    zone = ZoneInfo(equipment["timezone"])
+    reads = clock(zone)
+    line, columns, prices = read_series(*series, equipment, reads, notes)
+    if sessions is None:
+        admitted, share = no_sessions(line), np.zeros(24)
+    else:
+        rows = read_sessions(*sessions, sockets, reads, line, notes)
+        share = span_share(rows.arrival_s, rows.departure_s, rows.energy_kwh, zone)
+        admitted = admit(sessions[0], rows, sockets, line, share, notes)
+    day_start_h = equipped.pop("day_start")
+    if day_start_h is None:
+        day_start_h = quietest_hour(share)
+    local, bounds, dates = days(series[0], line, zone, day_start_h, notes)
+    held_out, found = stretches(equipped.pop("held_out"), dates, series[0])
+    notes += remark_on_tails(series[0], found, bounds, dates, line)
+    del equipped["charger_efficiency"]  # of version 0.1.0, whose physics did not use it either
+    if equipment["pv_kwp"]:
+        columns["pv_kw"] = columns["pv_kw"] * (equipped["pv_kwp"] / equipment["pv_kwp"])
+    columns["import_limit_kw"] = np.minimum(columns["import_limit_kw"], equipped["grid_kw"])
+    digest = hashlib.sha256(site_yaml[1] + series[1] + (sessions[1] if sessions else b""))
+    digest.update("".join(whats).encode())
     site = Site(
-        **equipment,
+        **equipped,
+        **columns,
+        **prices,
+        **admitted._asdict(),
         directory=directory,
-        sha256=hashlib.sha256(site_yaml[1] + series[1] + sessions[1]).hexdigest(),
-        days=days,
-        held_out=held_out_days(held_out, days, series[0]),
-        pv_kw=columns["pv_kw"],
-        load_kw=columns["load_kw"],
-        carbon_kg_per_kwh=columns["carbon_kg_per_kwh"],
-        sessions=admitted,
-        turned_away=turned_away,
-        notes=tuple(notes),
+        sha256=digest.hexdigest(),
+        step_minutes=line.step_s // 60,
+        begin_s=line.begin_s,
+        local=local,
+        day_start_h=day_start_h,
+        day_bounds=bounds,
+        days=dates,
+        held_out=held_out,
+        stretches=found,
+        notes=(*notes, *whats),
     )
-    for part in (*vars(site).values(), *vars(admitted).values()):
+    arrays = [*vars(site).values(), *vars(site.sessions).values(), share]
+    for part in arrays:
         if isinstance(part, np.ndarray):
             part.setflags(write=False)  # everybody who loads the site shares it
     return site
+
+
+def _check_parts(equipment: Mapping[str, Any], sessions: _File | None, directory: Path) -> None:
+    """Refuse sockets that nobody comes to, vehicles without sockets, and nothing to control."""
+    sockets = equipment["sockets"]
+    if sockets and sessions is None:
+        raise _missing("sessions.csv.gz", directory)
+    if sessions is not None and not sockets:
+        raise UserError(
+            f"{sessions[0]}: site.yaml has no sockets for these vehicles; add them, such as "
+            "sockets: [{name: moto, count: 112, max_kw: 2.0}], or remove the file"
+        )
+    if not sockets and equipment["battery"] is None:
+        raise UserError(
+            "site.yaml: has neither battery nor sockets: nothing can be controlled; add what "
+            "the site has of them"
+        )
 
 
 def _locate(site: str | Path) -> tuple[Path, list[str]]:
@@ -113,7 +218,7 @@ def _locate(site: str | Path) -> tuple[Path, list[str]]:
     if not found:
         raise UserError(
             f"site {show(text)}: no such folder and no shipped site; give a folder with "
-            f"site.yaml, series.csv.gz and sessions.csv.gz, or one of {', '.join(shipped)}"
+            f"site.yaml and series.csv.gz, or one of {', '.join(shipped)}"
         )
     directory = directory.resolve()
     other = f"site {show(text)}: read the folder, not the shipped site {directory.name}"
@@ -121,15 +226,20 @@ def _locate(site: str | Path) -> tuple[Path, list[str]]:
     return directory, [other] if taken else []
 
 
+def _missing(name: str, directory: Path) -> UserError:
+    return UserError(
+        f"{name}: is missing in {show(str(directory))}; a site folder holds site.yaml, "
+        "series.csv.gz and, where site.yaml has sockets, sessions.csv.gz"
+    )
+
+
 def _read_file(path: Path, limit: int) -> _File:
     """Read a regular file of at most `limit` bytes."""
     try:
+        if not path.exists():
+            raise _missing(path.name, path.parent)
         if not path.is_file():
-            what = "is not a regular file" if path.exists() else "is missing"
-            raise UserError(
-                f"{path.name}: {what} in {show(str(path.parent))}; a site folder holds "
-                "site.yaml, series.csv.gz and sessions.csv.gz"
-            )
+            raise UserError(f"{path.name}: is not a regular file in {show(str(path.parent))}")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
@@ -139,9 +249,10 @@ def _read_file(path: Path, limit: int) -> _File:
     return path.name, data
 
 
-def _read_csv(directory: Path, stem: str) -> _File:
-    """Read `stem.csv.gz` or `stem.csv`, whichever is there."""
+def _read_csv(directory: Path, stem: str) -> _File | None:
+    """Read `stem.csv.gz` or `stem.csv`, whichever is there; None if neither is."""
     packed, plain = directory / f"{stem}.csv.gz", directory / f"{stem}.csv"
     if packed.exists() and plain.exists():
         raise UserError(f"{packed.name}: {plain.name} is there too; keep only one of them")
-    return _read_file(plain if plain.exists() else packed, MAX_BYTES)
+    found = plain if plain.exists() else packed
+    return _read_file(found, MAX_BYTES) if found.exists() else None

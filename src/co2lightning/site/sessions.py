@@ -1,23 +1,53 @@
-"""Read the charging sessions: checked, cut at midnight, clipped, admitted to sockets.
+"""Read the charging sessions: checked, clipped, admitted to sockets; they stay whole.
 
-Shapes: N rows of the file, then one each for the pieces of them that lie on days in use. Steps are
-those of the day, 0 to 96; times are whole seconds since 1970 UTC.
+Shapes: N rows of the file, later those that are in the series. Steps are places on the line of the
+series, 0 to P; times are whole seconds since 1970 UTC.
 """
 
 import heapq
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from co2lightning.errors import UserError, show
-from co2lightning.site.model import STEP_H, Floats, Ints, Sessions, SocketType, T
-from co2lightning.site.series import STEP_S, Calendar, Clock
+from co2lightning.site.model import Floats, Ints, Sessions, SessionsRead, SocketType
+from co2lightning.site.series import Clock, Line
 from co2lightning.site.table import Table
 
 _COLUMNS = ("session_id", "socket_type", "arrival", "departure", "energy_kwh", "max_kw")
 _MAX_STAY_DAYS = 7
-_MIN_WINDOW_STEPS = 2
+_MIN_WINDOW_S = 1800
 _WINDOW_SHARE = 0.98  # the largest share of what its window allows that a session may ask for
 _IMPLAUSIBLE_SHARE = 10.0  # beyond this the unit is wrong, not the stay short
+
+
+class Rows(NamedTuple):
+    """The rows of the file as they are, except for the power; every array is [N]."""
+
+    kind: Ints  # index of the socket type
+    arrival_s: Ints
+    departure_s: Ints
+    energy_kwh: Floats
+    max_kw: Floats  # the lower of the vehicle's and the socket's
+
+
+class Admitted(NamedTuple):
+    """What became of the sessions, by the names of a `Site`'s attributes."""
+
+    sessions: Sessions
+    turned_away: Ints
+    turned_away_kwh: Floats
+    clipped_kwh: Floats
+    sessions_read: SessionsRead | None
+
+
+def no_sessions(line: Line) -> Admitted:
+    """Return what a site without vehicles has of them."""
+    steps, none = np.zeros(line.n_steps), np.zeros(0)
+    number = np.zeros(0, dtype=np.int64)
+    sessions = Sessions(number, number, number, none, none, none)
+    return Admitted(sessions, steps.astype(np.int64), steps, steps.copy(), None)
 
 
 def read_sessions(
@@ -25,77 +55,16 @@ def read_sessions(
     data: bytes,
     sockets: tuple[SocketType, ...],
     clock: Clock,
-    calendar: Calendar,
+    line: Line,
     notes: list[str],
-) -> tuple[Sessions, Ints]:
-    """Read and check the sessions, cut them at midnight and admit them to sockets.
+) -> Rows:
+    """Read and check the rows of the file.
 
-    Returns:
-        The admitted sessions, and the number of vehicles turned away on each day in use.
+    Raises:
+        UserError: Something in it is wrong.
     """
     table = Table(name, data, _COLUMNS)
-
-    def note(rows: Ints, words: str) -> None:
-        """Remark on what became of these rows, if there are any."""
-        if len(rows := np.unique(rows)):
-            notes.append(
-                f"{name}: {len(rows)} of {table.n_rows} sessions {words} (the first: row "
-                f"{rows[0] + 2})"
-            )
-
-    kind, arrival_s, departure_s, energy_kwh, max_kw = _read_columns(table, sockets, clock)
-    row, day = _cut_at_midnight(arrival_s, departure_s, calendar)
-    if crossing := int((np.bincount(row) > 1).sum()):
-        notes.append(
-            f"{name}: {crossing} of {table.n_rows} sessions cross midnight and were cut there, "
-            "their energy split by time"
-        )
-    used = np.isin(day, calendar.complete)
-    if not used.any():
-        raise UserError(
-            f"{name}: none of the {table.n_rows} sessions lies on a complete day of the series; "
-            f"row 2 arrives {show(table.columns['arrival'][0])}"
-        )
-    note(
-        row[~used],
-        "lie wholly or partly outside the series or on a day left out; that part was dropped",
-    )
-    row, day = row[used], day[used]
-
-    start_s = calendar.midnights_s[day]
-    from_s = np.maximum(arrival_s[row], start_s)
-    to_s = np.minimum(departure_s[row], calendar.midnights_s[day + 1])
-    order = np.lexsort((row, from_s))
-    row, start_s, from_s, to_s = row[order], start_s[order], from_s[order], to_s[order]
-    day = np.searchsorted(calendar.complete, day[order])
-    arrival_step = (from_s - start_s) // STEP_S
-    departure_step = -(-(to_s - start_s) // STEP_S)
-    departure_step = np.minimum(np.maximum(departure_step, arrival_step + _MIN_WINDOW_STEPS), T)
-    piece_kwh = energy_kwh[row] * (to_s - from_s) / (departure_s - arrival_s)[row]
-    most_kwh = _WINDOW_SHARE * max_kw[row] * STEP_H * (departure_step - arrival_step)
-    note(
-        row[piece_kwh > most_kwh],
-        "ask for more than 98 % of what their stay allows and were clipped to that",
-    )
-
-    socket = _admit(kind[row], day * T + arrival_step, day * T + departure_step, sockets)
-    admitted = socket >= 0
-    note(row[~admitted], "found no free socket of their type and were turned away")
-    sessions = Sessions(
-        day=day[admitted],
-        socket=socket[admitted],
-        arrival_step=arrival_step[admitted],
-        departure_step=departure_step[admitted],
-        energy_kwh=np.minimum(piece_kwh, most_kwh)[admitted],
-        max_kw=max_kw[row][admitted],
-    )
-    return sessions, np.bincount(day[~admitted], minlength=len(calendar.complete))
-
-
-def _read_columns(
-    table: Table, sockets: tuple[SocketType, ...], clock: Clock
-) -> tuple[Ints, Ints, Ints, Floats, Floats]:
-    """Return of each row socket type, arrival and departure in seconds, kWh and kW, [N]."""
+    notes += table.remarks
     kind = _check_ids_and_types(table, sockets)
     arrives, departs = table.read("arrival", clock), table.read("departure", clock)
     stay_s = departs - arrives
@@ -108,8 +77,8 @@ def _read_columns(
     energy_kwh, own_kw = table.read("energy_kwh"), table.read("max_kw")
     table.check(energy_kwh <= 0, "energy_kwh", "is not above 0 kWh; leave out who needs nothing")
     max_kw = np.minimum(own_kw, np.array([s.max_kw for s in sockets])[kind])
-    stay_steps = -(-departs // STEP_S) - arrives // STEP_S
-    stay_kwh = max_kw * STEP_H * np.maximum(stay_steps, _MIN_WINDOW_STEPS)
+    begin, end = _window(arrives, departs, line)
+    stay_kwh = max_kw * (end - begin) * (line.step_s / 3600)
     table.check(
         (energy_kwh > _IMPLAUSIBLE_SHARE * stay_kwh) & (stay_s > 0) & (max_kw > 0) & (kind >= 0),
         "energy_kwh",
@@ -120,8 +89,114 @@ def _read_columns(
     )
     table.check(own_kw <= 0, "max_kw", "is not above 0 kW")
     table.check(own_kw > 1000, "max_kw", "is more than 1000 kW; charging power is in kW, not W")
+    table.check(
+        (own_kw < np.array([s.min_kw for s in sockets])[kind]) & (own_kw > 0) & (kind >= 0),
+        "max_kw",
+        lambda i: (
+            f"is below min_kw of {sockets[kind[i]].name} in site.yaml, "
+            f"{sockets[kind[i]].min_kw:g} kW: this vehicle could not charge there"
+        ),
+    )
     table.finish()
-    return kind, arrives.astype(np.int64), departs.astype(np.int64), energy_kwh, max_kw
+    return Rows(kind, arrives.astype(np.int64), departs.astype(np.int64), energy_kwh, max_kw)
+
+
+def admit(
+    name: str,
+    rows: Rows,
+    sockets: tuple[SocketType, ...],
+    line: Line,
+    span_share: Floats,
+    notes: list[str],
+) -> Admitted:
+    """Put the rows that lie in the series on the line of steps and give each a socket, or none.
+
+    Args:
+        name: Of the file, for remarks.
+        rows: What it holds.
+        sockets: The socket types.
+        line: The line of steps.
+        span_share: Share of the energy whose stay spans each full hour, [24]; passed on.
+        notes: Remarks are added here.
+
+    Raises:
+        UserError: No row lies in the series.
+    """
+    count = len(rows.kind)
+
+    def note(numbers: Ints, words: str) -> None:
+        """Remark on what became of these rows, if there are any."""
+        if len(numbers):
+            notes.append(
+                f"{name}: {len(numbers)} of {count} sessions {words} (the first: row "
+                f"{numbers.min() + 2})"
+            )
+
+    inside = (rows.arrival_s >= line.begin_s) & (rows.departure_s <= line.end_s)
+    if not inside.any():
+        raise UserError(
+            f"{name}: none of the {count} sessions lies in the series; row 2 arrives "
+            f"{np.datetime64(int(rows.arrival_s[0]), 's')} UTC, the series goes from "
+            f"{np.datetime64(line.begin_s, 's')} to {np.datetime64(line.end_s, 's')} UTC"
+        )
+    note(
+        np.flatnonzero(~inside),
+        "arrive before the series begins or depart after it ends and were dropped",
+    )
+    row = np.flatnonzero(inside)
+    row = row[np.argsort(rows.arrival_s[row], kind="stable")]
+    kind, asked_kwh, max_kw = rows.kind[row], rows.energy_kwh[row], rows.max_kw[row]
+    begin, end = _window(rows.arrival_s[row], rows.departure_s[row], line)
+    end = np.minimum(end, line.n_steps)
+    most_kwh = _WINDOW_SHARE * max_kw * (end - begin) * (line.step_s / 3600)
+    clipped = asked_kwh > most_kwh
+    note(
+        row[clipped],
+        "ask for more than 98 % of what their stay allows and were clipped to that",
+    )
+    socket = _give_sockets(kind, begin, end, sockets)
+    admitted = socket >= 0
+    note(row[~admitted], "found no free socket of their type and were turned away")
+    if (away := int((~admitted).sum())) * 2 > len(row):
+        notes.append(
+            f"site.yaml: sockets: most vehicles are turned away, {away} of {len(row)}: what is "
+            "said of this site is said of the few that find a socket; count the sockets again"
+        )
+
+    def by_step(chosen: NDArray[np.bool_], kwh: Floats) -> Floats:
+        kwh_in = np.zeros(line.n_steps)
+        np.add.at(kwh_in, begin[chosen], kwh[chosen])
+        return kwh_in
+
+    return Admitted(
+        Sessions(
+            socket=socket[admitted],
+            arrival=begin[admitted],
+            departure=end[admitted],
+            energy_kwh=np.minimum(asked_kwh, most_kwh)[admitted],
+            max_kw=max_kw[admitted],
+            min_kw=np.array([s.min_kw for s in sockets])[kind][admitted],
+        ),
+        turned_away=np.bincount(begin[~admitted], minlength=line.n_steps),
+        turned_away_kwh=by_step(~admitted, asked_kwh),
+        clipped_kwh=by_step(admitted & clipped, asked_kwh - most_kwh),
+        sessions_read=SessionsRead(
+            rows=count,
+            dropped=count - len(row),
+            clipped=int(clipped.sum()),
+            turned_away=away,
+            energy_kwh=float(rows.energy_kwh.sum()),
+            dropped_kwh=float(rows.energy_kwh[~inside].sum()),
+            span_share=span_share,
+        ),
+    )
+
+
+def _window(arrival_s: NDArray[Any], departure_s: NDArray[Any], line: Line) -> Any:
+    """Return the first step of each stay and the first after it, [N] each, as far as it may go."""
+    begin = (arrival_s - line.begin_s) // line.step_s
+    end = -(-(departure_s - line.begin_s) // line.step_s)
+    return begin, np.maximum(end, begin - (-_MIN_WINDOW_S // line.step_s))
 
 
 def _check_ids_and_types(table: Table, sockets: tuple[SocketType, ...]) -> Ints:
@@ -145,24 +220,14 @@ def _check_ids_and_types(table: Table, sockets: tuple[SocketType, ...]) -> Ints:
     return kind
 
 
-def _cut_at_midnight(arrival_s: Ints, departure_s: Ints, calendar: Calendar) -> tuple[Ints, Ints]:
-    """Return row and day of every piece, one for each calendar day that a stay touches.
-
-    Before the days of the calendar it is day -1, after them the day after the last.
-    """
-    first = np.searchsorted(calendar.midnights_s, arrival_s, "right") - 1
-    last = np.searchsorted(calendar.midnights_s, departure_s, "left") - 1
-    pieces = last - first + 1
-    row = np.repeat(np.arange(len(pieces)), pieces)
-    return row, first[row] + np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-
-
-def _admit(kind: Ints, arrival: Ints, departure: Ints, sockets: tuple[SocketType, ...]) -> Ints:
+def _give_sockets(
+    kind: Ints, arrival: Ints, departure: Ints, sockets: tuple[SocketType, ...]
+) -> Ints:
     """Give each vehicle, in order of arrival, the lowest free socket of its type, or -1.
 
     Args:
         kind: Index of the socket type, [N].
-        arrival: First step in which the vehicle holds a socket, [N]; steps go on over the days.
+        arrival: First step in which the vehicle holds a socket, [N]; a place on the line.
         departure: First step in which it is gone, [N].
         sockets: The socket types.
     """

@@ -21,29 +21,38 @@ _MISTAKES_TOLD = 3  # of each kind so many rows, and so many kinds; the rest is 
 def _number(cell: str) -> float | str:
     """Return the finite number in a cell, or what is wrong with it."""
     if not cell.strip():
-        return "is empty; write 12.5"
+        return "is empty; every cell needs a number"
     if "_" in cell:
         return "is not a number; write it without _"
     try:
         value = float(cell)
     except ValueError:
-        hint = "write the decimal point as a point" if "," in cell else "write 12.5"
+        hint = "write the decimal point as a point" if "," in cell else "every cell needs one"
         return f"is not a number; {hint}"
     return value if math.isfinite(value) else "is not a finite number; every cell needs one"
 
 
 class Table:
-    """A CSV file as columns of text; collects what is wrong with its cells."""
+    """A CSV file as columns of text; collects what is wrong with its cells.
 
-    def __init__(self, name: str, data: bytes, columns: tuple[str, ...]) -> None:
+    Attributes:
+        columns: The cells of every column that is known and there, by its name.
+        remarks: On columns that are there and not known: they are not read.
+    """
+
+    def __init__(
+        self, name: str, data: bytes, needed: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
+        self.remarks: list[str] = []
         text = _unpack(name, data).rstrip("\r\n")
         cells: list[str] = []  # row after row: a list for each row would be slow to collect
+        header: dict[str, int] = {}
         width, n_rows = 0, -1
         try:
             for n_rows, row in enumerate(csv.reader(io.StringIO(text, newline=""), strict=True)):
                 if not n_rows:
-                    self._check_header(row, columns)
+                    header = self._check_header(row, needed, optional)
                     width = len(row)
                 elif len(row) != width:
                     problem = f"has {len(row)} values; the header has {width}"
@@ -59,24 +68,38 @@ class Table:
                 "by commas"
             ) from error
         if n_rows < 1:
-            raise UserError(f"{name}: has no rows; line 1 is the header {','.join(columns)}")
-        self.columns = {cells[i].strip(): cells[width + i :: width] for i in range(width)}
+            raise UserError(f"{name}: has no rows; line 1 is the header {','.join(needed)}")
+        self.columns = {column: cells[width + i :: width] for column, i in header.items()}
         self.n_rows = n_rows
         self._mistakes: list[tuple[str, str]] = []  # of each kind: in full, and in short
 
-    def _check_header(self, header: list[str], columns: tuple[str, ...]) -> None:
+    def _check_header(
+        self, header: list[str], needed: tuple[str, ...], optional: tuple[str, ...]
+    ) -> dict[str, int]:
+        """Return where each known column stands; remark on the others."""
         names = [h.strip() for h in header]
-        expected = f"the header is {','.join(columns)}"
+        known = (*needed, *optional)
+        expected = f"the header is {','.join(needed)}"
+        if optional:
+            expected += f", and may have {', '.join(optional)}"
         if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
             raise UserError(f"{self.name}: row 1 is not separated by commas; {expected}")
-        for column in columns:
+        for column in needed:
             if column not in names:
                 raise UserError(f"{self.name}: column {column} is missing; {expected}")
         for i, column in enumerate(names):
-            if column not in columns:
-                raise UserError(f"{self.name}: column {show(column)} is unknown; {expected}")
-            if column in names[:i]:
+            if column in known and column in names[:i]:
                 raise UserError(f"{self.name}: column {column} is there twice; {expected}")
+            if column not in known and column.casefold() in known:
+                right = column.casefold()
+                raise UserError(f"{self.name}: column {show(column)} is unknown; write {right}")
+        if extra := [show(column) for column in names if column not in known]:
+            more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+            self.remarks.append(
+                f"{self.name}: column{'s' * (len(extra) > 1)} {', '.join(extra[:5])}{more} "
+                f"{'are' if len(extra) > 1 else 'is'} not read"
+            )
+        return {column: i for i, column in enumerate(names) if column in known}
 
     def read(self, column: str, parse: Callable[[str], float | str] = _number) -> Floats:
         """Read a column as numbers; NaN where a cell holds none, which is noted.

@@ -2,7 +2,8 @@
 
 Checkpoints and metadata.json hold them under `trained_days`: for each site, by its name, intervals
 such as "2025-01-01/2025-01-05"; null where an earlier version trained and did not write them down.
-A day that `held_out` names only since then is not held out for this run.
+A day that `held_out` names only since then is not held out for this run: a stretch is judged only
+if the run was trained on none of its days.
 """
 
 import re
@@ -47,31 +48,46 @@ def seen(run: Mapping[str, Any], site: Site) -> NDArray[np.bool_] | None:
 
 
 def unseen(run: Mapping[str, Any], site: Site) -> tuple[Site, str | None]:
-    """Return a site whose held-out days are those a run was not trained on, and a remark.
+    """Return a site whose stretches are those a run was not trained on, and a remark.
+
+    `held_out` stays as it is: what is worked out from the training days, for all agents, stays too.
 
     Raises:
         UserError: None is left.
     """
     trained = seen(run, site)
-    count = len(site.held_out_days)
+    count = len(site.stretches)
+    weeks = _are_weeks(site)
+    kind = "weeks" if weeks else "days"
     if trained is None:
         return site, (
             f"Which days of {site.name} the run was trained on was not written down: some of the "
-            f"{count} held-out days may be among them"
+            f"{count} held-out {kind} may be among them"
         )
-    held_out = site.held_out & ~trained
-    if not held_out.any():
+    left = ~np.array([trained[begin:end].any() for begin, end in site.stretches])
+    if not left.any():
         raise UserError(
-            f"site.yaml: held_out: the run was trained on all {count} held-out days of "
-            f"{site.name}; name days that were held out before"
+            f"site.yaml: held_out: the run was trained on {'days of ' if weeks else ''}all {count} "
+            f"held-out {kind} of {site.name}; name {kind} that were held out before"
         )
-    left_out = count - int(held_out.sum())
-    if not left_out:
+    if not (both := held_out_among(trained, site)):
         return site, None
-    return replace(site, held_out=held_out), (
-        f"The run was trained on {left_out} of the {count} held-out days of {site.name}; they are "
-        "left out"
+    return replace(site, stretches=site.stretches[left]), (
+        f"The run was trained on {both}; they are left out"
     )
+
+
+def held_out_among(trained: NDArray[np.bool_], site: Site) -> str:
+    """Say which part of a site's stretches days [D] meet that were trained on; "" if none."""
+    count = sum(bool(trained[begin:end].any()) for begin, end in site.stretches)
+    if not count:
+        return ""
+    part, kind = (f"days of {count}", "weeks") if _are_weeks(site) else (str(count), "days")
+    return f"{part} of the {len(site.stretches)} held-out {kind} of {site.name}"
+
+
+def _are_weeks(site: Site) -> bool:
+    return all(end - begin == 7 for begin, end in site.stretches)
 
 
 def _trained_days(run: Mapping[str, Any]) -> dict[str, list[str] | None]:

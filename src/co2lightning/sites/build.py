@@ -18,9 +18,10 @@ import numpy as np
 
 from co2lightning.errors import UserError
 from co2lightning.site.load import load_site
-from co2lightning.site.model import STEP_H, Floats, Site, T
+from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
+T, STEP_H = 96, 0.25
 _SEED = 2025
 _FIRST_DAY = date(2025, 1, 1)
 _N_DAYS = 365
@@ -232,7 +233,7 @@ battery:
 sockets:
   - {{name: moto, count: 112, max_kw: 2.0}}
   - {{name: mototaxi, count: 16, max_kw: 3.0}}
-held_out: {{every: 6, first: 6}}  # the 6th, 12th, 18th ... day is kept for testing
+held_out: {{every_weeks: 6, first: 6}}  # the 6th, 12th, 18th ... week is kept for testing
 """
 
 
@@ -298,9 +299,10 @@ def _site_summary(site: Site) -> str:
     """Summarise what a controller meets at a site on an average day."""
     n = len(site.days)
     return (
-        f"{site.name}: {len(site.sessions.day) / n:.1f} vehicles admitted, "
-        f"{site.turned_away.mean():.1f} turned away, {site.sessions.energy_kwh.sum() / n:.0f} kWh "
-        f"of charging, {site.load_kw.sum() * STEP_H / n:.0f} kWh building load, "
+        f"{site.name}: {len(site.sessions.socket) / n:.1f} vehicles admitted, "
+        f"{site.turned_away.sum() / n:.1f} turned away, "
+        f"{site.sessions.energy_kwh.sum() / n:.0f} kWh of charging, "
+        f"{site.load_kw.sum() * STEP_H / n:.0f} kWh building load, "
         f"{site.pv_kw.sum() * STEP_H / n:.0f} kWh PV a day, mean carbon intensity "
         f"{site.carbon_kg_per_kwh.mean():.4f} kg/kWh"
     )

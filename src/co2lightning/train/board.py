@@ -1,6 +1,6 @@
 """What TensorBoard shows of a run beside its curves: a layout of charts, and a day as a figure.
 
-Shapes: T = 96 steps; a schedule's fields are [1, T].
+Shapes: n steps of the day; a schedule's fields are [n].
 """
 
 import os
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from co2lightning.agents.agent import Agent
 from co2lightning.control.observation import observe
-from co2lightning.control.rules import rbc_b
+from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.metrics import HELD_OUT, TRAINING
-from co2lightning.report.day import COLOURS, LOOKS, STYLE, draw_day
+from co2lightning.report.day import STYLE, Drawn, draw_day
+from co2lightning.report.looks import LOOKS, agent_colour
 from co2lightning.runs.files import make_directory, write_atomic
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.schedule import Schedule, schedule
+from co2lightning.sim.schedule import Schedule, play, start_soc
 from co2lightning.site.model import Site
 from co2lightning.train.curves import encode
 
@@ -47,7 +48,7 @@ def write_references(
     """Write what the rules and the optimum reach on a site's held-out days as level lines.
 
     Each policy is a run of its own, with the tags `test/*` and, to be seen beside the curves of
-    training, `site/co2_kg` and `site/co2_vs_uncontrolled`.
+    training, `site/co2_kg`, `site/cost` where there are prices, and `site/co2_vs_uncontrolled`.
 
     Args:
         logs: Of all runs.
@@ -60,6 +61,7 @@ def write_references(
         directory = logs / REFERENCES / f"{site} held-out days" / name
         values = {f"test/{key}": value for key, value in figures.items()}
         co2_kg = values["site/co2_kg"] = figures["co2_kg"]
+        values["site/cost"] = figures.get("cost")
         if co2_kg is not None and uncontrolled_kg:
             values["site/co2_vs_uncontrolled"] = co2_kg / uncontrolled_kg
         for place in (logs / REFERENCES, directory.parent):
@@ -106,8 +108,8 @@ def replace_scalars(
 class DispatchFigure:
     """Draws one held-out day as the agent controls it now, every so many episodes.
 
-    Nothing is drawn at random and nothing of the training is touched, so whether and how often it
-    draws changes no result.
+    The day begins as a held-out stretch does. Nothing is drawn at random and nothing of the
+    training is touched, so whether and how often it draws changes no result.
 
     Args:
         env: The site's environment; the day is its first held-out one.
@@ -119,7 +121,7 @@ class DispatchFigure:
         self.env = env
         self.every = every
         self.logger = logger
-        self.day = int(env.site.held_out_days[0])
+        self.day = int(env.site.stretches[0, 0])
         self._rule: Schedule | None = None
 
     def show(self, agent: Agent) -> None:
@@ -131,26 +133,48 @@ class DispatchFigure:
         def policy(model: SiteModel, state: State) -> Tensor:
             return agent.act(observe(env.observer, model, state))
 
-        own = schedule(env.model, policy, env.site, [self.day])
+        own = self._play(policy)
         if self._rule is None:
-            self._rule = schedule(env.model, rbc_b, env.site, [self.day])
+            self._rule = self._play(rbc_b)
         name = f"{type(agent).__name__} after episode {agent.episode}"
-        image = day_image(env.site, self.day, name, own, self._rule)
+        colour = agent_colour(type(agent).__name__)
+        image = day_image(env.site, self.day, (name, colour), own, self._rule)
         writer = self.logger.experiment
         writer.add_image("site/dispatch", image, agent.episode, dataformats="HWC")
         writer.flush()
 
+    def _play(self, rule: Rule) -> Schedule:
+        bounds = self.env.site.day_bounds[None, self.day : self.day + 2]
+        (played,) = play(self.env.model, rule, self.env.site, bounds)
+        return played.schedule
 
-def day_image(site: Site, day: int, name: str, own: Schedule, rule: Schedule) -> NDArray[np.uint8]:
-    """Return an image, RGB [height, width, 3], of what a policy and RBC B did on a day."""
+
+def day_image(
+    site: Site, day: int, policy: tuple[str, str], own: Schedule, rule: Schedule
+) -> NDArray[np.uint8]:
+    """Return an image, RGB [height, width, 3], of what a policy and RBC B did on a day.
+
+    Args:
+        site: The site.
+        day: Index into its days; it began as a stretch does.
+        policy: Its name and its colour.
+        own: What it did.
+        rule: What RBC B did.
+    """
     from matplotlib import rc_context  # a second that start-up is spared
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    name, colour = policy
+    soc = start_soc(site)
     with rc_context(STYLE):
         figure = Figure(figsize=(9.0, 8.0), dpi=90)
         canvas = FigureCanvasAgg(figure)
-        policies = [("RBC B", rule, LOOKS["rbc_b"]), (name, own, {"color": COLOURS[0]})]
-        draw_day(figure, site, day, policies)
+        policies = [
+            Drawn("RBC B", rule, soc, LOOKS["rbc_b"]),
+            Drawn(name, own, soc, {"color": colour}),
+        ]
+        begin, end = site.day_bounds[day : day + 2].tolist()
+        draw_day(figure, site, begin, end, policies)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

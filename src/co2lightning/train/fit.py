@@ -19,6 +19,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from co2lightning import __version__
+from co2lightning.agents.load import before_time_went_on
 from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
@@ -42,7 +44,11 @@ from co2lightning.train.trainer import (
     who_stopped,
 )
 
-_VERSIONS = ("co2lightning", "lightning", "torch", "gymnasium", "numpy")
+_VERSIONS = ("lightning", "torch", "gymnasium", "numpy")
+_OF_THE_SITE = (
+    *("name", "sha256", "pv_kwp", "grid_kw", "timezone"),
+    *("step_minutes", "day_start_h"),
+)
 
 
 @dataclass(frozen=True)
@@ -210,13 +216,15 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         echo(f"No checkpoint in {run.directory}: starting at episode 1")
         return
     newest = run.get_next_episode() - 1
+    goes_on_from = newest and not before_time_went_on(run.load_metadata())
     done = built.plan.done
     if goes_on := start and start.path.resolve() == run.path(done).resolve():
         moved, what = run.branch(done), "Later episodes of the old branch moved"
     else:
         moved, what = run.archive(), f"The run in {run.directory} was moved"
     if moved:
-        how = f"; {_how_to_continue(moved / run.path(newest).name, settings)}" if newest else ""
+        file = moved / run.path(newest).name
+        how = f"; {_how_to_continue(file, settings)}" if goes_on_from else ""
         echo(f"{what} to {moved}{how}")
     if start and not goes_on:
         source, logs = start.path.parent, Path(settings["logs.dir"])
@@ -353,19 +361,21 @@ def _info(agent: str, built: Built) -> dict[str, Any]:
         "config": run_settings(built.settings),
         "target_episode": built.plan.target,
         "world_size": built.rank.world_size,
-        "versions": {name: version(name) for name in _VERSIONS}
-        | {"python": platform.python_version()},
+        "versions": {
+            "co2lightning": __version__,
+            **{name: version(name) for name in _VERSIONS},
+            "python": platform.python_version(),
+        },
     }
     if isinstance(built.environment, SiteDays):
         site = built.environment.site
         info["site"] = {
-            **{key: getattr(site, key) for key in ("name", "sha256", "pv_kwp", "grid_kw")},
-            "charger_efficiency": site.charger_efficiency,
-            "battery": dict(vars(site.battery)),
+            **{key: getattr(site, key) for key in _OF_THE_SITE},
+            "battery": dict(vars(site.battery)) if site.battery else None,
             "sockets": [dict(vars(sockets)) for sockets in site.sockets],
-            "timezone": site.timezone,
             "days": len(site.days),
             "held_out_days": int(site.held_out.sum()),
+            "held_out_stretches": len(site.stretches),
         }
         before = start.content["run"] if start else {}
         info["trained_days"] = trained_days.with_this_session(before, site)

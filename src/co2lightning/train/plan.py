@@ -188,6 +188,11 @@ def plan(asked: Asked, start: Start | None) -> Plan:
     agent, recipe, flags = asked.agent, asked.recipe, asked.flags
     kept = start.settings if start else {}
     settings = complete({**recipe, **kept, **flags}, agent)
+    if settings["env.id"] is not None and "env.hours" in flags:
+        raise UserError(
+            f"{as_flag('env.hours', flags['env.hours'])}: is for sites; {settings['env.id']} has a "
+            "time limit of its own"
+        )
     notes = list(start.notes) if start else []
     for key, value in recipe.items():
         if key in kept and kept[key] != value and key not in flags and value != "auto":
@@ -302,10 +307,10 @@ def _other_data(start: Start, environment: SiteDays) -> list[str]:
         "on with these"
     ]
     trained = trained_days.seen(run, site)
-    if trained is not None and (both := int((trained & site.held_out).sum())):
+    if trained is not None and (both := trained_days.held_out_among(trained, site)):
         notes.append(
-            f"{both} of the {len(site.held_out_days)} held-out days of {site.name} were trained "
-            f"on up to episode {start.episode}; test and report leave them out"
+            f"{both[0].upper()}{both[1:]} were trained on up to episode {start.episode}; test and "
+            "report leave them out"
         )
     return notes
 

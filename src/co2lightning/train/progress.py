@@ -81,9 +81,12 @@ def _figures(metrics: dict[str, float]) -> str:
     parts: list[str] = []
     if "co2_kg" in metrics:
         change = 100.0 * (metrics["co2_vs_uncontrolled"] - 1.0)
-        parts.append(f"CO2={metrics['co2_kg']:6.1f} kg ({change:+.0f} %)")
+        share = f" ({change:+.0f} %)" if metrics["uncontrolled_kg"] > 1e-6 else ""  # of nothing
+        parts.append(f"CO2={metrics['co2_kg']:6.1f} kg{share}")
+        if "cost" in metrics:
+            parts.append(f"cost={metrics['cost']:7.2f}")
         if metrics["unmet_kwh"] >= 0.05:
             parts.append(f"unmet={metrics['unmet_kwh']:6.1f} kWh")
-    parts.append(f"reward={metrics['reward']:7.1f}")
+    parts.append(f"reward={metrics['reward']:7.3f}")
     parts.append(f"{metrics['time_seconds']:.1f} s")
     return " | ".join(parts)

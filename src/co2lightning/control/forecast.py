@@ -1,0 +1,157 @@
+"""The site's own forecast: what a signal will be, from its past and from the training days.
+
+The usual value of that hour, and how far this day is from it: for each lead a ridge regression on
+the deviation from the usual now, over the last hour, over the last 24 h, and at the target's hour
+yesterday and a week ago. Rules, features and MPC look at the same tables.
+
+Shapes: P steps of the site, L leads, F = 5 regressors.
+"""
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from co2lightning.site.model import DAY_H, Floats, Ints, Site
+
+REACH_H = 48.0
+"""How far it looks."""
+
+_RIDGE = 1e-6  # of the mean square of the regressors
+_LEAST_LEAD_MINUTES = 15
+_SAME = 1e-6  # what is cheaper by less is not
+
+
+def usual(site: Site, values: Floats, weekends: bool, steps_more: int = 0) -> Floats:
+    """Return the mean of the training steps of each slot of the wall clock, as a series.
+
+    Args:
+        site: The site.
+        values: A signal [P].
+        weekends: Whether weekdays and weekends are taken apart, as for a load.
+        steps_more: How far the clock goes on beyond the series.
+
+    Returns:
+        [P + steps_more].
+    """
+    slot, weekend = slots(site, steps_more)
+    known = site.training_steps
+    plain = _means(values, known, slot)
+    whole = float(values[known].mean()) if known.any() else 0.0  # for slots that none shows
+    plain = np.where(np.isnan(plain), whole, plain)
+    if not weekends:
+        return plain
+    apart = _means(values, known, slot + (int(slot.max()) + 1) * weekend)
+    return np.where(np.isnan(apart), plain, apart)
+
+
+def clock(site: Site, steps_more: int = 0) -> NDArray[np.datetime64]:
+    """Return the wall clock at the beginning of each step and of some more."""
+    more = np.arange(1, steps_more + 1) * np.timedelta64(site.step_minutes, "m")
+    return np.concatenate([site.local, site.local[-1:] + more])
+
+
+def slots(site: Site, steps_more: int = 0) -> tuple[Ints, Ints]:
+    """Return the step of the day and whether it is a weekend, of each step and of some more."""
+    local = clock(site, steps_more)
+    day = local.astype("datetime64[D]")
+    slot = (local - day).astype("timedelta64[m]").astype(np.int64) // site.step_minutes
+    return slot, ((day.astype(np.int64) + 3) % 7 >= 5).astype(np.int64)  # 1970-01-01: a Thursday
+
+
+def _means(values: Floats, known: NDArray[np.bool_], group: Ints) -> Floats:
+    """Return the mean of the known steps [P] of each step's group, NaN where there is none."""
+    own, n = group[: len(values)][known], int(group.max()) + 1
+    counts = np.bincount(own, minlength=n)
+    sums = np.bincount(own, values[known], n)
+    return np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)[group]
+
+
+@functools.lru_cache(maxsize=8)
+def forecast(site: Site, signal: str) -> Floats:
+    """Return what a signal is expected to be [P, L] at each lead after each step.
+
+    Leads are the steps of the next 48 h; below 15-minute steps they are 15 minutes apart, and each
+    stands for the steps up to it.
+
+    Args:
+        site: The site.
+        signal: Which of its series: "carbon_kg_per_kwh", "load_kw", "pv_kw" ...
+    """
+    values = getattr(site, signal)
+    a_day, per_lead = site.steps(DAY_H), steps_per_lead(site)
+    leads = np.arange(per_lead, site.steps(REACH_H) + 1, per_lead)
+    n = site.n_steps
+    slots = usual(site, values, signal == "load_kw", int(leads[-1]))
+    off = values - slots[:n]
+    known = site.training_steps
+    hour, day = (_last(off, steps) for steps in (site.steps(1.0), a_day))
+    day_known = _last(known.astype(float), a_day) == 1.0
+    day_known[: a_day - 1] = False
+    now = np.stack([off, hour, day])
+    expected = np.empty((n, len(leads)))
+    for column, lead in enumerate(leads.tolist()):
+        back = -(-lead // a_day) * a_day - lead  # from now to the target's hour on the last day
+        week = 7 * a_day - lead
+        regressors = np.stack([*now, _before(off, back), _before(off, week)])
+        target, there = _before(off, -lead), _before(known.astype(float), -lead)
+        good = day_known & (there == 1.0)
+        for steps in (back, week):
+            good &= _before(known.astype(float), steps) == 1.0
+        used = regressors[:, good]
+        gram = used @ used.T
+        gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+        weights = np.linalg.lstsq(gram, used @ target[good], rcond=None)[0]
+        expected[:, column] = slots[lead : lead + n] + weights @ regressors
+    return expected
+
+
+def steps_per_lead(site: Site) -> int:
+    """Return how many steps each lead of a site's forecast stands for."""
+    return site.steps(_LEAST_LEAD_MINUTES / 60)
+
+
+def to_come(values: Floats, steps: int) -> Floats:
+    """Return what a perfect forecast of values [P] says of the next so many steps, [P, steps].
+
+    `inf` beyond the series.
+    """
+    padded = np.concatenate([values[1:], np.full(steps, np.inf)])
+    return np.lib.stride_tricks.sliding_window_view(padded, steps)
+
+
+def cheaper(now: Floats, expected: Floats, steps_per_lead: int = 1) -> NDArray[np.int16]:
+    """Return how many of the next steps are expected to be cheaper than each, [P + 1, n + 1].
+
+    Column k counts among the next k of n = L x `steps_per_lead` steps; the row beyond the series
+    is that of its last step.
+
+    Args:
+        now: What each step costs [P].
+        expected: What the steps of the next L leads are expected to cost [P, L], `inf` where
+            nobody knows.
+        steps_per_lead: How many steps each lead stands for.
+    """
+    each = (expected < now[:, None] - _SAME).repeat(steps_per_lead, axis=1)
+    counts = np.zeros((len(now) + 1, each.shape[1] + 1), dtype=np.int16)
+    each.cumsum(axis=1, dtype=np.int16, out=counts[:-1, 1:])
+    counts[-1] = counts[-2]
+    return counts
+
+
+def _last(values: Floats, steps: int) -> Floats:
+    """Return the mean of each step and those before it, `steps` in all, or what there is."""
+    until = np.concatenate([[0.0], values.cumsum()])
+    end = np.arange(1, len(values) + 1)
+    begin = np.maximum(end - steps, 0)
+    return (until[end] - until[begin]) / (end - begin)
+
+
+def _before(values: Floats, steps: int) -> Floats:
+    """Return the values so many steps earlier, 0 beyond the series; later ones if below 0."""
+    shifted, left = np.zeros_like(values), max(len(values) - abs(steps), 0)
+    if steps >= 0:
+        shifted[steps:] = values[:left]
+    else:
+        shifted[:left] = values[-steps:]
+    return shifted

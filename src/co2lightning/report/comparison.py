@@ -1,0 +1,151 @@
+"""Policies side by side on held-out stretches, as `test` and `site check` tell of them.
+
+Shapes: W stretches.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+import numpy as np
+
+from co2lightning.metrics import Settled, settled_words
+from co2lightning.report.tables import Table, comparison_table, stretches_table
+from co2lightning.sim.evaluate import (
+    MPC_TITLE,
+    STRETCHES_FOR_AN_INTERVAL,
+    TITLES,
+    Evaluation,
+    Figures,
+    summarise,
+)
+from co2lightning.site.model import DAY_H, Floats
+
+_Data = Mapping[str, Any]
+
+
+def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what is settled, `stretches`, `policies`, `summary`, RBC C, as `--json` prints them.
+
+    Numbers to 1e-6.
+    """
+    summaries, days = summarise(evaluation), evaluation.hours.sum() / DAY_H
+    stretches = {
+        "begin": evaluation.days,
+        "days": evaluation.n_days.tolist(),
+        "hours": evaluation.hours.tolist(),
+        "turned_away_kwh": np.round(evaluation.turned_away_kwh, 6).tolist(),
+        "clipped_kwh": np.round(evaluation.clipped_kwh, 6).tolist(),
+    }
+    policies = {
+        name: {
+            "co2_kg_per_day": round(summaries[name].co2_kg, 6),
+            **(
+                {}
+                if evaluation.currency is None
+                else {"cost_per_day": round(float(figures.cost.sum() / days), 6)}
+            ),
+            "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
+            "peak_kw": round(summaries[name].peak_import_kw, 6),
+            "stretches": _by_row(
+                {
+                    key: (np.round(column, 6) + 0.0).tolist()  # no zero has a sign
+                    for key, column in _figures_told(evaluation, figures).items()
+                }
+            ),
+        }
+        for name, figures in evaluation.policies.items()
+    }
+    summary = {
+        name: {key: None if v is None else round(v, 6) for key, v in of._asdict().items()}
+        for name, of in summaries.items()
+    }
+    return {
+        "objective": evaluation.objective._asdict(),
+        "currency": evaluation.currency,
+        "best": evaluation.best,
+        "stretches": _by_row(stretches),
+        "policies": policies,
+        "summary": summary,
+        "rbc_c": evaluation.rbc_c,
+    }
+
+
+def _figures_told(evaluation: Evaluation, figures: Figures) -> dict[str, Floats]:
+    """Return what is told of a policy in each stretch: no cost where there are no prices."""
+    told = figures._asdict()
+    if evaluation.currency is None:
+        del told["cost"]
+    if not evaluation.objective.cost:
+        told["settlement_kg"] = figures.settlement
+    return told
+
+
+def settled_in(data: _Data) -> Settled:
+    """Return what the policies in what `evaluation_data` returns are settled by, in words."""
+    return settled_words(data["objective"], data["currency"], TITLES[data["best"]])
+
+
+def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def count_text(stretches: Sequence[_Data]) -> str:
+    """Return how much is held out: `8 held-out weeks`, `1 held-out day`."""
+    lengths = {stretch["days"] for stretch in stretches}
+    one, many = "stretch", "stretches"
+    if len(lengths) == 1 and (named := {7: "week", 1: "day"}.get(stretches[0]["days"])):
+        one, many = named, f"{named}s"
+    return f"{len(stretches)} held-out {one if len(stretches) == 1 else many}"
+
+
+def comparison_tables(
+    data: _Data, site: str, who: str, agent: str = ""
+) -> tuple[list[Table], list[str]]:
+    """Return policies side by side, each stretch where there are few, and lines to put below.
+
+    Args:
+        data: As `evaluation_data` returns it.
+        site: Its name.
+        who: The beginning of the title, such as `PPO, episode 3`.
+        agent: What the agent is called, if there is one.
+    """
+    stretches, titles = data["stretches"], {"agent": agent, "mpc": MPC_TITLE, **TITLES}
+    last = stretches[-1]
+    end = date.fromisoformat(last["begin"]) + timedelta(days=last["days"] - 1)
+    title = f"{who}, on {count_text(stretches)} of {site} ({stretches[0]['begin']} to {end})"
+    rows = [
+        {"name": name, "policy": titles[name], **summary}
+        for name, summary in data["summary"].items()
+    ]
+    settled = settled_in(data)
+    tables = [comparison_table(rows, settled, title)]
+    if len(stretches) < STRETCHES_FOR_AN_INTERVAL:
+        each = {
+            titles[name]: policy["stretches"]
+            for name, policy in data["policies"].items()
+            if not name.endswith("_true")  # one line of them is enough
+        }
+        tables.append(stretches_table(stretches, each, settled, "each"))
+    found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
+    return tables, [*found, *remarks(stretches, data["policies"], titles)]
+
+
+def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
+    """Return what these figures leave out, and who imports more than the connection gives."""
+    days = sum(stretch["hours"] for stretch in stretches) / DAY_H
+
+    def a_day(rows: Sequence[_Data], key: str) -> float:
+        return sum(row[key] for row in rows) / days
+
+    lines = []
+    for key, words in (
+        ("turned_away_kwh", "kWh/day are turned away, for want of a free socket"),
+        ("clipped_kwh", "kWh/day are clipped, more than 98 % of what stays allow"),
+    ):
+        if kwh := a_day(stretches, key):
+            lines.append(f"Served by nobody and in no figure above: {kwh:.2f} {words}")
+    for name, policy in policies.items():
+        if kwh := a_day(policy["stretches"], "over_limit_kwh"):
+            lines.append(f"{titles[name]} imports {kwh:.2f} kWh/day beyond the connection's limit")
+    return lines

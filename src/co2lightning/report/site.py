@@ -1,0 +1,355 @@
+"""What a site folder holds: as plain data, as a table, as figures for papers.
+
+Importing it imports no matplotlib, which takes a start-up a second. Shapes: P steps, W held-out
+stretches, H times of the day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from co2lightning.control.forecast import forecast, steps_per_lead
+from co2lightning.metrics import Metric
+from co2lightning.report.comparison import count_text, evaluation_data, settled_in
+from co2lightning.report.looks import FLOWS, LOOKS
+from co2lightning.report.tables import Table
+from co2lightning.sim.evaluate import TITLES, Evaluation
+from co2lightning.site.model import DAY_H, Ints, Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MANY = 12  # stretches; more are not named one by one
+_LEADS_H = 0.25, 1.0, 6.0, 24.0
+_FORECAST = {
+    "carbon_kg_per_kwh": ("carbon", " kg/kWh"),
+    "price_per_kwh": ("price", ""),
+    "load_kw": ("load", " kW"),
+    "pv_kw": ("PV", " kW"),
+}
+
+
+def describe(site: Site) -> dict[str, Any]:
+    """Return what a site's folder holds as plain data; a part it has not is None."""
+    hours, battery = np.diff(site.day_bounds) * site.step_h, site.battery
+    in_days = DAY_H / (site.n_steps * site.step_h)
+    load, pv = site.load_kw, site.pv_kw
+    return {
+        "site": site.name,
+        "step_minutes": site.step_minutes,
+        "timezone": site.timezone,
+        "begin": site.when(0).isoformat(timespec="minutes"),
+        "end": site.when(site.n_steps).isoformat(timespec="minutes"),
+        "steps": site.n_steps,
+        "days": len(site.days),
+        "days_by_hours": {
+            f"{length:g}": int((hours == length).sum()) for length in np.unique(hours)
+        },
+        "day_start": site.day_start_h,
+        "weeks": len(site.days) // 7,
+        "stretches": [
+            {"begin": site.days[first], "days": end - first}
+            for first, end in site.stretches.tolist()
+        ],
+        "battery": battery and {**vars(battery), "reserve_soc": battery.least_soc},
+        "sockets": [vars(socket) for socket in site.sockets],
+        "grid_kw": site.grid_kw,
+        "limited_steps": int((site.import_limit_kw < site.grid_kw).sum()),
+        "pv": None
+        if not site.pv_kwp
+        else {
+            "kwp": site.pv_kwp,
+            "kwh_per_day": _rounded(pv.sum() * site.step_h * in_days),
+            "highest_kw": _rounded(pv.max()),
+        },
+        "load": None
+        if not load.any()
+        else {
+            "kwh_per_day": _rounded(load.sum() * site.step_h * in_days),
+            "lowest_kw": _rounded(load.min()),
+            "highest_kw": _rounded(load.max()),
+        },
+        "carbon": _carbon(site),
+        "sessions": _sessions(site, in_days),
+        "forecasts": _forecasts(site),
+        "remarks": list(site.notes),
+    }
+
+
+def _carbon(site: Site) -> dict[str, Any]:
+    carbon = site.carbon_kg_per_kwh
+    hour_of = site.local.astype("datetime64[h]").astype(np.int64) % 24
+    by_hour = np.array([carbon[hour_of == hour].mean() for hour in range(24)])
+    return {
+        "mean_kg_per_kwh": _rounded(carbon.mean()),
+        "lowest_hour": int(by_hour.argmin()),
+        "highest_hour": int(by_hour.argmax()),
+        "by_hour_kg_per_kwh": [_rounded(value) for value in by_hour],
+    }
+
+
+def _forecasts(site: Site) -> dict[str, Any]:
+    """Return how far the site's own forecast lies off on held-out steps, beside persistence.
+
+    Persistence expects of any step to come what there is now.
+    """
+    signals = {signal: getattr(site, signal) for signal in _FORECAST}
+    held_out, found = ~site.training_steps, dict[str, Any]()
+    for signal, values in signals.items():
+        if values is None or np.ptp(values) == 0.0:
+            continue
+        each, rows = steps_per_lead(site), list[dict[str, float]]()
+        expected = forecast(site, signal)
+        for hours in _LEADS_H:
+            lead = -(-site.steps(hours) // each) * each
+            target = held_out[lead:]
+            own = np.abs(expected[:-lead, lead // each - 1] - values[lead:])[target]
+            same = np.abs(values[:-lead] - values[lead:])[target]
+            row = {"lead_h": lead * site.step_h, "own": own.mean(), "persistence": same.mean()}
+            if len(own) and row["lead_h"] not in [known["lead_h"] for known in rows]:
+                rows.append({key: _rounded(value) for key, value in row.items()})
+        found[signal] = rows
+    return found
+
+
+def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
+    read, admitted = site.sessions_read, site.sessions
+    if read is None:
+        return None
+    return {
+        "rows": read.rows,
+        "kwh": _rounded(read.energy_kwh),
+        "dropped": read.dropped,
+        "dropped_kwh": _rounded(read.dropped_kwh),
+        "clipped": read.clipped,
+        "clipped_kwh": _rounded(site.clipped_kwh.sum()),
+        "turned_away": read.turned_away,
+        "turned_away_kwh": _rounded(site.turned_away_kwh.sum()),
+        "admitted": len(admitted.socket),
+        "admitted_kwh": _rounded(admitted.energy_kwh.sum()),
+        "admitted_per_day": _rounded(len(admitted.socket) * in_days),
+        "most_at_once": int(_present(site).max()),
+        "share_across_midnight": _rounded(read.span_share[0]),
+        "share_across_day_start": _rounded(read.span_share[site.day_start_h]),
+    }
+
+
+def _present(site: Site) -> Ints:
+    """Return how many vehicles stand at a socket in each step, [P]."""
+    comes, goes = (
+        np.bincount(places, minlength=site.n_steps + 1)
+        for places in (site.sessions.arrival, site.sessions.departure)
+    )
+    return np.cumsum(comes - goes)[:-1]
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6)
+
+
+# --- as a table ----------------------------------------------------------------------------------
+
+
+def site_table(facts: Mapping[str, Any]) -> Table:
+    """Return what `describe` tells of a site as a table of two columns."""
+    told = [
+        ("period", f"{_clock(facts['begin'])} to {_clock(facts['end'])}, {facts['timezone']}"),
+        ("steps", f"{facts['steps']} of {facts['step_minutes']} min"),
+        ("days", _days(facts)),
+        ("held out", _held_out(facts)),
+        ("battery", _battery(facts["battery"])),
+        ("sockets", "; ".join(map(_socket, facts["sockets"])) or "none"),
+        ("PV", _pv(facts["pv"])),
+        ("load", _load(facts["load"])),
+        ("grid", _grid(facts)),
+        ("carbon", _carbon_text(facts["carbon"])),
+        *_sessions_rows(facts["sessions"], facts["day_start"]),
+        *_forecast_rows(facts["forecasts"]),
+    ]
+    rows = [{"what": what, "told": text} for what, text in told]
+    return Table((Metric("what"), Metric("told")), rows, title=f"site {facts['site']}")
+
+
+def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tell the mean absolute error of each signal on held-out steps, and that of persistence."""
+    if forecasts:
+        yield "forecasts", "mean error on held-out steps after so many hours (of persistence)"
+    for signal, rows in forecasts.items():
+        name, unit = _FORECAST[signal]
+        told = ", ".join(
+            f"{row['lead_h']:g} h: {row['own']:.2g} ({row['persistence']:.2g}){unit}"
+            for row in rows
+        )
+        yield f"  {name}", told
+
+
+def _held_out(facts: Mapping[str, Any]) -> str:
+    begins = [stretch["begin"] for stretch in facts["stretches"]]
+    each = begins if len(begins) <= _MANY else [*begins[: _MANY - 1], "...", begins[-1]]
+    return f"{count_text(facts['stretches'])} from {', '.join(each)}"
+
+
+def _clock(stamp: str) -> str:
+    return stamp[:16].replace("T", " ")
+
+
+def _days(facts: Mapping[str, Any]) -> str:
+    clock = f"{facts['day_start']:02d}:00"
+    odd = [f"{n} of {hours} h" for hours, n in facts["days_by_hours"].items() if hours != "24"]
+    of_them = f", of them {' and '.join(odd)}" if odd else ""
+    weeks = f"{facts['weeks']} whole week{'' if facts['weeks'] == 1 else 's'}"
+    return f"{facts['days']} from {clock} to {clock}{of_them}; {weeks}"
+
+
+def _battery(battery: Mapping[str, Any] | None) -> str:
+    if battery is None:
+        return "none"
+    text = (
+        f"{battery['capacity_kwh']:g} kWh, {battery['power_kw']:g} kW, SoC {battery['soc_min']:g} "
+        f"to {battery['soc_max']:g}, efficiency {battery['charge_efficiency']:.3g} in, "
+        f"{battery['discharge_efficiency']:.3g} out"
+    )
+    if battery["reserve_soc"] > battery["soc_min"]:
+        text += f", {battery['reserve_soc']:g} kept for outages"
+    return text if battery["may_charge_from_grid"] else f"{text}, never charged from the grid"
+
+
+def _socket(socket: Mapping[str, Any]) -> str:
+    least = f"{socket['min_kw']:g} to " if socket["min_kw"] else ""
+    return f"{socket['count']} {socket['name']} of {least}{socket['max_kw']:g} kW"
+
+
+def _pv(pv: Mapping[str, Any] | None) -> str:
+    if pv is None:
+        return "none"
+    return (
+        f"{pv['kwp']:g} kWp, {pv['kwh_per_day']:.1f} kWh a day, at most {pv['highest_kw']:.1f} kW"
+    )
+
+
+def _load(load: Mapping[str, Any] | None) -> str:
+    if load is None:
+        return "none"
+    return (
+        f"{load['kwh_per_day']:.1f} kWh a day, {load['lowest_kw']:.1f} to "
+        f"{load['highest_kw']:.1f} kW"
+    )
+
+
+def _grid(facts: Mapping[str, Any]) -> str:
+    less = facts["limited_steps"] / facts["steps"]
+    return f"{facts['grid_kw']:g} kW" + (
+        f", less in {100 * less:.1f} % of the steps" if less else ""
+    )
+
+
+def _carbon_text(carbon: Mapping[str, Any]) -> str:
+    by_hour = carbon["by_hour_kg_per_kwh"]
+    lowest, highest = carbon["lowest_hour"], carbon["highest_hour"]
+    if by_hour[lowest] == by_hour[highest]:
+        return f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh at every hour"
+    return (
+        f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh in the mean; least from {lowest:02d}:00, "
+        f"{by_hour[lowest]:.3f}, most from {highest:02d}:00, {by_hour[highest]:.3f}"
+    )
+
+
+def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[tuple[str, str]]:
+    if sessions is None:
+        return [("sessions", "none")]
+    rows = [("sessions", f"{sessions['rows']} rows, {sessions['kwh']:.1f} kWh")]
+    for key, words in (
+        ("dropped", "not within the series"),
+        ("clipped", "beyond 98 % of what the stay allows"),
+        ("turned_away", "found no free socket"),
+    ):
+        count = sessions[key]
+        kwh = f", {sessions[f'{key}_kwh']:.1f} kWh {words}" if count else ""
+        rows.append((f"  {key.replace('_', ' ')}", f"{count}{kwh}"))
+    rows.append(
+        (
+            "  admitted",
+            f"{sessions['admitted']}, {sessions['admitted_kwh']:.1f} kWh; "
+            f"{sessions['admitted_per_day']:.1f} a day, at most {sessions['most_at_once']} at once",
+        )
+    )
+    midnight, boundary = (
+        100 * sessions[f"share_across_{hour}"] for hour in ("midnight", "day_start")
+    )
+    across = f"{midnight:.1f} % of the energy is of stays that go on across midnight"
+    if day_start:
+        across += f", {boundary:.1f} % across {day_start:02d}:00"
+    return [*rows, ("  across", across)]
+
+
+# --- as figures ----------------------------------------------------------------------------------
+
+
+def draw_site(site: Site, evaluation: Evaluation) -> dict[str, bytes]:
+    """Return the figures by file name, each as PNG and as PDF; what a site has not is not drawn."""
+    from co2lightning.report.figures import as_files
+
+    return as_files(_figures(site, evaluation))
+
+
+def _figures(site: Site, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
+    yield "site_day", _usual_day(site)
+    yield "site_references", _references(evaluation)
+
+
+def _usual_day(site: Site) -> Figure:
+    """Draw what there is at each time of the day: the mean, and what 80 % of the days lie in."""
+    from matplotlib.figure import Figure
+
+    load, pv, ev, carbon = (FLOWS[name][0] for name in ("load", "pv", "ev", "carbon"))
+    shown = [
+        (site.load_kw, "load, kW", load, load),
+        (site.pv_kw, "PV, kW", pv, FLOWS["pv"][1]),
+        (_present(site), "vehicles present", ev, ev),
+        (site.carbon_kg_per_kwh, "carbon, kg/kWh", carbon, carbon),
+    ]
+    shown = [one for i, one in enumerate(shown, 1) if one[0].any() or i == len(shown)]
+    minute = site.local.astype("datetime64[m]").astype(np.int64) % 1440
+    times, which = np.unique(minute, return_inverse=True)
+    order = np.argsort(which, kind="stable")
+    begins = np.flatnonzero(np.diff(which[order], prepend=-1))
+    edges = np.append(times, times[0] + 1440) / 60
+    figure = Figure(figsize=(6.3, 0.9 + 1.5 * len(shown)))
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (values, label, band, line) in zip(panels, shown, strict=True):
+        each = np.split(values[order], begins[1:])
+        low, high = np.array([np.percentile(some, (10, 90)) for some in each]).T
+        axes.stairs(high, edges, baseline=low, fill=True, color=band, alpha=0.4)
+        axes.stairs([some.mean() for some in each], edges, baseline=None, color=line, lw=1.5)
+        axes.set(ylabel=label, xlim=(0, 24), xticks=range(0, 25, 3))
+        if low.min() >= 0:
+            axes.set_ylim(bottom=0)
+    panels[-1].set(xlabel="time of day, h")
+    figure.suptitle(
+        f"{site.name}: mean of all days, and from the 10 % to the 90 % point", fontsize=9
+    )
+    figure.align_ylabels()
+    return figure
+
+
+def _references(evaluation: Evaluation) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.2))
+    axes = figure.add_subplot()
+    begins, days = evaluation.days, evaluation.hours / DAY_H
+    at = np.arange(len(begins))
+    for mark, (name, figures) in zip("os^vDPXd*", evaluation.policies.items(), strict=False):
+        look = {"marker": mark, "ms": 4, "mfc": "w", "lw": 1.2, **LOOKS[name]}
+        axes.plot(at, figures.settled / days, label=TITLES[name], **look)
+    shown = at[:: max(1, -(-len(at) // 7))]
+    axes.set_xticks(shown, [begins[i] for i in shown])
+    settled = settled_in(evaluation_data(evaluation))
+    axes.set(xlabel="held-out stretch from", ylabel=f"{settled.name}, {settled.a_day}")
+    if axes.get_ylim()[0] > 0:
+        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # room for whole marks
+    figure.legend(loc="outside upper center", ncols=4)
+    return figure

@@ -1,0 +1,58 @@
+"""The observer of a site: what observations are measured in is found by running it.
+
+Shapes: B runs at once, A = 2 actions.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from co2lightning.control.observation import Observer, build_observer
+from co2lightning.control.rules import Rule, rbc_b, uncontrolled
+from co2lightning.control.state import Powers, SiteModel, State
+from co2lightning.sim.objective import priced_model
+from co2lightning.sim.schedule import run, start
+from co2lightning.site.model import Site
+
+_MOST_RUNS = 48  # training days, evenly spread
+_SHORTEST_DAY_H = 23.0
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what it would make can never be trained on
+def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
+    """Return the observer of a site, made once a process.
+
+    The spread of what is observed of a state is that of the training days, run by two rules and
+    by a policy that wanders, from batteries of all levels.
+    """
+    model = priced_model(site)
+    training = site.training_days
+    days = training[:: -(-len(training) // _MOST_RUNS)]
+    battery = site.battery
+    least, most = (battery.least_soc, battery.soc_max) if battery else (0.0, 0.0)
+    soc = torch.linspace(least, most, len(days))
+    begun = start(model, site, site.day_bounds[days], soc)
+
+    def record(watch: Callable[[State], None]) -> None:
+        for rule in (rbc_b, uncontrolled, _wander):
+            run(model, _watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
+
+    return build_observer(site, model, record, device)
+
+
+def _watched(rule: Rule, watch: Callable[[State], None]) -> Rule:
+    def watched(model: SiteModel, state: State) -> Tensor | Powers:
+        watch(state)
+        return rule(model, state)
+
+    return watched
+
+
+def _wander(model: SiteModel, state: State) -> Tensor:
+    """Swing both actions to and fro, the one in seven hours, the other in eleven."""
+    hours = state.place * model.step_h
+    return torch.stack([(2 * math.pi / period * hours).sin() for period in (7, 11)], dim=1)

@@ -1,0 +1,473 @@
+"""The rules of a site, among them RBC C: the best one of its kind, found on training weeks.
+
+When vehicles charge, a time of day in which all do, what the battery does, a time in which it is
+filled and one in which it holds. Vehicles do as they do whatever the battery does (the connection's
+limit apart), so they are run once, and batteries by the hundred on the load that they make. Coarse
+choices first, then finer ones around the best, the last few again with all of the physics.
+Nothing is drawn by chance: the same site gives the same rule.
+
+Shapes: P steps of the site, W weeks of n steps, V choices for the vehicles, K for the battery,
+B runs at once.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
+from co2lightning.control.rules import RULES, VEHICLES, Choice, Outlook, Rule, Window, rbc_c, words
+from co2lightning.control.state import Carry, SiteModel, restore
+from co2lightning.sim.kept import digest_of, recall
+from co2lightning.sim.objective import priced_model, reward
+from co2lightning.sim.physics import step
+from co2lightning.sim.schedule import start, start_soc
+from co2lightning.site.model import Floats, Ints, Site
+
+_WEEKS = 6
+_WEEK = 7  # days
+_LEFT_SHARE = 0.8  # of the mean price: what a kWh is worth that is stored or owed at a week's end
+_TIE = 1e-3  # of what uncontrolled costs: the simpler rule is taken
+_BEST = 2  # ways of charging that go on to the windows
+_NEVER = Window()
+
+
+def price(site: Site) -> tuple[Floats, Floats]:
+    """Return what a kWh of import costs in each step [P], and is expected to cost [P, L]."""
+    return site.import_price, forecast(site, "import_price")
+
+
+@functools.lru_cache(maxsize=8)
+def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool = False) -> Outlook:
+    """Return what the rules of a site know of each step and expect of the next ones.
+
+    Args:
+        site: The site.
+        device: Where the rules act.
+        foresight: Whether what import will cost is known instead.
+    """
+    stays = site.sessions.departure - site.sessions.arrival
+    (now, expected), each = price(site), steps_per_lead(site)
+    leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
+    sun = site.load_kw - site.pv_kw < 0.0
+    expected = expected[:, :leads]
+    sun_expected = np.zeros(expected.shape, dtype=np.bool_)
+    if site.pv_kw.any() or site.load_kw.min() < 0.0:
+        net_kw = forecast(site, "load_kw")[:, :leads] - forecast(site, "pv_kw")[:, :leads]
+        sun_expected = net_kw < 0.0
+    credit, earns = site.export_credit, np.zeros(expected.shape)
+    if credit.any():
+        earns = forecast(site, "export_credit")[:, :leads]
+    if foresight:
+        expected = to_come(now, leads * each)
+        earns = to_come(credit, leads * each)
+        sun_expected, each = sun_expected.repeat(each, axis=1), 1
+    counts = cheaper(now, expected, each)
+    with_sun = counts
+    if sun.any() or sun_expected.any():
+        # A surplus costs what it would have earned.
+        now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
+        with_sun = cheaper(now, expected, each)
+    slot, _ = slots(site, 1)
+    tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
+    of_step, plain, sunny = tensors
+    return Outlook(of_step, _slots(site), plain, sunny)
+
+
+def _slots(site: Site) -> int:
+    return 24 * 60 // site.step_minutes
+
+
+def rules_of(
+    site: Site,
+    device: torch.device | str = "cpu",
+    keep: Path | None = None,
+    foresight: bool = False,
+) -> dict[str, Rule]:
+    """Return the rules that a site's policies are measured against, by name.
+
+    Args:
+        site: The site.
+        device: Where they act.
+        keep: Directory where the searched one is kept from one command to the next.
+        foresight: Add those that look at what import will cost, each also with that known, as
+            `cheap_true`, `rbc_c_true`.
+    """
+    choices = {"rbc_c": choice_of(site, keep)}
+    if len(site.sessions.arrival):
+        choices = {"cheap": Choice("cheap", greedy=site.battery is not None), **choices}
+    rules = dict(RULES)
+    for known in (False, True) if foresight else (False,):
+        outlook = outlook_of(site, device, known)
+        for name, choice in choices.items():
+            if not known:
+                rules[name] = functools.partial(rbc_c, choice, outlook)
+            elif "cheap" in choice.vehicles:
+                rules[f"{name}_true"] = functools.partial(rbc_c, choice, outlook)
+    return rules
+
+
+def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
+    """Return what a site's RBC C does, so that a person can do it by hand."""
+    vehicles = len(site.sessions.arrival) > 0
+    return words(choice_of(site, keep), _slots(site), site.battery is not None, vehicles)
+
+
+def choice_of(site: Site, keep: Path | None = None) -> Choice:
+    """Return what `search` finds for a site, as it was found before or anew.
+
+    Args:
+        site: The site.
+        keep: Directory where it is kept. One that cannot be read or written costs time alone.
+    """
+    return _choice(site) if keep is None else _choice_kept(site, keep)
+
+
+@functools.lru_cache(maxsize=8)
+def _choice(site: Site) -> Choice:
+    return search(site)
+
+
+@functools.lru_cache(maxsize=8)
+def _choice_kept(site: Site, keep: Path) -> Choice:
+    clocks = site.local.astype("datetime64[s]").astype(np.int64)
+    more = clocks, site.day_bounds, site.held_out, *price(site)
+    key = digest_of(site, *more)
+    numbers = recall(keep, "rule", key, 9, lambda: _as_numbers(_choice(site)))
+    return _from_numbers(numbers)
+
+
+def _as_numbers(choice: Choice) -> Floats:
+    way = VEHICLES.index(choice.vehicles)
+    windows = *choice.charge, *choice.fill, *choice.hold
+    numbers = [way, choice.greedy, choice.fill_soc, *windows]
+    return np.array([float(number) for number in numbers])
+
+
+def _from_numbers(numbers: Floats) -> Choice:
+    way, greedy, fill_soc = numbers[:3].tolist()
+    charge, fill, hold = (
+        Window(*window) for window in numbers[3:].astype(int).reshape(3, 2).tolist()
+    )
+    return Choice(VEHICLES[int(way)], charge, bool(greedy), fill, fill_soc, hold)
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def search(site: Site) -> Choice:
+    """Return the rule that costs least in six training weeks, the simpler one among equals.
+
+    Each begins as evaluation begins; what is left at its end, stored or owed, is priced at 0.8
+    times the mean. A site without whole training weeks is searched on training days.
+    """
+    bounds = _training_stretches(site)
+    has_battery = site.battery is not None
+    if not len(bounds) or not (has_battery or len(site.sessions.arrival)):
+        return Choice(greedy=has_battery)
+    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, _left_price(site))
+    batteries = _battery_choices(site)
+
+    # Each way of charging with each single window of the battery.
+    driven = _drive(trial, [Choice(way, greedy=has_battery) for way in _ways(site)])
+    cost = _costs(trial, driven, batteries)
+    order = cost.min(1).argsort(kind="stable").tolist()
+    found = [_joined(driven[i].choice, batteries[int(cost[i].argmin())]) for i in order]
+    kinds = _best_of_each_kind(batteries, cost[order[0]])
+
+    # The best ways of charging, each with a window in which all charge.
+    ways = [driven[i].choice for i in order[:_BEST] if driven[i].choice.vehicles != "arrival"]
+    windows = [Window(*w) for w in itertools.product(_begins(site), _lengths(site))]
+    driven = [driven[i] for i in order[:_BEST]]
+    driven += _drive(trial, [way._replace(charge=w) for way in ways for w in windows])
+    cost = _costs(trial, driven, kinds)
+    order = cost.min(1).argsort(kind="stable").tolist()[:3]
+    driven = [driven[i] for i in order]
+
+    # Both windows of the battery at once, then vehicles and battery finer and finer in turn.
+    both = _both_windows(batteries)
+    cost = _costs(trial, driven, both)
+    v, k = np.unravel_index(int(cost.argmin()), cost.shape)
+    best = _joined(driven[int(v)].choice, both[int(k)])
+    found.append(best)
+    for hours in (1.0, 0.5, 0.25):
+        unit = site.steps(hours)
+        driven = _drive(trial, _finer_charging(best, unit, _slots(site)))
+        some = _finer_batteries(best, unit, site) if has_battery else [best]
+        cost = _costs(trial, driven, some)
+        v, k = np.unravel_index(int(cost.argmin()), cost.shape)
+        best = _joined(driven[int(v)].choice, some[int(k)])
+    return _simplest(trial, [*_simpler(best), *found])
+
+
+def _training_stretches(site: Site) -> Ints:
+    """Return the places [W, 2] where training weeks begin and end, of one length, evenly spread.
+
+    Those that follow held-out days look back on them: they are left out where others are enough.
+    """
+    for days in (_WEEK, 1):
+        first = np.arange(0, len(site.days) - days + 1, days)
+        bounds = np.stack([site.day_bounds[first], site.day_bounds[first + days]], axis=1)
+        known = [not site.held_out[a : a + days].any() for a in first]
+        if not any(known):
+            continue
+        lengths = np.diff(bounds, axis=1)[:, 0]  # a week in which clocks change is longer
+        usual = Counter(lengths[known].tolist()).most_common(1)[0][0]
+        good = known & (lengths == usual)
+        calm = good & [not site.held_out[max(a - _WEEK, 0) : a].any() for a in first]
+        most = _WEEKS * _WEEK // days
+        own = bounds[calm if calm.sum() >= most else good]
+        count = min(most, len(own))
+        return own[(2 * np.arange(count) + 1) * len(own) // (2 * count)]
+    return np.zeros((0, 2), dtype=np.int64)
+
+
+class _Trial(NamedTuple):
+    """What rules are tried on."""
+
+    site: Site
+    model: SiteModel
+    outlook: Outlook
+    bounds: Ints  # [W, 2]
+    left_price: float  # of a kWh that is owed, and of one stored the other way
+
+
+class _Driven(NamedTuple):
+    """What vehicles did in each week, and what that cost with the battery as it was."""
+
+    choice: Choice
+    ev_kw: Floats  # [W, n]
+    owed_kwh: Floats  # [W] at the end
+    cost: float
+
+
+def _left_price(site: Site) -> float:
+    return _LEFT_SHARE * float(price(site)[0][site.training_steps].mean())
+
+
+def _drive(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:
+    """Run choices with all of the physics; one run for each way of charging."""
+    site, weeks = trial.site, len(trial.bounds)
+    driven: dict[int, _Driven] = {}
+    for way in dict.fromkeys(choice.vehicles for choice in choices):
+        own = [i for i, choice in enumerate(choices) if choice.vehicles == way]
+        rows = _stacked([choices[i] for i in own], weeks)
+        carry = start(trial.model, site, np.tile(trial.bounds[:, 0], len(own)), start_soc(site))
+        rule = functools.partial(rbc_c, rows, trial.outlook)
+        run = _run(trial.model, rule, carry, _steps(trial), vehicles=True)
+        cost = _settled(trial, run).reshape(len(own), weeks).sum(1)
+        ev_kw = torch.stack(run.ev_kw, 1).reshape(len(own), weeks, -1).double().cpu().numpy()
+        owed_kwh = run.owed_kwh.reshape(len(own), weeks)
+        for j, i in enumerate(own):
+            driven[i] = _Driven(choices[i], ev_kw[j], owed_kwh[j], float(cost[j]))
+    return [driven[i] for i in range(len(choices))]
+
+
+def _costs(trial: _Trial, driven: Sequence[_Driven], batteries: Sequence[Choice]) -> Floats:
+    """Return what choices for the battery cost [V, K] beside vehicles that have been run."""
+    site, (weeks, n) = trial.site, driven[0].ev_kw.shape
+    if site.battery is None:
+        return np.array([[one.cost] for one in driven])
+    # One week after another on one line, each with the vehicles of one choice in its load.
+    places = np.concatenate([np.arange(begin, end) for begin, end in trial.bounds.tolist()])
+    place = torch.as_tensor(np.append(np.tile(places, len(driven)), 0))
+    model, ev_kw = trial.model, np.concatenate([one.ev_kw.ravel() for one in driven])
+    series = model.series[:, place]
+    series[0, :-1] += torch.as_tensor(ev_kw)
+    series[1, :-1] -= torch.as_tensor(ev_kw)
+    empty = torch.tensor([0.0, 1.0, 0.0, 0.0]).to(series).expand(len(place), 1, 4).permute(2, 0, 1)
+    model = model._replace(series=series, sockets=empty, floor_kw=None)
+    outlook = trial.outlook._replace(slot=trial.outlook.slot[place])
+    begins = n * np.arange(len(driven) * weeks)
+    cost = np.empty((len(driven), len(batteries)))
+    for some in np.array_split(
+        np.arange(len(batteries)), -(-len(batteries) * len(begins) // _ONCE)
+    ):
+        own = [batteries[i]._replace(vehicles="arrival") for i in some.tolist()]
+        # Rows: for each choice of the battery, each of the vehicles, each week.
+        soc = torch.full((len(own) * len(begins),), start_soc(site), dtype=model.zero.dtype)
+        carry = Carry(
+            torch.as_tensor(np.tile(begins, len(own))), soc, torch.zeros_like(soc)[:, None]
+        )
+        rule = functools.partial(rbc_c, _stacked(own, len(begins)), outlook)
+        run = _run(model, rule, carry, n)
+        each = _settled(trial, run).reshape(len(own), len(driven), weeks).sum(2)
+        cost[:, some] = each.T
+    owed_kwh = np.array([one.owed_kwh.sum() for one in driven])
+    return cost + trial.left_price * owed_kwh[:, None]
+
+
+_ONCE = 40_000  # runs; bounds the memory
+
+
+class _Ran(NamedTuple):
+    cost: Floats  # [B] by the meter
+    stored_kwh: Floats  # [B] at the end
+    owed_kwh: Floats  # [B]
+    ev_kw: list[Tensor]  # n of [B]; none unless asked for
+
+
+def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bool = False) -> _Ran:
+    state, ev_kw = restore(model, carry), list[Tensor]()
+    cost = torch.zeros_like(state.soc)
+    for _ in range(steps):
+        following, flows = step(model, state, rule(model, state))
+        cost -= reward(state, flows)
+        if vehicles:
+            ev_kw.append(flows.ev_kw)
+        state = following
+    stored_kwh = state.soc / model.soc_per_kw * model.step_h
+    owed_kwh = state.owed_kw.sum(1) * model.step_h
+    numbers = torch.stack([cost, stored_kwh, owed_kwh]).double().cpu().numpy()
+    return _Ran(*numbers, ev_kw=ev_kw)
+
+
+def _settled(trial: _Trial, ran: _Ran) -> Floats:
+    stored_kwh = ran.stored_kwh if trial.site.battery else 0.0
+    return ran.cost + trial.left_price * (ran.owed_kwh - stored_kwh)
+
+
+def _steps(trial: _Trial) -> int:
+    return int(trial.bounds[0, 1] - trial.bounds[0, 0])
+
+
+def _stacked(choices: Sequence[Choice], times: int) -> Choice:
+    """Return choices that charge in one way as one, for rows [B] of so many of each."""
+
+    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).repeat_interleave(times)
+
+    def window(windows: list[Window]) -> Window:
+        parts = zip(*windows, strict=True)
+        return Window(*(column((int(x) for x in part), torch.int64) for part in parts))
+
+    return Choice(
+        vehicles=choices[0].vehicles,
+        charge=window([c.charge for c in choices]),
+        greedy=column((float(c.greedy) for c in choices), torch.float32),
+        fill=window([c.fill for c in choices]),
+        fill_soc=column((float(c.fill_soc) for c in choices), torch.float32),
+        hold=window([c.hold for c in choices]),
+    )
+
+
+# --- what is tried -------------------------------------------------------------------------------
+
+
+def _ways(site: Site) -> list[str]:
+    """Return the ways of charging that differ on this site, the simplest first."""
+    if not len(site.sessions.arrival):
+        return ["arrival"]
+    sunny = (site.load_kw - site.pv_kw).min() < 0.0
+    return [way for way in VEHICLES if sunny or "solar" not in way]
+
+
+def _begins(site: Site) -> list[int]:
+    return list(range(0, _slots(site), site.steps(2.0)))
+
+
+def _lengths(site: Site) -> list[int]:
+    return sorted({site.steps(hours) for hours in (1.5, 3.0, 6.0)})
+
+
+def _battery_choices(site: Site) -> list[Choice]:
+    """Return what a battery can do by itself, and with each one of its windows."""
+    if not (battery := site.battery):
+        return [Choice()]
+    windows = [Window(*w) for w in itertools.product(_begins(site), _lengths(site))]
+    band = battery.soc_max - battery.least_soc
+    levels = [battery.least_soc + share * band for share in (1 / 3, 2 / 3, 1.0)]
+    greedy = Choice(greedy=True)
+    fills = [
+        greedy._replace(fill=window, fill_soc=_level(level, site))
+        for window, level in itertools.product(windows, levels)
+        if battery.may_charge_from_grid
+    ]
+    return [Choice(), greedy, *fills, *(greedy._replace(hold=window) for window in windows)]
+
+
+def _level(soc: float, site: Site) -> float:
+    """Return a level in whole twentieths, within what operation may use."""
+    assert site.battery
+    return min(max(round(20 * soc) / 20, site.battery.least_soc), site.battery.soc_max)
+
+
+def _best_of_each_kind(batteries: list[Choice], cost: Floats) -> list[Choice]:
+    """Return the best choice without windows, with either, and these two together."""
+    fills = [i for i, one in enumerate(batteries) if one.fill.steps]
+    holds = [i for i, one in enumerate(batteries) if one.hold.steps]
+    kinds = batteries[:2]
+    best = [batteries[min(own, key=lambda i: cost[i])] for own in (fills, holds) if own]
+    if len(best) == 2:
+        best.append(best[0]._replace(hold=best[1].hold))
+    return [*kinds, *best]
+
+
+def _both_windows(batteries: list[Choice]) -> list[Choice]:
+    fills = [one for one in batteries if one.greedy and not one.hold.steps]
+    holds = [one.hold for one in batteries if one.hold.steps]
+    pairs = [fill._replace(hold=hold) for fill in fills for hold in [_NEVER, *holds]]
+    return [batteries[0], *pairs]
+
+
+def _nearby(window: Window, unit: int, slots: int) -> list[Window]:
+    """Return a window and those whose beginning and end lie a unit of steps to either side."""
+    begin, steps = int(window.begin), int(window.steps)
+    if not steps:
+        return [window]
+    moves = itertools.product((0, -unit, unit), repeat=2)
+    moved = [((begin + first) % slots, steps + last - first) for first, last in moves]
+    return [Window(first, min(length, slots)) for first, length in moved if length > 0]
+
+
+def _finer_charging(best: Choice, unit: int, slots: int) -> list[Choice]:
+    return [best._replace(charge=window) for window in _nearby(best.charge, unit, slots)]
+
+
+def _finer_batteries(best: Choice, unit: int, site: Site) -> list[Choice]:
+    slots, level = _slots(site), float(best.fill_soc)
+    levels = {_level(level + 0.1 * unit / site.steps(1.0) * k, site) for k in (-1, 0, 1)}
+    levels = sorted(levels | {level}) if best.fill.steps else [level]
+    fills, holds = (_nearby(window, unit, slots) for window in (best.fill, best.hold))
+    return [
+        best._replace(fill=fill, fill_soc=soc, hold=hold)
+        for fill, soc, hold in itertools.product(fills, levels, holds)
+    ]
+
+
+def _joined(charging: Choice, battery: Choice) -> Choice:
+    return battery._replace(vehicles=charging.vehicles, charge=charging.charge)
+
+
+def _simpler(best: Choice) -> list[Choice]:
+    """Return a rule and what is left of it without some of its windows."""
+    fills = {(best.fill, best.fill_soc), (_NEVER, 0.0)}
+    return [
+        best._replace(charge=charge, fill=fill, fill_soc=soc, hold=hold)
+        for charge, (fill, soc), hold in itertools.product(
+            {best.charge, _NEVER}, fills, {best.hold, _NEVER}
+        )
+    ]
+
+
+def _simplest(trial: _Trial, choices: Sequence[Choice]) -> Choice:
+    """Return the simplest of those that cost hardly more than the best, by all of the physics."""
+    uncontrolled = Choice()
+    some = [uncontrolled, *choices]
+    some += [one._replace(fill=_NEVER, fill_soc=0.0, hold=_NEVER) for one in choices]
+    tried = _drive(trial, list(dict.fromkeys(some)))
+    enough = min(one.cost for one in tried) + _TIE * abs(tried[0].cost)
+    return min((one for one in tried if one.cost <= enough), key=_complexity).choice
+
+
+def _complexity(tried: _Driven) -> tuple[int, int, bool, float]:
+    choice = tried.choice
+    windows = sum(bool(window.steps) for window in (choice.charge, choice.fill, choice.hold))
+    return windows, VEHICLES.index(choice.vehicles), bool(choice.greedy), tried.cost
