@@ -180,10 +180,14 @@ def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for signal, rows in forecasts.items():
         name, unit = _FORECAST[signal]
         told = ", ".join(
-            f"{row['lead_h']:g} h: {row['own']:.2g} ({row['persistence']:.2g}){unit}"
+            f"{row['lead_h']:g} h: {_short(row['own'])} ({_short(row['persistence'])}){unit}"
             for row in rows
         )
         yield f"  {name}", told
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def _held_out(facts: Mapping[str, Any]) -> str:

@@ -155,7 +155,8 @@ def _from_numbers(numbers: Floats) -> Choice:
     charge, fill, hold = (
         Window(*window) for window in numbers[3:].astype(int).reshape(3, 2).tolist()
     )
-    return Choice(VEHICLES[int(way)], charge, bool(greedy), fill, fill_soc, hold)
+    way = min(max(int(way), 0), len(VEHICLES) - 1)  # whatever a file says
+    return Choice(VEHICLES[way], charge, bool(greedy), fill, fill_soc, hold)
 
 
 # --- the search ----------------------------------------------------------------------------------
