@@ -68,6 +68,16 @@ def test_costs_are_shown_where_an_episode_has_one(command: Command) -> None:
         assert "12.35" in out or "12.34" in out
 
 
+def test_of_nothing_there_is_no_share(command: Command) -> None:
+    run = train("PPO", [0.9], None)
+    metrics = {"co2_kg": 1.5, "uncontrolled_kg": 0.0, "co2_vs_uncontrolled": 1.5e9}
+    run.save_checkpoint({"weights": torch.zeros(3)}, episode=2, metrics=metrics)
+    run.end_session("completed")
+    (last,) = [line for line in command("history").out.splitlines() if "last 2" in line]
+    assert "1.5 " in last
+    assert "%" not in last
+
+
 def test_a_run_with_its_sessions(command: Command) -> None:
     train("PPO", [0.9, 0.4], "interrupted")
     train("PPO", [])

@@ -224,7 +224,12 @@ def stretches_table(
 
 
 def _figures(metrics: _Row) -> _Row:
-    return {metric.key: metrics.get(metric.key) for metric in _FIGURES}
+    """Return what is shown of an episode; where nothing is emitted there is no share of it."""
+    shown = {metric.key: metrics.get(metric.key) for metric in _FIGURES}
+    uncontrolled_kg = metrics.get("uncontrolled_kg")
+    if uncontrolled_kg is not None and uncontrolled_kg <= 1e-6:
+        shown["co2_vs_uncontrolled"] = None
+    return shown
 
 
 def _known(rows: Sequence[_Row]) -> list[Metric]:
