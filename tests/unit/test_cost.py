@@ -15,7 +15,8 @@ from torch import Tensor
 from co2lightning.control.rules import RULES, Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.evaluate import evaluate, summarise, violations
+from co2lightning.sim.evaluate import beside, evaluate, summarise, violations
+from co2lightning.sim.mpc_stretches import play_mpc
 from co2lightning.sim.optimum import optimum, tail_objective
 from co2lightning.sim.schedule import through
 from co2lightning.site.model import Objective, Site
@@ -103,6 +104,17 @@ def test_no_policy_passes_the_bound_whatever_the_prices(
     if "import_limit_kw" not in EQUIPMENT[part]:
         owed = found.policies["uncontrolled"].settlement
         assert owed == pytest.approx(0.0, abs=float(found.tolerance.max()))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.sampled_from(range(len(EQUIPMENT))))
+def test_a_plan_there_is_whatever_the_prices(seed: int, kind: str, part: int) -> None:
+    """Of what is expected it leaves nothing unserved that could be, and passes no bound."""
+    site = priced(seed, kind, **EQUIPMENT[part])
+    found = beside(evaluate(None, site), site, "mpc", play_mpc(site, jobs=1))
+    assert violations(found) == []
+    assert found.policies["mpc"].unmet_kwh.max() < 1e-3
+    assert all(np.isfinite(column).all() for column in found.policies["mpc"])
 
 
 @settings(max_examples=20, deadline=None)
