@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import Choice, Window, rbc_c
 from co2lightning.sim import search as module
 from co2lightning.sim.evaluate import evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import play, through
-from co2lightning.sim.search import choice_of, outlook_of, rbc_c_in_words, rules_of, search
+from co2lightning.sim.search import choice_of, rbc_c_in_words, rules_of, search
 from co2lightning.site.model import Site
 from hand_site import battery, hand_site
 from small_site import real, shipped

@@ -5,7 +5,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +20,6 @@ from co2lightning.agents import agent_class
 from co2lightning.agents.load import agent_of, not_finite, restore_agent, stored_settings
 from co2lightning.agents.networks import ACTIVATIONS, MLP
 from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTH, setting
-from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
 from co2lightning.learn.dataset import Rollout, RolloutDataset
@@ -47,6 +46,7 @@ class Agent(pl.LightningModule):
         seed: Seed of the run; every draw follows from (seed, episode, rank).
         hindsight_dim: K, what only critics observe; set by the environment.
         step_minutes: Length of a step; set by the environment.
+        observation_names: Of the features, in their order; () of what has none.
         settings: Those of `Settings`.
     """
 
@@ -55,7 +55,6 @@ class Agent(pl.LightningModule):
         """What can be set of every agent.
 
         Args:
-            action: direct, or correction: what is added to the action of the rule RBC B.
             learning_rate: Of Adam, at episode 1.
             anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
             anneal_to: Share of the learning rate that is left after them.
@@ -66,7 +65,6 @@ class Agent(pl.LightningModule):
             compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
         """
 
-        action: Literal["direct", "correction"] = "direct"
         learning_rate: float = setting(3e-4, POSITIVE)
         anneal_episodes: int = setting(0, COUNT_OR_NONE)
         anneal_to: float = setting(0.1, SHARE)
@@ -87,6 +85,7 @@ class Agent(pl.LightningModule):
         seed: int = 0,
         hindsight_dim: int = 0,
         step_minutes: int = NOMINAL_STEP_MINUTES,
+        observation_names: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -95,6 +94,7 @@ class Agent(pl.LightningModule):
         self.seed = seed
         self.hindsight_dim = hindsight_dim
         self.step_minutes = step_minutes
+        self.observation_names = tuple(observation_names)
         self.settings = self.Settings(**settings)
         self.save_hyperparameters(self.hyperparameters())  # for the loggers
         self.automatic_optimization = False
@@ -108,8 +108,9 @@ class Agent(pl.LightningModule):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, which a checkpoint holds."""
-        sizes = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
-        return {key: getattr(self, key) for key in sizes} | vars(self.settings)
+        given = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
+        names = {"observation_names": self.observation_names}
+        return {key: getattr(self, key) for key in given} | names | vars(self.settings)
 
     # What settings give per 15 minutes, for the environment's step: one recipe fits every site.
 
@@ -168,20 +169,13 @@ class Agent(pl.LightningModule):
         """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
         return obs[..., : self.observation_dim]
 
-    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor:
-        """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A].
-
-        "direct" takes the output as it is. "correction" adds it to what the rule RBC B would do,
-        which the observation holds: residual policy learning, Johannink et al. 2019.
-        """
-        if self.settings.action == "correction":
-            assert RULE_FEATURES[1] == RULE_FEATURES[0] + 1
-            output = output + obs[..., RULE_FEATURES[0] : RULE_FEATURES[1] + 1]
+    def environment_action(self, output: Tensor) -> Tensor:
+        """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A]."""
         return output.clamp(-1.0, 1.0)
 
     def act(self, obs: Tensor) -> Tensor:
         """Return the deterministic action [..., A] in [-1, 1] for obs [..., O]."""
-        return self.environment_action(obs, self.policy_mean(obs))
+        return self.environment_action(self.policy_mean(obs))
 
     @property
     def acts_in_a_graph(self) -> bool:
@@ -231,13 +225,9 @@ class Agent(pl.LightningModule):
         """Take up what earlier episodes added to a replay buffer; agents without one ignore it."""
 
     def train_on(self, env: Environment) -> None:
-        """Set the environment the next `Trainer.fit` plays.
-
-        Raises:
-            UserError: The action is a correction of a rule that this environment does not have.
-        """
-        if self.settings.action == "correction" and not env.rule_features:
-            raise UserError("--model.action correction: only a site has the rule it corrects")
+        """Set the environment the next `Trainer.fit` plays."""
+        if env.observation_names != self.observation_names:
+            env.show(self.observation_names)
         self.env = env
 
     def train_dataloader(self) -> RolloutDataset:
@@ -407,5 +397,5 @@ class Agent(pl.LightningModule):
             action = self.act(batch)
         else:
             noise = torch.randn(len(batch), self.action_dim, device=self.device)
-            action = self.environment_action(batch, self.explore(batch, noise))
+            action = self.environment_action(self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None

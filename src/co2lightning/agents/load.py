@@ -14,11 +14,11 @@ from torch import Tensor
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.ranges import COUNT, COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
-from co2lightning.control.observation import observe
+from co2lightning.control.moves import ACTIONS
+from co2lightning.control.observation import as_rule, give
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.runs.ledger import MAX_EPISODES, parse_count
-from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import NOMINAL_STEP_MINUTES
 from co2lightning.sim.scales import observer_of
 from co2lightning.site.model import Site
@@ -39,8 +39,9 @@ _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each o
 
 def policy_of(agent: Agent, site: Site) -> Rule:
     """Return an agent's deterministic policy in the form of a rule."""
-    observer = observer_of(site, agent.device)
-    return lambda model, state: agent.act(observe(observer, model, state))
+    who = type(agent).__name__
+    observer = give(observer_of(site, agent.device), agent.observation_names, who)
+    return as_rule(observer, agent.act)
 
 
 def agent_of(content: dict[str, Any], origin: str | Path) -> str:
@@ -104,7 +105,7 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
         UserError: It is nothing that an agent can be made of; `origin` names the file.
     """
     kinds: dict[str, Kind] = dict.fromkeys(SIZES, (int, COUNT_OR_NONE))
-    kinds["step_minutes"] = int, COUNT
+    kinds |= {"step_minutes": (int, COUNT), "observation_names": (tuple[str, ...], None)}
     settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
     return check_types(content["hyper_parameters"], kinds, str(origin))
@@ -167,8 +168,10 @@ def load_agent(content: dict[str, Any], origin: str | Path) -> Agent:
     Raises:
         UserError: As `restore_agent`.
     """
-    sizes = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
-    return restore_agent(content, origin, environment=("a site", sizes)).eval()
+    learner = restore_agent(content, origin).eval()
+    if learner.action_dim not in ACTIONS.values():
+        raise UserError(f"{origin}: trained on {learner.action_dim} actions, a site has 2 or 10")
+    return learner
 
 
 def adam_state(content: dict[str, Any], weights: Iterable[Tensor]) -> dict[int, Any]:

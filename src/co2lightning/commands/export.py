@@ -1,7 +1,7 @@
 """`co2lightning export`: a policy as an ONNX file that runs without torch.
 
 The graph holds all that lies between the features of a step and the set points: the actor with
-its squashing, the rule's action where the policy corrects it, the clamp to [-1, 1], and the power
+its squashing, the clamp to [-1, 1], and the power
 in kW with the shield's limits. What a caller needs to know besides stands in the metadata.
 
 Shapes: N observations, O features, A = 2 actions.
@@ -20,7 +20,8 @@ from co2lightning import __version__
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP
 from co2lightning.commands.run import open_run, run_parser
-from co2lightning.control.observation import FEATURES, HIGHEST, RULE_FEATURES
+from co2lightning.control.moves import kind_of
+from co2lightning.control.observation import FEATURES, HIGHEST, NAMES
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.runs.files import write_atomic
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _OPSET = 17  # of 2022: every runtime of today reads it
 _IR_VERSION = 8
-_NAMES = [feature.name for feature in FEATURES]
 _ACTIONS = ("ev", "battery")
 
 
@@ -82,19 +82,19 @@ def metadata(agent: Agent, site: Site) -> dict[str, Any]:
     surplus = ", max(pv - load - ev_kw, 0)" if _takes_surplus_only(site) else ""
     return {
         "agent": type(agent).__name__,
-        "action_kind": agent.settings.action,
+        "action_kind": kind_of(agent.action_dim),
         "co2lightning_version": __version__,
         "site": site.name,
         "site_sha256": site.sha256,
         "step_minutes": site.step_minutes,
-        "observation_names": _NAMES,
+        "observation_names": list(NAMES),
         "observation_meanings": [feature.meaning for feature in FEATURES],
         "observation_units": [feature.unit for feature in FEATURES],
         "observation_centre": list(observer.centre),
         "observation_spread": list(observer.spread),
         "observation_from_value": (
             f"(value - centre) / spread, clamped to -{HIGHEST:g} to {HIGHEST:g}; 0 where spread is "
-            "0; the two actions of the rule, of spread 1, to -1 to 1"
+            "0"
         ),
         "action_names": list(_ACTIONS),
         "action_low": [-1.0, -1.0],
@@ -127,9 +127,6 @@ def build_onnx(agent: Agent, site: Site) -> onnx.ModelProto:
     mean = graph.columns(mean, 0, len(_ACTIONS))
     if agent.squashed:
         mean = graph.add("Tanh", mean)
-    if agent.settings.action == "correction":
-        rule = graph.columns("observation", RULE_FEATURES[0], RULE_FEATURES[-1] + 1)
-        mean = graph.add("Add", mean, rule)
     graph.add("Clip", mean, graph.number(-1.0), graph.number(1.0), name="action")
     _power(graph, site)
     return graph.model()
@@ -211,7 +208,7 @@ def _power(graph: _Graph, site: Site) -> None:
     observer = observer_of(site)
 
     def kw(feature: str) -> str:
-        column = _NAMES.index(feature)
+        column = NAMES.index(feature)
         spread, centre = (graph.number(of[column]) for of in (observer.spread, observer.centre))
         observed = graph.columns("observation", column, column + 1)
         return graph.add("Add", graph.add("Mul", observed, spread), centre)

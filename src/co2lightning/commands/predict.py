@@ -15,7 +15,8 @@ from torch import Tensor
 
 from co2lightning.agents.agent import Agent
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
-from co2lightning.control.observation import FEATURES, observe
+from co2lightning.control.moves import moves_of
+from co2lightning.control.observation import NAMES, as_rule, give, observe
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
@@ -98,7 +99,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        features = {feature.name: seen[:, i] for i, feature in enumerate(FEATURES)}
+        policy = acting.policy
+        names = NAMES if isinstance(policy, str) else policy.observation_names
+        features = {name: seen[:, i] for i, name in enumerate(names)}
         write_atomic(observations, _csv(site, begin, features).encode())
     settled = settled_in(evaluation_data(found))
     came_to = {name: settled.written(of.settled[0]) for name, of in found.policies.items()}
@@ -168,13 +171,14 @@ def predict(
     rule = rules_of(stretch, keep=keep)[policy] if isinstance(policy, str) else None
     device = torch.device("cpu") if isinstance(policy, str) else policy.device
     observer = observer_of(site, device)
+    if isinstance(policy, Agent):
+        observer = give(observer, policy.observation_names, type(policy).__name__)
+        rule = as_rule(observer, policy.act)
     seen: list[Tensor] = []
 
     def watched(model: SiteModel, state: State) -> Tensor | Powers:
-        seen.append(observe(observer, model, state))
-        if isinstance(policy, Agent):
-            return policy.act(seen[-1])
         assert rule is not None
+        seen.append(observe(observer, model, state, moves_of(observer.moves, model, state)))
         return rule(model, state)
 
     found = evaluate(watched, stretch, device=device, keep=keep)

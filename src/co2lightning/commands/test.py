@@ -9,6 +9,7 @@ from pathlib import Path
 
 from co2lightning.agents.load import policy_of
 from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.control.moves import kind_of
 from co2lightning.places import check_output
 from co2lightning.report.comparison import comparison_tables, evaluation_data
 from co2lightning.report.steps import steps_of
@@ -74,15 +75,13 @@ def main(argv: list[str]) -> int:
         told = {
             "site": site.name,
             "agent": type(agent).__name__,
-            "action": agent.settings.action,
+            "action": kind_of(agent.action_dim),
             "episode": episode,
         }
         say(json.dumps(told | data, allow_nan=False))
     else:
-        name, correction = type(agent).__name__, agent.settings.action == "correction"
-        who = name + (" as a correction of RBC B" if correction else "")
-        own = name + (", correction of RBC B" if correction else "")
-        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", own)
+        who = type(agent).__name__
+        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", who)
         show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
         say(*below)
     logs = Path(arguments.logs)

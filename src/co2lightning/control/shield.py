@@ -21,6 +21,7 @@ def dispatch(
     ev_kw: Tensor,
     least_kw: Tensor | None = None,
     most_kw: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Share the EV budget `ev_kw` [B] among the sockets [B, C]: must first, then least laxity.
 
@@ -29,11 +30,12 @@ def dispatch(
     Args:
         least_kw: What each gets at least, by default must; the budget covers it.
         most_kw: What each gets at most, by default could.
+        order: The sockets [B, C] by laxity, where that is known already.
     """
     most_kw = state.could_kw if most_kw is None else most_kw
     least_total_kw = state.must_total_kw if least_kw is None else least_kw.sum(1)
     least_kw = state.must_kw if least_kw is None else least_kw
-    order = laxity_order(model, state.laxity)
+    order = laxity_order(model, state.laxity) if order is None else order
     # What a vehicle goes without, negative: what those up to it could take beyond the budget, at
     # most what it could take itself.
     spare_kw = (least_kw - most_kw).gather(1, order)
@@ -46,14 +48,16 @@ def dispatch(
     return torch.where(socket_kw < floor_kw, state.must_kw, socket_kw)
 
 
-def vehicle_powers_kw(model: SiteModel, state: State, wanted_kw: Tensor) -> Tensor:
+def vehicle_powers_kw(
+    model: SiteModel, state: State, wanted_kw: Tensor, order: Tensor | None = None
+) -> Tensor:
     """Return the powers [B, C] of vehicles as near to `wanted_kw` [B, C] as can be.
 
     Where the grid connection is too small they yield by the same order as a budget's.
     """
     wanted_kw = wanted_kw.clamp(state.must_kw, state.could_kw)
     ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
-    return dispatch(model, state, ev_kw, most_kw=wanted_kw)
+    return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
 
 
 def battery_power_kw(model: SiteModel, state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class Powers(NamedTuple):
 
     socket_kw: Tensor  # [B, C]
     battery_kw: Tensor  # [B] at the AC side, charging positive
+    order: Tensor | None = None  # [B, C] sockets by laxity, where that is known already
 
 
 def build_model(

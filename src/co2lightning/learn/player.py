@@ -29,7 +29,7 @@ class Actor(Protocol):
     def draw_noise(self, horizon: int, num_envs: int) -> Tensor: ...
     def segment_steps(self, horizon: int) -> int: ...
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor: ...
-    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor: ...
+    def environment_action(self, output: Tensor) -> Tensor: ...
 
 
 _Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
@@ -59,7 +59,7 @@ class Player:
 
     def _policy(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         output = self.agent.explore(obs, noise)
-        return output, self.agent.environment_action(obs, output)
+        return output, self.agent.environment_action(output)
 
     def _one_by_one(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
         """Play one operation after the other."""

@@ -67,7 +67,6 @@ class RunResult:
     Attributes:
         row: What `history` tells of it.
         agent: The class that acts.
-        action: How the agent's output is read: "direct", or "correction" of RBC B's action.
         episode: The evaluated episode.
         file: Its file.
         sha256: Of that file.
@@ -77,7 +76,6 @@ class RunResult:
 
     row: dict[str, Any]
     agent: str
-    action: str
     episode: int
     file: Path
     sha256: str
@@ -93,8 +91,7 @@ class RunResult:
     def title(self) -> str:
         """The run's name; with its agent where the name does not say it."""
         agent = self.row["agent"]
-        title = self.name if self.name == agent else f"{self.name} ({agent})"
-        return f"{title}, correcting RBC B" if self.action == "correction" else title
+        return self.name if self.name == agent else f"{self.name} ({agent})"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -328,7 +325,6 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
     return RunResult(
         row=summarize(one.run),
         agent=type(one.agent).__name__,
-        action=one.agent.settings.action,
         episode=one.episode,
         file=one.path,
         sha256=files[one.path.name],

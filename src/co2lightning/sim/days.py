@@ -2,19 +2,20 @@
 
 `SiteDays` is the one simulator. One episode is a window of a day, cut out of a time that goes on.
 
-Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A = 2
+Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A
 actions, O features, K more that only critics see, C columns of sockets.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.observation import FEATURES, RULE_FEATURES, observe
+from co2lightning.control.moves import ACTIONS, Moves, moves_of, powers_of
+from co2lightning.control.observation import NAMES, give, observe
 from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.errors import UserError
@@ -85,14 +86,13 @@ class SiteDays:
         device: Where the tables and the state live.
         hindsight: Whether observations end with the K features for critics, see `hindsight.py`.
         hours: Length of a window; it begins where a day of the site does.
+        action: What actions are: "powers", A = 2, of vehicles and battery; "moves", what each
+            move weighs, see `control.moves`.
 
     Raises:
         UserError: No window of this length lies in the training days.
     """
 
-    observation_dim = len(FEATURES)
-    action_dim = 2
-    rule_features = RULE_FEATURES
     may_reset = False
 
     def __init__(
@@ -102,8 +102,11 @@ class SiteDays:
         device: torch.device | str = "cpu",
         hindsight: bool = False,
         hours: float = DAY_H,
+        action: str = "powers",
     ) -> None:
         self.site = site
+        self.action_dim = ACTIONS[action]
+        self.observation_names = NAMES
         self.num_envs = num_envs
         self.step_minutes = site.step_minutes
         self.horizon = site.steps(hours)
@@ -113,11 +116,26 @@ class SiteDays:
         self._length = self.horizon  # of the running window, in steps
         self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
         self._at: State | Carry | None = None
+        self._moves: Moves | None = None  # of that state
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
         self.tables = _tables(self.site, device)
-        self.model, self.observer = self.tables.model, observer_of(self.site, device)
+        self.model = self.tables.model
+        self.observer = give(observer_of(self.site, device), self.observation_names, "the agent")
+
+    @property
+    def observation_dim(self) -> int:
+        return len(self.observation_names)
+
+    def show(self, names: tuple[str, ...]) -> None:
+        """Observe the features of these names alone, in this order.
+
+        Raises:
+            UserError: The site does not give one of them.
+        """
+        self.observation_names = names
+        self._build(self.model.device)
 
     def to(self, device: torch.device) -> None:
         """Move the site's tables; a running window is dropped."""
@@ -164,7 +182,8 @@ class SiteDays:
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
-        return self._observe(state)
+        obs, self._moves = self._observe(state)
+        return obs
 
     @property
     def state(self) -> State | None:
@@ -178,24 +197,34 @@ class SiteDays:
         """How many steps of the running window are to be played."""
         return self._length - len(self._past) if self._at is not None else 0
 
-    def _observe(self, state: State) -> Tensor:
-        obs = observe(self.observer, self.model, state)
-        if not self.hindsight_dim:
-            return obs
-        ahead = self.tables.hindsight.index_select(0, state.place)
-        return torch.cat([obs, ahead], dim=1)
+    def _observe(self, state: State) -> tuple[Tensor, Moves]:
+        moves = moves_of(self.observer.moves, self.model, state)
+        obs = observe(self.observer, self.model, state, moves)
+        if self.hindsight_dim:
+            ahead = self.tables.hindsight.index_select(0, state.place)
+            obs = torch.cat([obs, ahead], dim=1)
+        return obs, moves
+
+    def _step(self, state: State, moves: Moves | None, action: Tensor) -> tuple[State, Flows]:
+        """Run one step with actions [B, A], whatever they are."""
+        tables, model = self.observer.moves, self.model
+        if self.action_dim == ACTIONS["powers"]:
+            return step(model, state, action)
+        moves = moves_of(tables, model, state) if moves is None else moves
+        return step(model, state, powers_of(tables, model, state, moves, action))
 
     def step(self, action: Tensor) -> Step:
         """Run one step with actions [B, A] in [-1, 1]; the last one of a window truncates it."""
         state = self.state
         if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
-        following, self.flows = step(self.model, state, action)
+        following, self.flows = self._step(state, self._moves, action)
         self._at = following
         self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
-        return Step(self._observe(following), reward(state, self.flows), zeros, truncated, ones)
+        obs, self._moves = self._observe(following)
+        return Step(obs, reward(state, self.flows), zeros, truncated, ones)
 
     @property
     def carry(self) -> Carry:
@@ -213,21 +242,21 @@ class SiteDays:
 
         Args:
             carry: What it begins with.
-            action: [B, A] in [-1, 1].
+            action: [B, A].
 
         Returns:
             The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
             [2, B], for `go_on`.
         """
         state = restore(self.model, carry)
-        following, flows = step(self.model, state, action)
-        observed, past = self._observe(following), _past_of(flows)
+        following, flows = self._step(state, None, action)
+        (observed, _), past = self._observe(following), _past_of(flows)
         return following.carry, observed, reward(state, flows), past
 
     def go_on(self, carry: Carry, past: Tensor) -> None:
         """Set the window to a carry that `advance` led to, with the past [n, 2, B] of n steps."""
         self._past += past.unbind(0)
-        self._at = carry
+        self._at, self._moves = carry, None
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the windows [B] added up to so far, and the same time without control.
@@ -340,6 +369,7 @@ def make_environment(
     hindsight: bool = False,
     id: str | None = None,
     objective: dict[str, float] | str = "co2",
+    action: Literal["powers", "moves"] = "powers",
 ) -> Environment:
     """Make the environment an agent trains in.
 
@@ -353,6 +383,8 @@ def make_environment(
             algorithms; an episode is then one horizon of each of its copies.
         objective: What is to be made small: co2, cost where the site has prices, or weights of
             a kg and of a unit of its currency such as {co2: 1, cost: 0.2}.
+        action: What an agent decides on a site: powers of vehicles and battery, or what each of
+            their moves weighs.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
@@ -363,4 +395,4 @@ def make_environment(
     if not 1 <= hours <= 168:
         raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
     found = load_site(site, objective=objective)
-    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours)
+    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours, action=action)

@@ -6,7 +6,7 @@ The single environment is the B = 1 case of the vector one.
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -15,8 +15,9 @@ from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from co2lightning.control.moves import ACTIONS, MOVES
 from co2lightning.control.observation import FEATURES
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 from co2lightning.sim.days import SiteDays, day_index
 from co2lightning.sim.objective import metered
 from co2lightning.sim.schedule import start_soc
@@ -30,7 +31,13 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     One episode is a window of a day, in steps of the site's own length, and is truncated at its
     end: time goes on. The action is two numbers in [-1, 1]: the EV
     charging power between what must and what could be charged now, and the battery's power as a
-    share of its rating, charging positive. A shield charges first what a vehicle's departure
+    share of its rating, charging positive. With `action="moves"` it is ten numbers in [-1, 1]:
+    what each move weighs, by a softmax of 5 x the number over the moves of the vehicles, and over
+    those of the battery; what a site cannot do weighs nothing:
+
+    MOVES_TABLE
+
+    A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
     reward is the CO2, or what else the objective is, by which the rule RBC B is beaten, in units of
     what the site emits on a day without control (see `co2lightning.sim.objective`).
@@ -44,9 +51,9 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     the dates are `env.unwrapped.held_out`. What is left at its end only `co2lightning.evaluate`
     settles. `options={"day": "2025-03-01"}` begins a window on any day.
 
-    Observation, float32 of shape [B, 30], each feature less its mean and in units of its spread on
-    this site, at most 10 of them either way; the last two as they are, from -1 to 1. What belongs
-    to a part that the site has not is 0:
+    Observation, float32 of shape [B, N_FEATURES], each feature less its mean and in units of its
+    spread on this site, at most 10 of them either way. What belongs to a part that the site has
+    not is 0:
 
     OBSERVATION_TABLE
 
@@ -55,6 +62,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         site: Name of a shipped site, or a site folder.
         hours: Length of a window.
         objective: What is to be made small, as `load_site` takes it: co2, cost or weights.
+        action: "powers", or "moves": what each of the site's moves weighs.
         render_mode: Only None; the report draws the days.
 
     Raises:
@@ -70,14 +78,18 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         render_mode: str | None = None,
         hours: float = DAY_H,
         objective: str | Mapping[str, float] = "co2",
+        action: Literal["powers", "moves"] = "powers",
     ) -> None:
-        self.days = SiteDays(load_site(site, objective=objective), num_envs, hours=hours)
+        if action not in ACTIONS:
+            raise UserError(f"action {show(action)}: must be {' or '.join(ACTIONS)}")
+        found = load_site(site, objective=objective)
+        self.days = SiteDays(found, num_envs, hours=hours, action=action)
         self.num_envs = num_envs
         self.render_mode = render_mode
         self._streams: list[np.random.Generator] = []  # that draw days: one for all, or B
         highest = self.days.observer.high[:, 0].numpy()
         self.single_observation_space = gym.spaces.Box(-highest, highest)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (SiteDays.action_dim,), np.float32)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (self.days.action_dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.held_out = _held_out(self.days.site)
@@ -168,6 +180,7 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         render_mode: Only None; the report draws the days.
         hours: Length of a window.
         objective: What is to be made small, as `load_site` takes it.
+        action: "powers" or "moves".
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -178,8 +191,11 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         render_mode: str | None = None,
         hours: float = DAY_H,
         objective: str | Mapping[str, float] = "co2",
+        action: Literal["powers", "moves"] = "powers",
     ) -> None:
-        self._vector = ChargingSiteVectorEnv(1, site, hours=hours, objective=objective)
+        self._vector = ChargingSiteVectorEnv(
+            1, site, hours=hours, objective=objective, action=action
+        )
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
@@ -229,7 +245,15 @@ def _observation_table() -> str:
     return "\n".join(f"    {line}".rstrip() for line in [header, *rows])
 
 
+def _moves_table() -> str:
+    rows = [f"{i:>2}  {name:<12} {meaning}" for i, (name, meaning) in enumerate(MOVES)]
+    return "\n".join(f"    {row}" for row in rows)
+
+
 if ChargingSiteVectorEnv.__doc__:
     ChargingSiteVectorEnv.__doc__ = inspect.cleandoc(ChargingSiteVectorEnv.__doc__).replace(
         "OBSERVATION_TABLE", _observation_table()
     )
+    ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
+        "MOVES_TABLE", _moves_table()
+    ).replace("N_FEATURES", str(len(FEATURES)))

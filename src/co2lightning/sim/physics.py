@@ -43,7 +43,7 @@ def step(model: SiteModel, state: State, action: Tensor | Powers) -> tuple[State
             the powers that are wanted of each vehicle and the battery.
     """
     if isinstance(action, Powers):
-        socket_kw = vehicle_powers_kw(model, state, action.socket_kw)
+        socket_kw = vehicle_powers_kw(model, state, action.socket_kw, action.order)
         ev_kw, wanted_kw = socket_kw.sum(1), action.battery_kw
     else:
         action = action.clamp(model.minus_one, model.one)

@@ -6,11 +6,14 @@ Shapes: B runs at once, A = 2 actions.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from co2lightning.control.moves import MoveTables
 from co2lightning.control.observation import Observer, build_observer
+from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import Rule, rbc_b, uncontrolled
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.sim.objective import priced_model
@@ -24,11 +27,13 @@ _SHORTEST_DAY_H = 23.0
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what it would make can never be trained on
 def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
-    """Return the observer of a site, made once a process.
+    """Return the observer of a site, made once a process and device.
 
     The spread of what is observed of a state is that of the training days, run by two rules and
     by a policy that wanders, from batteries of all levels.
     """
+    if torch.device(device).type != "cpu":
+        return _moved(observer_of(site), device)
     model = priced_model(site)
     training = site.training_days
     days = training[:: -(-len(training) // _MOST_RUNS)]
@@ -41,7 +46,16 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
         for rule in (rbc_b, uncontrolled, _wander):
             run(model, _watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
 
-    return build_observer(site, model, record, device)
+    return build_observer(site, model, outlook_of(site), record)
+
+
+def _moved(observer: Observer, device: torch.device | str) -> Observer:
+    moves = MoveTables(*(_to(part, device) for part in observer.moves))
+    return Observer(moves, *(_to(part, device) for part in observer[1:]))
+
+
+def _to(part: Any, device: torch.device | str) -> Any:
+    return part.to(device) if isinstance(part, Tensor) else part
 
 
 def _watched(rule: Rule, watch: Callable[[State], None]) -> Rule:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
-from co2lightning.control.rules import RULES, VEHICLES, Choice, Outlook, Rule, Window, rbc_c, words
+from co2lightning.control.outlook import Outlook, outlook_of, price, slots_a_day
+from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c, words
 from co2lightning.control.state import Carry, SiteModel, restore
 from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
@@ -36,52 +36,6 @@ _LEFT_SHARE = 0.8  # of the mean price: what a kWh is worth that is stored or ow
 _TIE = 1e-3  # of what uncontrolled costs: the simpler rule is taken
 _BEST = 2  # ways of charging that go on to the windows
 _NEVER = Window()
-
-
-def price(site: Site) -> tuple[Floats, Floats]:
-    """Return what a kWh of import costs in each step [P], and is expected to cost [P, L]."""
-    return site.import_price, forecast(site, "import_price")
-
-
-@functools.lru_cache(maxsize=8)
-def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool = False) -> Outlook:
-    """Return what the rules of a site know of each step and expect of the next ones.
-
-    Args:
-        site: The site.
-        device: Where the rules act.
-        foresight: Whether what import will cost is known instead.
-    """
-    stays = site.sessions.departure - site.sessions.arrival
-    (now, expected), each = price(site), steps_per_lead(site)
-    leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
-    sun = site.load_kw - site.pv_kw < 0.0
-    expected = expected[:, :leads]
-    sun_expected = np.zeros(expected.shape, dtype=np.bool_)
-    if site.pv_kw.any() or site.load_kw.min() < 0.0:
-        net_kw = forecast(site, "load_kw")[:, :leads] - forecast(site, "pv_kw")[:, :leads]
-        sun_expected = net_kw < 0.0
-    credit, earns = site.export_credit, np.zeros(expected.shape)
-    if credit.any():
-        earns = forecast(site, "export_credit")[:, :leads]
-    if foresight:
-        expected = to_come(now, leads * each)
-        earns = to_come(credit, leads * each)
-        sun_expected, each = sun_expected.repeat(each, axis=1), 1
-    counts = cheaper(now, expected, each)
-    with_sun = counts
-    if sun.any() or sun_expected.any():
-        # A surplus costs what it would have earned.
-        now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
-        with_sun = cheaper(now, expected, each)
-    slot, _ = slots(site, 1)
-    tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
-    of_step, plain, sunny = tensors
-    return Outlook(of_step, _slots(site), plain, sunny)
-
-
-def _slots(site: Site) -> int:
-    return 24 * 60 // site.step_minutes
 
 
 def rules_of(
@@ -116,7 +70,7 @@ def rules_of(
 def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
     """Return what a site's RBC C does, so that a person can do it by hand."""
     vehicles = len(site.sessions.arrival) > 0
-    return words(choice_of(site, keep), _slots(site), site.battery is not None, vehicles)
+    return words(choice_of(site, keep), slots_a_day(site), site.battery is not None, vehicles)
 
 
 def choice_of(site: Site, keep: Path | None = None) -> Choice:
@@ -200,7 +154,7 @@ def search(site: Site) -> Choice:
     found.append(best)
     for hours in (1.0, 0.5, 0.25):
         unit = site.steps(hours)
-        driven = _drive(trial, _finer_charging(best, unit, _slots(site)))
+        driven = _drive(trial, _finer_charging(best, unit, slots_a_day(site)))
         some = _finer_batteries(best, unit, site) if has_battery else [best]
         cost = _costs(trial, driven, some)
         v, k = np.unravel_index(int(cost.argmin()), cost.shape)
@@ -371,7 +325,7 @@ def _ways(site: Site) -> list[str]:
 
 
 def _begins(site: Site) -> list[int]:
-    return list(range(0, _slots(site), site.steps(2.0)))
+    return list(range(0, slots_a_day(site), site.steps(2.0)))
 
 
 def _lengths(site: Site) -> list[int]:
@@ -433,7 +387,7 @@ def _finer_charging(best: Choice, unit: int, slots: int) -> list[Choice]:
 
 
 def _finer_batteries(best: Choice, unit: int, site: Site) -> list[Choice]:
-    slots, level = _slots(site), float(best.fill_soc)
+    slots, level = slots_a_day(site), float(best.fill_soc)
     levels = {_level(level + 0.1 * unit / site.steps(1.0) * k, site) for k in (-1, 0, 1)}
     levels = sorted(levels | {level}) if best.fill.steps else [level]
     fills, holds = (_nearby(window, unit, slots) for window in (best.fill, best.hold))

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.control.observation import observe
+from co2lightning.control.observation import as_rule
 from co2lightning.control.rules import Rule, rbc_b
-from co2lightning.control.state import SiteModel, State
 from co2lightning.metrics import HELD_OUT, TRAINING
 from co2lightning.report.day import STYLE, Drawn, draw_day
 from co2lightning.report.looks import LOOKS, agent_colour
@@ -129,11 +127,7 @@ class DispatchFigure:
         if agent.episode % self.every:
             return
         env = self.env
-
-        def policy(model: SiteModel, state: State) -> Tensor:
-            return agent.act(observe(env.observer, model, state))
-
-        own = self._play(policy)
+        own = self._play(as_rule(env.observer, agent.act))
         if self._rule is None:
             self._rule = self._play(rbc_b)
         name = f"{type(agent).__name__} after episode {agent.episode}"

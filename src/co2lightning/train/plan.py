@@ -14,7 +14,7 @@ from typing import Any
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import SIZES, agent_of, restore_agent
+from co2lightning.agents.load import SIZES, agent_of, restore_agent, stored_settings
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.errors import UserError
 from co2lightning.learn.descent import worth_compiling
@@ -261,8 +261,16 @@ def build(plan: Plan, rank: Rank) -> Built:
     kept_site = settings["env.id"] is None and "env.site" not in asked.flags
     with named_in(start.path if start and kept_site else None):
         environment = make_environment(**_group(settings, "env."))
+    if start and isinstance(environment, SiteDays):
+        environment.show(stored_settings(start.content, start.path).get("observation_names", ()))
     sizes = {key: getattr(environment, key) for key in SIZES}
-    options = {**sizes, "seed": settings["seed_everything"], **_group(settings, "model.")}
+    names = environment.observation_names
+    options = {
+        **sizes,
+        "observation_names": names,
+        "seed": settings["seed_everything"],
+        **_group(settings, "model."),
+    }
     if start:
         place = "the environment", sizes
         learner = restore_agent(start.content, start.path, options, place)
