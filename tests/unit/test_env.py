@@ -106,6 +106,66 @@ def test_a_held_out_stretch_is_played_as_evaluation_plays_it() -> None:
     assert vector.step(np.zeros((2, 2), np.float32))[3].all()
 
 
+def test_held_out_weeks_are_played_in_turn_and_a_seed_begins_with_the_first() -> None:
+    site, idle = shipped(), np.array([1.0, 0.0], np.float32)
+    env = gym.make(ID, disable_env_checker=True, weeks="held_out", hours=6)
+    dates = env.get_wrapper_attr("held_out")
+    assert [env.reset()[1]["day"] for _ in dates] == list(dates)
+    assert env.reset()[1]["day"] == dates[0]
+    for seed in (7, 8):
+        assert env.reset(seed=seed)[1]["day"] == dates[0]
+    _, info = env.reset()
+    assert info["day"] == dates[1]
+    begin, end = site.stretch_bounds[1].tolist()
+    plan = evaluate(None, site).schedules["uncontrolled"][1]
+    steps = [env.step(idle) for _ in range(end - begin)]
+    assert [step[3] for step in steps] == [False] * (end - begin - 1) + [True]
+    assert not any(step[2] for step in steps)
+    assert np.array([step[4]["co2_kg"] for step in steps]) == pytest.approx(plan.co2_kg, abs=1e-4)
+    assert env.reset(options={"day": "2025-03-01"})[1]["day"] == "2025-03-01"
+    assert env.reset(options={"stretch": dates[5]})[1]["day"] == dates[5]
+    assert env.reset()[1]["day"] == dates[2]
+
+
+def test_a_vector_plays_a_held_out_week_each_and_goes_on_by_itself() -> None:
+    env = gym.make_vec(ID, num_envs=3, weeks="held_out")
+    dates = env.unwrapped.held_out  # pyright: ignore[reportAttributeAccessIssue]
+    _, info = env.reset(seed=[1, 2, 3])
+    assert info["day"].tolist() == list(dates[:3])
+    idle = np.tile(np.array([1.0, 0.0], np.float32), (3, 1))
+    cuts = np.array([env.step(idle)[3] for _ in range(7 * T)])
+    assert cuts.sum() == cuts[-1].sum() == 3
+    *_, info = env.step(idle)
+    assert info["day"].tolist() == list(dates[3:6])
+    _, info = env.reset()
+    assert info["day"].tolist() == [*dates[6:8], dates[0]], "who is left over begins again"
+    _, info = env.reset(seed=1)
+    assert info["day"].tolist() == list(dates[:3])
+
+
+def test_weeks_side_by_side_are_of_one_length() -> None:
+    """One of the garage's eleven has 169 hours."""
+    site = real("caltech-2019")
+    env = gym.make_vec(ID, num_envs=4, site=str(site.directory), weeks="held_out")
+    hours = dict(zip(env.unwrapped.held_out, np.diff(site.stretch_bounds).ravel() / 4, strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+    assert sorted(set(hours.values())) == [168, 169]
+    played = [env.reset()[1]["day"].tolist() for _ in range(4)]
+    assert {day for days in played for day in days} == set(hours)
+    assert all(len({hours[day] for day in days}) == 1 for days in played)
+    assert played == sorted(played)
+
+
+@pytest.mark.parametrize("name", ["caltech-2019", "citylearn-5"])
+def test_gymnasium_finds_nothing_wrong_in_held_out_weeks(name: str) -> None:
+    directory = str(real(name).directory)
+    check_env(gym.make(ID, site=directory, weeks="held_out", disable_env_checker=True).unwrapped)
+
+
+def test_what_are_no_weeks_is_one_line() -> None:
+    with pytest.raises(UserError, match="weeks test: must be training or held_out"):
+        gym.make(ID, weeks="test")
+
+
 def test_what_is_no_held_out_stretch_is_one_line() -> None:
     env, site = single(), shipped()
     day = site.days[int(site.stretches[0, 0]) + 1]
