@@ -61,6 +61,26 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
     assert "correction" not in out
 
 
+def test_a_rule_stands_first_among_its_like(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rbc_b", "--env.site", "village"]
+    assert main([*words, "--json", "--steps", str(tmp_path / "steps.csv")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["site"], data["rule"]) == ("village", "rbc_b")
+    names = ["rbc_b", "uncontrolled", "rbc_a", "cheap", "rbc_c", "optimum"]
+    assert list(data["policies"]) == list(data["summary"]) == names
+    assert "agent" not in data
+    with (tmp_path / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["policy"] for row in rows)) == names
+    assert main(["PPO", "--json"]) == 0
+    beside = json.loads(capsys.readouterr().out)
+    assert data["policies"]["rbc_b"] == beside["policies"]["rbc_b"]
+    assert main(words) == 0
+    assert "RBC B, on 3 held-out days of village" in capsys.readouterr().out
+
+
 def with_prices(directory: Path) -> Path:
     """Write a site whose power has a price."""
     site = write_site(directory)
@@ -216,6 +236,8 @@ def test_a_bound_that_is_none_is_a_defect(
         (["PPO", "--jsn"], "--jsn"),
         (["PPO", "--ckpt_path", "none.pt"], "none.pt"),
         (["PPO", "--env.site", "nowhere"], "nowhere"),
+        (["rbc_c"], "test rbc_c: a rule needs a site, such as --env.site iquitos"),
+        (["PPO", "--env.objective", "cost"], "PPO is settled by what it was trained for"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:

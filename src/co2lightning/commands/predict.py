@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.commands.run import (
+    check_bound,
+    is_rule,
+    open_run,
+    run_parser,
+    site_of_rules,
+    unseen,
+)
 from co2lightning.control.moves import moves_of
 from co2lightning.control.observation import NAMES, as_rule, give, observe
 from co2lightning.control.state import Powers, SiteModel, State
@@ -28,7 +35,6 @@ from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, 
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
-from co2lightning.site.load import load_site
 from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
@@ -49,12 +55,7 @@ def main(argv: Sequence[str]) -> int:
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
         name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_argument(
-        "--env.objective",
-        dest="objective",
-        metavar="WHAT",
-        help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
-    )
+    parser.add_objective()
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    acting = _rule(arguments) or _run(arguments)
+    acting = _acting(arguments)
     site, facts = acting.site, acting.facts
     if arguments.day:
         try:
@@ -130,25 +131,12 @@ class _Acting(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of a run
 
 
-def _run(arguments: argparse.Namespace) -> _Acting:
-    if arguments.objective is not None:
-        raise UserError(f"--env.objective: {arguments.name} is settled by what it was trained for")
+def _acting(arguments: argparse.Namespace) -> _Acting:
+    name = arguments.name
+    if is_rule(name, arguments):
+        return _Acting(name, TITLES[name], site_of_rules([name], arguments), {})
     agent, episode, site, _, _, facts = open_run(arguments)
     return _Acting(agent, f"{type(agent).__name__} after episode {episode}", site, facts)
-
-
-def _rule(arguments: argparse.Namespace) -> _Acting | None:
-    """Return the rule that was asked for; None where it is a run."""
-    name = arguments.name
-    if name not in RULE_NAMES or arguments.ckpt_path or (Path(arguments.directory) / name).is_dir():
-        return None
-    if arguments.site is None:
-        raise UserError(f"predict {name}: a rule needs a site, such as --env.site iquitos")
-    site = load_site(arguments.site, objective=arguments.objective or "co2")
-    if name == "cheap" and not len(site.sessions.arrival):
-        raise UserError(f"predict cheap: no vehicle comes to {site.name} for it to charge")
-    say(*site.notes, err=True)
-    return _Acting(name, TITLES[name], site, {})
 
 
 def predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -52,6 +53,15 @@ class Parser(argparse.ArgumentParser):
             help="where the runs are [default: checkpoints]",
         )
 
+    def add_objective(self) -> None:
+        """Add the flag that says what a rule is settled by, as `objective`."""
+        self.add_argument(
+            "--env.objective",
+            dest="objective",
+            metavar="WHAT",
+            help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
+        )
+
     def add_site(self, help: str) -> None:
         """Add the flag that takes another site than a run's own, as `site`."""
         self.add_argument("--env.site", dest="site", metavar="SITE", help=help)
@@ -82,6 +92,33 @@ def run_parser(
     return parser
 
 
+def is_rule(name: str, arguments: argparse.Namespace) -> bool:
+    """Return whether a name that a command was given is that of a rule; a run's comes first."""
+    if getattr(arguments, "ckpt_path", None) or (Path(arguments.directory) / name).is_dir():
+        return False
+    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+
+    return name in RULE_NAMES
+
+
+def site_of_rules(names: Sequence[str], arguments: argparse.Namespace) -> Site:
+    """Load the site that a command was asked for, where rules act without a run.
+
+    Raises:
+        UserError: No site was named, it cannot be read, or a rule has nothing to do there.
+    """
+    from co2lightning.site.load import load_site
+
+    said = f"{arguments.command} {' '.join(names)}"
+    if arguments.site is None:
+        raise UserError(f"{said}: a rule needs a site, such as --env.site iquitos")
+    site = load_site(arguments.site, objective=arguments.objective or "co2")
+    if "cheap" in names and not len(site.sessions.arrival):
+        raise UserError(f"{said}: no vehicle comes to {site.name} for cheap to charge")
+    say(*site.notes, err=True)
+    return site
+
+
 class _Trained(NamedTuple):
     """An episode of a run, ready to act on its site."""
 
@@ -107,6 +144,7 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
     config = checkpoint["run"].get("config", {})
+    refuse_objective(arguments, arguments.name)
     wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
@@ -121,6 +159,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
             err=True,
         )
     return _Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
+
+
+def refuse_objective(arguments: argparse.Namespace, name: str) -> None:
+    """Raise a UserError if a run shall be settled by something: it has what it was trained for."""
+    if getattr(arguments, "objective", None) is not None:
+        raise UserError(f"--env.objective: {name} is settled by what it was trained for")
 
 
 def unseen(facts: dict[str, Any], site: Site) -> Site:

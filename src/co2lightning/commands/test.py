@@ -1,14 +1,22 @@
-"""`co2lightning test`: a run on held-out stretches, beside the rules and the optimum."""
+"""`co2lightning test`: a run or a rule on held-out stretches, beside the rules and the optimum."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from co2lightning.agents.load import policy_of
-from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.commands.run import (
+    check_bound,
+    is_rule,
+    open_run,
+    run_parser,
+    site_of_rules,
+    unseen,
+)
 from co2lightning.control.moves import kind_of
 from co2lightning.places import check_output
 from co2lightning.report.comparison import comparison_tables, evaluation_data
@@ -18,6 +26,8 @@ from co2lightning.runs.files import write_atomic
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
+    RULE_NAMES,
+    TITLES,
     Evaluation,
     beside,
     evaluate,
@@ -32,14 +42,16 @@ def main(argv: list[str]) -> int:
     """Run `co2lightning test` and return its exit code.
 
     Raises:
-        UserError: There is no such run, the file is no episode, the site cannot be read.
+        UserError: There is no such run or rule, the file is no episode, the site cannot be read.
     """
     parser = run_parser(
         "test",
-        "Evaluate a run's newest episode on the held-out weeks, beside the rules and the optimum: "
-        "CO2 in kg a day, energy in kWh a day, power in kW.",
+        "Evaluate a run's newest episode, or a rule, on the held-out weeks, beside the rules and "
+        "the optimum: CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
+        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
+    parser.add_objective()
     parser.add_argument("--json", action="store_true", help="data on standard output")
     parser.add_argument(
         "--mpc",
@@ -60,37 +72,46 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     steps = check_output("--steps", arguments.steps)
-    own_logs = Path(arguments.logs) / arguments.name
-    TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
-    agent, episode, site, path, run, facts = open_run(arguments)
-    site = unseen(facts, site)
-    keep = Path(arguments.directory) / "references"
-    evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+    name, keep = arguments.name, Path(arguments.directory) / "references"
+    if is_rule(name, arguments):
+        trained, site = None, site_of_rules([name], arguments)
+        evaluation = _first(evaluate(None, site, keep=keep), name)
+        who, title, told = "", TITLES[name], {"rule": name}
+    else:
+        TrainingCheckpoint(Path(arguments.directory) / name, logs=Path(arguments.logs) / name)
+        trained = open_run(arguments)
+        agent, site = trained.agent, unseen(trained.facts, trained.site)
+        evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+        who = type(agent).__name__
+        title = f"{who}, episode {trained.episode}"
+        action = kind_of(agent.action_dim)
+        told = {"agent": who, "action": action, "episode": trained.episode}
     if arguments.mpc:
         evaluation = _with_mpc(evaluation, site, keep)
     if steps:
-        write_atomic(steps, steps_of(site, evaluation, type(agent).__name__).encode())
+        write_atomic(steps, steps_of(site, evaluation, who).encode())
     data = evaluation_data(evaluation)
     if arguments.json:
-        told = {
-            "site": site.name,
-            "agent": type(agent).__name__,
-            "action": kind_of(agent.action_dim),
-            "episode": episode,
-        }
-        say(json.dumps(told | data, allow_nan=False))
+        say(json.dumps({"site": site.name, **told, **data}, allow_nan=False))
     else:
-        who = type(agent).__name__
-        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", who)
+        tables, below = comparison_tables(data, site.name, title, who)
         show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
         say(*below)
     logs = Path(arguments.logs)
-    if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
+    if trained and trained.path.parent.resolve() == trained.run.directory.resolve():
         try:
-            _write_scalars(logs, evaluation, episode, run)
+            if (logs / name).is_dir():
+                _write_scalars(logs, evaluation, trained.episode, trained.run)
         except OSError as error:  # perhaps others' files, which one may only read
             say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
     return check_bound(violations(evaluation))
+
+
+def _first(evaluation: Evaluation, name: str) -> Evaluation:
+    """Put one of an evaluation's policies before the others."""
+    policies = {name: evaluation.policies[name], **evaluation.policies}
+    schedules = {name: evaluation.schedules[name], **evaluation.schedules}
+    return replace(evaluation, policies=policies, schedules=schedules)
 
 
 def _with_mpc(evaluation: Evaluation, site: Site, keep: Path) -> Evaluation:
