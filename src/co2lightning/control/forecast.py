@@ -1,10 +1,12 @@
-"""The site's own forecast: what a signal will be, from its past and from the training days.
+"""What a signal is expected to be: known ahead, or the site's own forecast from its past.
 
-The usual value of that hour, and how far this day is from it: for each lead a ridge regression on
-the deviation from the usual now, over the last hour, over the last 24 h, and at the target's hour
-yesterday and a week ago. Rules, features and MPC look at the same tables.
+The own forecast is the usual value of that hour, and how far this day is from it: for each lead a
+ridge regression, by the training days, on the deviation from the usual now, over the last hour,
+over the last 24 h, and at the target's hour yesterday and a week ago. What a provider says is one
+more regressor where it says something: who is wrong on training days is not believed. Rules,
+features and MPC look at the same tables, and nobody else looks into the future.
 
-Shapes: P steps of the site, L leads, F = 5 regressors.
+Shapes: P steps of the site, L leads, F = 5 regressors, up to 7 with a provider.
 """
 
 import functools
@@ -12,14 +14,13 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from co2lightning.site.model import DAY_H, Floats, Ints, Site
-
-REACH_H = 48.0
-"""How far it looks."""
+from co2lightning.site.model import DAY_H, REACH_H, Floats, Ints, Site
 
 _RIDGE = 1e-6  # of the mean square of the regressors
 _LEAST_LEAD_MINUTES = 15
 _SAME = 1e-6  # what is cheaper by less is not
+_RARE_H = 1.0  # issues that are further apart count by their age
+_ROWS_PER_REGRESSOR = 20  # with fewer a provider is not judged, and not believed
 
 
 def usual(site: Site, values: Floats, weekends: bool, steps_more: int = 0) -> Floats:
@@ -72,12 +73,29 @@ def forecast(site: Site, signal: str) -> Floats:
     """Return what a signal is expected to be [P, L] at each lead after each step.
 
     Leads are the steps of the next 48 h; below 15-minute steps they are 15 minutes apart, and each
-    stands for the steps up to it.
+    stands for the steps up to it: it is known when all of these are, as their mean. The price of
+    import is put together of carbon's and the price's forecast where either is told of before its
+    time, so that what is known of one stays known beside the other.
 
     Args:
         site: The site.
-        signal: Which of its series: "carbon_kg_per_kwh", "load_kw", "pv_kw" ...
+        signal: Which of its series: "carbon_kg_per_kwh", "load_kw", "pv_kw", "import_price" ...
     """
+    told = {*site.known_ahead, *site.provided}
+    if signal == "import_price" and told & _PRICED.keys():
+        weights = {column: getattr(site.objective, name) for column, name in _PRICED.items()}
+        return sum(weight * forecast(site, column) for column, weight in weights.items() if weight)  # pyright: ignore
+    expected = _own_forecast(site, signal)
+    _put_known(site, signal, expected)
+    return expected
+
+
+_PRICED = {"carbon_kg_per_kwh": "co2", "price_per_kwh": "cost"}
+"""What the price of import is made of -> by which weight of the objective."""
+
+
+def _own_forecast(site: Site, signal: str) -> Floats:
+    """Return the regression's forecast [P, L], provider's issues among its regressors."""
     values = getattr(site, signal)
     a_day, per_lead = site.steps(DAY_H), steps_per_lead(site)
     leads = np.arange(per_lead, site.steps(REACH_H) + 1, per_lead)
@@ -98,12 +116,88 @@ def forecast(site: Site, signal: str) -> Floats:
         good = day_known & (there == 1.0)
         for steps in (back, week):
             good &= _before(known.astype(float), steps) == 1.0
-        used = regressors[:, good]
-        gram = used @ used.T
-        gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-        weights = np.linalg.lstsq(gram, used @ target[good], rcond=None)[0]
-        expected[:, column] = slots[lead : lead + n] + weights @ regressors
+        ahead = slots[lead : lead + n]
+        weights = _fitted(regressors[:, good], target[good])
+        expected[:, column] = ahead + weights @ regressors
+        if signal not in site.provided:
+            continue
+        said, age_h = provided(site, signal, lead)
+        says = np.flatnonzero(~np.isnan(said))
+        issued = np.floor(says - age_h[says] / site.step_h).astype(np.int64)
+        good = good[says] & ((issued < 0) | known[np.maximum(issued, 0)])
+        own, off_said = regressors[:, says], said[says] - ahead[says]
+        more = _of_provider(off_said, age_h[says], own[0], good)
+        regressors = np.concatenate([own, more])
+        if good.sum() >= _ROWS_PER_REGRESSOR * len(regressors):
+            weights = _fitted(regressors[:, good], target[says[good]])
+            expected[says, column] = ahead[says] + weights @ regressors
     return expected
+
+
+def _fitted(regressors: Floats, target: Floats) -> Floats:
+    """Return the weights of a ridge regression."""
+    gram = regressors @ regressors.T
+    gram += _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return np.linalg.lstsq(gram, regressors @ target, rcond=None)[0]
+
+
+def provided(site: Site, signal: str, lead: int) -> tuple[Floats, Floats]:
+    """Return what the provider's newest issue says of so many steps later, and its age in h, [P].
+
+    Where it says nothing of that step, what it says of the nearest one before it that the lead
+    stands for; NaN where it says nothing at all.
+    """
+    step_s = 60 * site.step_minutes
+    place = np.arange(site.n_steps)
+    now_s = site.begin_s + step_s * place
+    said, age_h = site.provided[signal].newest(place + lead, now_s)
+    for back in range(1, steps_per_lead(site)):
+        before = site.provided[signal].newest(place + lead - back, now_s)
+        age_h = np.where(np.isnan(said), before[1], age_h)
+        said = np.where(np.isnan(said), before[0], said)
+    return said, age_h
+
+
+def _of_provider(off: Floats, age_h: Floats, own: Floats, good: NDArray[np.bool_]) -> Floats:
+    """Return a provider's regressors [1 or 2, N]: its deviation, and that by age where it matters.
+
+    Less what it is off in the mean of the good rows, and brought to the size of the site's own
+    deviation there, so that the ridge treats all alike, whatever a provider's unit.
+    """
+    off = off - off[good].mean() if good.any() else off
+    rare = good.any() and np.ptp(age_h[good]) >= _RARE_H
+    more = np.stack([off, off * age_h]) if rare else off[None]
+    if not good.any():
+        return more
+    sizes = np.sqrt(np.mean(more[:, good] ** 2, axis=1, keepdims=True))
+    return more * np.divide(np.sqrt(np.mean(own[good] ** 2)), sizes, where=sizes > 0, out=sizes)
+
+
+def _put_known(site: Site, signal: str, expected: Floats) -> None:
+    """Write what is known ahead of a signal into its forecast [P, L]."""
+    column = "export_price_per_kwh" if signal == "export_credit" else signal
+    if column not in site.known_ahead:
+        return
+    values, until = getattr(site, signal), _known_until(site, site.known_ahead[column])
+    place, each = np.arange(site.n_steps), steps_per_lead(site)
+    for at in range(expected.shape[1]):
+        lead = (at + 1) * each
+        known = np.flatnonzero(place + lead < until)
+        steps = known[:, None] + np.arange(lead - each + 1, lead + 1)
+        expected[known, at] = values[steps].mean(axis=1)
+
+
+def _known_until(site: Site, since: str) -> Ints:
+    """Return the first step that is not known ahead at each step, [P]."""
+    if since == "always":
+        return np.full(site.n_steps, site.n_steps)
+    day = site.local.astype("datetime64[D]")
+    hours, minutes = map(int, since.split(":"))
+    told = site.local - day >= np.timedelta64(60 * hours + minutes, "m")
+    days = np.maximum.accumulate(day.astype(np.int64))
+    # What has been told stays known when clocks go back.
+    last = np.maximum.accumulate(days + told)
+    return np.searchsorted(days, last, side="right")
 
 
 def steps_per_lead(site: Site) -> int:

@@ -7,23 +7,25 @@ stretches, H times of the day.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from co2lightning.control.forecast import forecast, steps_per_lead
+from co2lightning.control.forecast import forecast, provided, steps_per_lead
 from co2lightning.metrics import Metric
 from co2lightning.report.comparison import count_text, evaluation_data, settled_in
 from co2lightning.report.looks import FLOWS, LOOKS
 from co2lightning.report.tables import Table
 from co2lightning.sim.evaluate import TITLES, Evaluation
-from co2lightning.site.model import DAY_H, Ints, Site
+from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MANY = 12  # stretches; more are not named one by one
 _LEADS_H = 0.25, 1.0, 6.0, 24.0
+_PROVIDER_LEADS_H = 0.25, 1.0, 2.0, 6.0, 24.0
 _FORECAST = {
     "carbon_kg_per_kwh": ("carbon", " kg/kWh"),
     "price_per_kwh": ("price", ""),
@@ -74,7 +76,9 @@ def describe(site: Site) -> dict[str, Any]:
         },
         "carbon": _carbon(site),
         "sessions": _sessions(site, in_days),
+        "known_ahead": dict(site.known_ahead),
         "forecasts": _forecasts(site),
+        "provider": {signal: _provider(site, signal) for signal in site.provided},
         "remarks": list(site.notes),
     }
 
@@ -101,18 +105,53 @@ def _forecasts(site: Site) -> dict[str, Any]:
     for signal, values in signals.items():
         if values is None or np.ptp(values) == 0.0:
             continue
-        each, rows = steps_per_lead(site), list[dict[str, float]]()
-        expected = forecast(site, signal)
-        for hours in _LEADS_H:
-            lead = -(-site.steps(hours) // each) * each
+        expected, rows = forecast(site, signal), list[dict[str, float]]()
+        for lead in _leads(site, _LEADS_H):
             target = held_out[lead:]
-            own = np.abs(expected[:-lead, lead // each - 1] - values[lead:])[target]
+            own = np.abs(_at(site, expected, lead)[:-lead] - values[lead:])[target]
             same = np.abs(values[:-lead] - values[lead:])[target]
             row = {"lead_h": lead * site.step_h, "own": own.mean(), "persistence": same.mean()}
-            if len(own) and row["lead_h"] not in [known["lead_h"] for known in rows]:
+            if len(own):
                 rows.append({key: _rounded(value) for key, value in row.items()})
         found[signal] = rows
     return found
+
+
+def _provider(site: Site, signal: str) -> list[dict[str, float]]:
+    """Return how far forecasts lie off on the held-out steps of which the provider says something.
+
+    The provider's at its word, the site's own without it, and what comes of both, which is what
+    all go by; known values and steps beyond the provider's reach do not count here.
+    """
+    values, held_out = getattr(site, signal), ~site.training_steps
+    told = replace(site, known_ahead={})
+    both, own = forecast(told, signal), forecast(replace(told, provided={}), signal)
+    rows = list[dict[str, float]]()
+    for lead in _leads(site, _PROVIDER_LEADS_H):
+        said, _ = provided(site, signal, lead)
+        target = held_out[lead:] & ~np.isnan(said[:-lead])
+        tables = {"persistence": values, "provider": said}
+        tables |= {"own": _at(site, own, lead), "both": _at(site, both, lead)}
+        if target.any():
+            row = {"lead_h": lead * site.step_h, "share": target.sum() / held_out[lead:].sum()}
+            row |= {
+                name: np.abs(table[:-lead] - values[lead:])[target].mean()
+                for name, table in tables.items()
+            }
+            rows.append({key: _rounded(value) for key, value in row.items()})
+    return rows
+
+
+def _leads(site: Site, hours: tuple[float, ...]) -> list[int]:
+    """Return how many steps later these leads are, each once."""
+    each = steps_per_lead(site)
+    leads = dict.fromkeys(-(-site.steps(lead) // each) * each for lead in hours)
+    return [lead for lead in leads if lead < site.n_steps]
+
+
+def _at(site: Site, expected: Floats, lead: int) -> Floats:
+    """Return what is expected [P] of so many steps later."""
+    return expected[:, lead // steps_per_lead(site) - 1]
 
 
 def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
@@ -167,7 +206,9 @@ def site_table(facts: Mapping[str, Any]) -> Table:
         ("grid", _grid(facts)),
         ("carbon", _carbon_text(facts["carbon"])),
         *_sessions_rows(facts["sessions"], facts["day_start"]),
+        *_known_rows(facts["known_ahead"]),
         *_forecast_rows(facts["forecasts"]),
+        *_provider_rows(facts["provider"]),
     ]
     rows = [{"what": what, "told": text} for what, text in told]
     return Table((Metric("what"), Metric("told")), rows, title=f"site {facts['site']}")
@@ -184,6 +225,33 @@ def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for row in rows
         )
         yield f"  {name}", told
+
+
+def _known_rows(known_ahead: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    told = [
+        f"{column} {'always' if since == 'always' else f'of tomorrow from {since} on'}"
+        for column, since in known_ahead.items()
+    ]
+    if told:
+        yield "known ahead", ", ".join(told)
+
+
+def _provider_rows(provider: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tell the mean absolute errors on held-out steps of which the provider says something."""
+    if provider:
+        yield (
+            "provider",
+            "mean error there at its word / of the site's own forecast without it / of both "
+            "together, which is used (of persistence)",
+        )
+    for signal, rows in provider.items():
+        name, unit = _FORECAST[signal]
+        told = ", ".join(
+            f"{row['lead_h']:g} h: {_short(row['provider'])} / {_short(row['own'])} / "
+            f"{_short(row['both'])} ({_short(row['persistence'])}){unit}"
+            for row in rows
+        )
+        yield f"  {name}", told or "says nothing of held-out steps"
 
 
 def _short(value: float) -> str:

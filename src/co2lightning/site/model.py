@@ -6,7 +6,8 @@ that are ever taken.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,6 +22,8 @@ Ints = NDArray[np.int64]
 _Amount = TypeVar("_Amount")
 
 DAY_H = 24.0
+REACH_H = 48.0
+"""How far a forecast looks."""
 TAIL_H = 48.0
 """How far beyond a stretch's end the operation is looked at that settles it."""
 
@@ -129,6 +132,33 @@ class SessionsRead:
 
 
 @dataclass(frozen=True, eq=False)
+class Provided:
+    """What a provider forecast of one series, by step and then by time of issue; both are [R].
+
+    Attributes:
+        key: The step it is about, perhaps beyond the series, times 2^32, plus when it was issued
+            in seconds since 1970 UTC. Ascending, none twice.
+        value: What was expected.
+    """
+
+    key: Ints
+    value: NDArray[np.float32]
+
+    def newest(self, about: Ints, now_s: Ints) -> tuple[Floats, Floats]:
+        """Return what the newest issue says of some steps, and its age in h; NaN where none does.
+
+        Args:
+            about: The steps, [N] ascending.
+            now_s: For each the instant; what is issued later does not count.
+        """
+        row = np.searchsorted(self.key, about << 32 | now_s, side="right") - 1
+        there = (row >= 0) & (self.key[row] >> 32 == about)
+        issued_s = self.key[row] & (1 << 32) - 1
+        found = self.value[row].astype(np.float64), (now_s - issued_s) / 3600.0
+        return np.where(there, found[0], np.nan), np.where(there, found[1], np.nan)
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """A checked site: equipment, the series, complete local days, admitted sessions.
 
@@ -162,6 +192,9 @@ class Site:
             curtailed. None: nothing.
         currency: Of the prices; "" where the file names none.
         objective: What policies are settled by.
+        known_ahead: Columns of the series that are known to the end of the next calendar day from
+            a local time such as "13:00" on, before it to the end of this one; or "always".
+        provided: What a provider forecast, by the name of the series.
     """
 
     name: str
@@ -198,6 +231,8 @@ class Site:
     export_price_per_kwh: Floats | None = None
     currency: str = ""
     objective: Objective = OF_CO2
+    known_ahead: Mapping[str, str] = field(default_factory=dict)
+    provided: Mapping[str, Provided] = field(default_factory=dict)
 
     @property
     def n_steps(self) -> int:
