@@ -62,10 +62,21 @@ TRAINING = _of(
         tag="rollout/ep_rew_mean",
         chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
     ),
+    Metric(
+        "eval_vs_uncontrolled",
+        heading="without noise",
+        form="{:.1%}",
+        narrow="without\nnoise",
+        tag="eval/objective_vs_uncontrolled",
+        chart="training weeks without noise, share of uncontrolled",
+    ),
+    Metric("eval_a_day", tag="eval/objective_a_day"),
+    Metric("eval_start_vs_uncontrolled", tag="eval/start_vs_uncontrolled"),
     Metric("time_seconds", tag="time/episode_seconds"),
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),
 )
-"""Of an episode's training days and of its time. Whatever else an episode has is of its agent, in
+"""Of an episode's training days, of the training weeks that `--evaluate_every` runs after it, and
+of its time. Whatever else an episode has is of its agent, in
 TensorBoard under `train/`."""
 
 HELD_OUT = _of(

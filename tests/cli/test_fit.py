@@ -71,7 +71,10 @@ def test_a_run_leaves_what_is_documented_and_nothing_else(
         f"checkpoints/{agent}",
         *(
             f"checkpoints/{agent}/{name}"
-            for name in ("episode_0001.pt", "episode_0002.pt", "history.json", "metadata.json")
+            for name in (
+                *("episode_0001.pt", "episode_0002.pt", "start.pt"),
+                *("history.json", "metadata.json"),
+            )
         ),
     }
     if agent == "SAC":

@@ -108,7 +108,7 @@ def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
 
 
 def test_the_layout_stands_once_and_names_tags_that_there_are(village: Path) -> None:
-    train("PPO", 1)
+    train("PPO", 1, evaluate_every=1)
     train("PPO", 1, ckpt_path="last")
     assert main(["test", "PPO", "--json"]) == 0
     reader = events("PPO")

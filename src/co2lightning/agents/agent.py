@@ -280,6 +280,10 @@ class Agent(pl.LightningModule):
     def between_segments(self) -> None:
         """Do nothing; a callback may put in its place what raises, to end training."""
 
+    def evaluated(self) -> dict[str, float]:
+        """Return nothing; a run puts in its place what evaluates the policy as it is by now."""
+        return {}
+
     def note(self, name: str, figure: Tensor) -> None:
         """Note a figure of a segment beside the loss's; the episode's is their mean."""
         self._notes.setdefault(name, []).append(figure)
@@ -307,7 +311,9 @@ class Agent(pl.LightningModule):
             "time/env_steps_per_second": env_steps * self.world_size / seconds,
         }
         self._check_finite(metrics)
-        self.metrics = metrics
+        if found := self.evaluated():
+            self._check_finite(found)
+        self.metrics = metrics | found
         for logger in self.loggers:
             logger.log_metrics(self.metrics, step=self.episode)
             if isinstance(logger, TensorBoardLogger):

@@ -53,7 +53,7 @@ def agent_of(content: dict[str, Any], origin: str | Path) -> str:
     """
     kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
     try:
-        parse_count(content, "episode", least=1, most=MAX_EPISODES)
+        parse_count(content, "episode", most=MAX_EPISODES)  # 0: what a run began with
         for key, kind in {**kinds, "optimizer_states": list}.items():
             if not isinstance(content.get(key), kind):
                 raise ValueError(f"{key} is no {kind.__name__}")

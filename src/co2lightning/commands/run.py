@@ -86,7 +86,7 @@ def run_parser(
     parser.hint = f"such as: {example}"
     parser.set_defaults(command=command)
     parser.add_argument("name", metavar="NAME", help=name)
-    parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
+    parser.add_place("--ckpt_path", help="last, best, or an episode file [default: last]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
     return parser
@@ -180,7 +180,11 @@ def unseen(facts: dict[str, Any], site: Site) -> Site:
 def _read(run: TrainingCheckpoint, arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Return the checkpoint that was asked for and its path."""
     given = arguments.ckpt_path
-    if given not in (None, "last"):
+    if given == "best" and run.episodes():
+        checkpoint, path, remarks = run.load_best_checkpoint()
+        say(*remarks, err=True)
+        return checkpoint, path
+    if given not in (None, "last", "best"):
         return TrainingCheckpoint.read(given), Path(given)
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:

@@ -40,6 +40,12 @@ def average_all(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def from_first(values: Tensor) -> Tensor:
+    """Return rank 0's tensor; the others' has the same shape and is overwritten."""
+    dist.broadcast(values, 0)
+    return values
+
+
 def highest(value: int, device: torch.device) -> int:
     """Return the highest of the ranks' numbers; waits for the device."""
     number = torch.tensor(value, device=device)

@@ -24,6 +24,7 @@ _SESSION = (
 )
 _OF = "of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
+_SOME_HAVE = "cost", "eval_vs_uncontrolled"  # where there are prices; where it was evaluated
 
 
 def summarize(run: TrainingCheckpoint) -> _Row:
@@ -82,7 +83,10 @@ def runs_table(runs: Iterable[_Row]) -> Table:
         last, best = run["last"], run["best"]
         shown = {"episode": f"last {last.get('episode', '-')}", "number": len(run["sessions"])}
         rows.append({**run, **shown, **_figures(last)})
-        if best:
+        started = best.get("eval_start_vs_uncontrolled")
+        if started is not None and started <= best["eval_vs_uncontrolled"]:
+            rows.append({"episode": "best start", "eval_vs_uncontrolled": started})
+        elif best:
             rows.append({"episode": f"best {best['episode']}", **_figures(best)})
     columns = (
         _RUN,
@@ -95,6 +99,8 @@ def runs_table(runs: Iterable[_Row]) -> Table:
         Metric("status", "status"),
     )
     caption = "of uncontrolled: CO2 as a share of the same days without control"
+    if any(row.get("eval_vs_uncontrolled") is not None for row in rows):
+        caption += "; without noise: what is made small, settled, so in training weeks in one go"
     return Table(columns, rows, caption=caption, whole=("total_episodes", "episode"))
 
 
@@ -233,9 +239,9 @@ def _figures(metrics: _Row) -> _Row:
 
 
 def _known(rows: Sequence[_Row]) -> list[Metric]:
-    """Return the figures to show: a cost only where an episode has one."""
-    priced = any(row.get("cost") is not None for row in rows)
-    return [metric for metric in _FIGURES if priced or metric.key != "cost"]
+    """Return the figures to show: some only where an episode has them."""
+    lacking = {key for key in _SOME_HAVE if all(row.get(key) is None for row in rows)}
+    return [metric for metric in _FIGURES if metric.key not in lacking]
 
 
 def _sessions(run: _Row) -> list[_Row]:

@@ -12,7 +12,6 @@ B runs at once.
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +27,9 @@ from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import start, start_soc
+from co2lightning.sim.weeks import left_price, training_weeks
 from co2lightning.site.model import Floats, Ints, Site
 
-_WEEKS = 6
-_WEEK = 7  # days
-_LEFT_SHARE = 0.8  # of the mean price: what a kWh is worth that is stored or owed at a week's end
 _TIE = 1e-3  # of what uncontrolled costs: the simpler rule is taken
 _BEST = 2  # ways of charging that go on to the windows
 _NEVER = Window()
@@ -123,11 +120,11 @@ def search(site: Site) -> Choice:
     Each begins as evaluation begins; what is left at its end, stored or owed, is priced at 0.8
     times the mean. A site without whole training weeks is searched on training days.
     """
-    bounds = _training_stretches(site)
+    bounds = training_weeks(site)
     has_battery = site.battery is not None
     if not len(bounds) or not (has_battery or len(site.sessions.arrival)):
         return Choice(greedy=has_battery)
-    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, _left_price(site))
+    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, left_price(site))
     batteries = _battery_choices(site)
 
     # Each way of charging with each single window of the battery.
@@ -162,28 +159,6 @@ def search(site: Site) -> Choice:
     return _simplest(trial, [*_simpler(best), *found])
 
 
-def _training_stretches(site: Site) -> Ints:
-    """Return the places [W, 2] where training weeks begin and end, of one length, evenly spread.
-
-    Those that follow held-out days look back on them: they are left out where others are enough.
-    """
-    for days in (_WEEK, 1):
-        first = np.arange(0, len(site.days) - days + 1, days)
-        bounds = np.stack([site.day_bounds[first], site.day_bounds[first + days]], axis=1)
-        known = [not site.held_out[a : a + days].any() for a in first]
-        if not any(known):
-            continue
-        lengths = np.diff(bounds, axis=1)[:, 0]  # a week in which clocks change is longer
-        usual = Counter(lengths[known].tolist()).most_common(1)[0][0]
-        good = known & (lengths == usual)
-        calm = good & [not site.held_out[max(a - _WEEK, 0) : a].any() for a in first]
-        most = _WEEKS * _WEEK // days
-        own = bounds[calm if calm.sum() >= most else good]
-        count = min(most, len(own))
-        return own[(2 * np.arange(count) + 1) * len(own) // (2 * count)]
-    return np.zeros((0, 2), dtype=np.int64)
-
-
 class _Trial(NamedTuple):
     """What rules are tried on."""
 
@@ -201,10 +176,6 @@ class _Driven(NamedTuple):
     ev_kw: Floats  # [W, n]
     owed_kwh: Floats  # [W] at the end
     cost: float
-
-
-def _left_price(site: Site) -> float:
-    return _LEFT_SHARE * float(price(site)[0][site.training_steps].mean())
 
 
 def _drive(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:

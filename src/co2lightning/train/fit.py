@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from co2lightning.site import trained_days
 from co2lightning.terminal import tell
 from co2lightning.train.board import LAYOUT, REFERENCES, DispatchFigure
 from co2lightning.train.curves import Curves
+from co2lightning.train.evaluation import Evaluation, best_in_words
 from co2lightning.train.plan import Asked, Built, build, find_start, plan, which_agent
 from co2lightning.train.progress import ProgressLine
 from co2lightning.train.save import EpisodeCheckpoint, EpisodeCheckpointIO
@@ -218,7 +220,7 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
     newest = run.get_next_episode() - 1
     goes_on_from = newest and not before_time_went_on(run.load_metadata())
     done = built.plan.done
-    if goes_on := start and start.path.resolve() == run.path(done).resolve():
+    if goes_on := done and start and start.path.resolve() == run.path(done).resolve():
         moved, what = run.branch(done), "Later episodes of the old branch moved"
     else:
         moved, what = run.archive(), f"The run in {run.directory} was moved"
@@ -226,7 +228,7 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         file = moved / run.path(newest).name
         how = f"; {_how_to_continue(file, settings)}" if goes_on_from else ""
         echo(f"{what} to {moved}{how}")
-    if start and not goes_on:
+    if start and done and not goes_on:
         source, logs = start.path.parent, Path(settings["logs.dir"])
         if source.parent.name == "archive":
             logs /= "archive"
@@ -268,6 +270,8 @@ def _train(
     logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None, figures)
     progress = ProgressLine(target, echo)
     shows = [progress.show]
+    if site_days and (every := settings["evaluate_every"]):
+        learner.evaluated = partial(Evaluation(every, site_days, run.path(0)).of, learner)
     if site_days and (every := settings["figures_every"]):
         shows.append(DispatchFigure(site_days, every, logger).show)
     episodes = EpisodeCheckpoint(run, _info(agent, built), shows, built.replay)
@@ -281,16 +285,16 @@ def _train(
     brought = users_callbacks(trainer)
     count = built.rank.world_size
     several = f" on {processes(count)}" if count > 1 else ""
-    if start:
+    if start and done:
         echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done){several}")
         given = {callback.state_key for callback in brought}
         for key in {**start.content.get("callbacks", {})}.keys() - given:
             echo(f"Without the callback {key} it had before; --trainer.callbacks gives it again")
     else:
-        seed = settings["seed_everything"]
-        echo(f"Training {agent} for {_count(target)} (seed {seed}){several}")
+        seed, begun = settings["seed_everything"], f" from {start.path}" if start else ""
+        echo(f"Training {agent} for {_count(target)} (seed {seed}){begun}{several}")
     learner.say = echo
-    path = str(run.path(done)) if start else None
+    path = str(run.path(done)) if done else None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with quiet(), contextlib.ExitStack() as after:
@@ -313,6 +317,8 @@ def _train(
     last, curves = trainer.current_epoch, f"curves: tensorboard --logdir {settings['logs.dir']}"
     if trainer.should_stop:
         echo(f"Ended at episode {last} of {target} by {_who(who_stopped(trainer))}")
+    if settings["evaluate_every"] and not built.rank.number and (best := best_in_words(run)):
+        echo(best)
     echo(f"{_count(last)} in {run.directory}; {curves}")
     return _FitResult(agent, run.name, done + 1, last, run.path(last), dict(learner.metrics))
 

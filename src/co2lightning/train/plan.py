@@ -8,7 +8,7 @@
 Each of these steps refuses what cannot be, and none changes anything on disk.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Start:
-    """The episode a session goes on from."""
+    """The episode a session goes on from; 0 is what a run began with."""
 
     episode: int
     path: Path
@@ -115,12 +115,12 @@ def which_agent(agent: str | None, config: str | None, ckpt_path: str | None) ->
 
 
 def _checkpoint_file(ckpt_path: str | None) -> Path | None:
-    if ckpt_path in (None, "last"):
+    if ckpt_path in (None, "last", "best"):
         return None
     path = Path(local("--ckpt_path", str(ckpt_path)))
     if not path.is_file() and not path.is_dir():
         raise UserError(
-            f"--ckpt_path {ckpt_path}: no such file; give last, or a file such as "
+            f"--ckpt_path {ckpt_path}: no such file; give last, best, or a file such as "
             "checkpoints/PPO/episode_0004.pt"
         )
     return path.resolve() if path.is_symlink() else path  # beside the file lies its run
@@ -129,6 +129,10 @@ def _checkpoint_file(ckpt_path: str | None) -> Path | None:
 def find_start(run: TrainingCheckpoint, asked: Asked) -> Start | None:
     """Read the episode to go on from; None where the session begins a new run."""
     ckpt_path = asked.flags.get("ckpt_path")
+    if ckpt_path == "best":
+        _, path, remarks = run.load_best_checkpoint()
+        start = _read_start(path, asked.agent)
+        return replace(start, notes=(*remarks, *start.notes))
     path = _checkpoint_file(ckpt_path)
     if path is None:
         newest = run.get_next_episode() - 1 if ckpt_path == "last" else 0
@@ -158,8 +162,10 @@ def _read_start(path: Path, agent: str) -> Start:
         f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
         for key in unknown_settings(stored, agent)
     )
-    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled.
-    known = {"model.compile": False, **check_stored(stored, agent, str(path))}
+    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled, and
+    # no episode evaluated.
+    known = {"model.compile": False, "evaluate_every": 0}
+    known |= check_stored(stored, agent, str(path))
     target, world_size = run.get("target_episode"), run.get("world_size")
     match content.get("stopped_by"):
         case (str() as callback, str() as reason):
@@ -192,6 +198,11 @@ def plan(asked: Asked, start: Start | None) -> Plan:
         raise UserError(
             f"{as_flag('env.hours', flags['env.hours'])}: is for sites; {settings['env.id']} has a "
             "time limit of its own"
+        )
+    if settings["env.id"] is not None and flags.get("evaluate_every"):
+        raise UserError(
+            f"{as_flag('evaluate_every', flags['evaluate_every'])}: is for sites; "
+            f"{settings['env.id']} has no weeks"
         )
     notes = list(start.notes) if start else []
     for key, value in recipe.items():
@@ -290,7 +301,8 @@ def build(plan: Plan, rank: Rank) -> Built:
                 f"{rank.world_size}; each has days and a replay buffer of its own, so a run keeps "
                 f"their number: give --trainer.devices {start.world_size}, or start a new run"
             )
-        restored = restorable(start.content, start.path, learner)
+        if start.episode:
+            restored = restorable(start.content, start.path, learner)
         if isinstance(environment, SiteDays):
             notes += _other_data(start, environment)
         if plan.target > start.episode:
