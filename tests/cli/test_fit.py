@@ -57,9 +57,10 @@ def test_a_run_leaves_what_is_documented_and_nothing_else(
     fit: Fit, place: Path, agent: str
 ) -> None:
     outcome = fit(agent, "--episodes", "2")
-    note, training, first, *_ = outcome.out.splitlines()
+    note, training, corner, first, *_ = outcome.out.splitlines()
     assert note.startswith("sessions.csv.gz: 4472 of 118856 sessions found no free socket")
     assert training == f"Training {agent} for 2 episodes (seed 0)"
+    assert corner.startswith("Starting from the corner: charge from the surplus, least laxity")
     assert first.startswith("Episode    1/2: CO2=")
     assert "kg (" in first
     assert "| reward=" in first

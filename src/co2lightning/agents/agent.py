@@ -62,6 +62,8 @@ class Agent(pl.LightningModule):
             hidden: Width of each hidden layer, of actor and critic alike.
             activation: tanh, relu or silu.
             reward_scale: Factor on rewards before they reach a critic.
+            start: Where a policy that weighs moves begins: corner, the best one in training weeks;
+                even, all weigh alike.
             compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
         """
 
@@ -72,10 +74,11 @@ class Agent(pl.LightningModule):
         hidden: tuple[int, ...] = setting((64, 64), WIDTH)
         activation: str = setting("tanh", ACTIVATIONS)
         reward_scale: float = setting(1.0, POSITIVE)
+        start: Literal["corner", "even"] = "corner"
         compile: bool | Literal["auto"] = "auto"
 
     settings: Settings
-    fixed_settings = ("hidden", "activation", "log_std_init")
+    fixed_settings = ("hidden", "activation", "log_std_init", "start")
     """What a resume cannot change: it is in the weights."""
 
     def __init__(
@@ -176,6 +179,17 @@ class Agent(pl.LightningModule):
     def act(self, obs: Tensor) -> Tensor:
         """Return the deterministic action [..., A] in [-1, 1] for obs [..., O]."""
         return self.environment_action(self.policy_mean(obs))
+
+    @torch.no_grad()
+    def begin_at(self, action: Sequence[float]) -> None:
+        """Let a fresh policy begin with an action [A] in (-1, 1), nearly the same in all states.
+
+        `co2lightning.fit` does so on a site whose moves are weighed, with
+        `sim.search.corner_of(site).action`.
+        """
+        mean = torch.tensor(action)
+        bias = self.actor.last[1][: self.action_dim]
+        bias.copy_(mean.atanh() if self.squashed else mean)
 
     @property
     def acts_in_a_graph(self) -> bool:

@@ -10,6 +10,7 @@ Shapes: P steps of the site, B at once, C columns of sockets, V = 5 moves of veh
 battery, A = V + M.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,11 @@ MOVES = (
     ("cheap", "charge each vehicle in the cheap hours of its stay, sun counted as free"),
     ("could", "charge all now"),
     ("cheap_price", "charge each vehicle in the hours of its stay that are cheap without sun"),
-    ("hold", "leave the battery as it is"),
-    ("store", "store the surplus"),
-    ("serve", "serve the deficit"),
-    ("greedy", "store the surplus and serve the deficit"),
-    ("fill", "charge the battery at full power"),
+    ("hold", "battery: leave it as it is"),
+    ("store", "battery: store the surplus"),
+    ("serve", "battery: serve the deficit"),
+    ("greedy", "battery: store the surplus and serve the deficit"),
+    ("fill", "battery: charge it at full power"),
 )
 """Name and meaning of each number of an action."""
 
@@ -46,6 +47,24 @@ def kind_of(action_dim: int) -> str:
 
 SHARPNESS = 5.0  # what an action of 1 is as a logit
 _NEVER = -1e4  # the logit of what a site cannot do; finite, so that gradients are
+
+
+class Corner(NamedTuple):
+    """One move of the vehicles and one of the battery, that weigh most: where a policy begins."""
+
+    vehicles: int  # among the V
+    battery: int  # among the M
+
+    @property
+    def action(self) -> tuple[float, ...]:
+        """What weighs these two most, yet leaves the others in sight: 0.65 and 0.83 of five."""
+        weighed = [0.0] * len(MOVES)
+        weighed[self.vehicles], weighed[_GROUP + self.battery] = _FIRST
+        return tuple(weighed)
+
+
+_GROUP = len(MOVES) // 2
+_FIRST = 0.4, 0.6  # logits of 2 and 3
 
 
 class MoveTables(NamedTuple):
@@ -86,6 +105,20 @@ def move_tables(site: Site, model: SiteModel, outlook: Outlook) -> MoveTables:
     }
     mask = [0.0 if can.get(name, True) else _NEVER for name, _ in MOVES]
     return MoveTables(cheaper, torch.tensor(mask).to(model.zero), sun)
+
+
+def corners(tables: MoveTables) -> list[Corner]:
+    """Return the corners of what a site can do, the simplest first."""
+    able = (tables.mask == 0.0).unflatten(0, (2, -1)).tolist()
+    each = ([i for i in range(_GROUP) if group[i]] for group in able)
+    return [Corner(*pair) for pair in itertools.product(*each)]
+
+
+def in_words(corner: Corner, site: Site) -> str:
+    """Say what a corner does, of the parts that a site has."""
+    vehicles, battery = MOVES[corner.vehicles], MOVES[_GROUP + corner.battery]
+    parts = (vehicles, bool(site.sockets)), (battery, site.battery is not None)
+    return "; ".join(meaning for (_, meaning), there in parts if there)
 
 
 def moves_of(tables: MoveTables, model: SiteModel, state: State) -> Moves:

@@ -32,6 +32,7 @@ from co2lightning.sim.objective import (
 from co2lightning.sim.physics import Flows, step
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.schedule import start, through
+from co2lightning.sim.starts import starts_of
 from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H, Objective, Site
 
@@ -41,7 +42,9 @@ class _Tables(NamedTuple):
 
     model: SiteModel  # with rewards against RBC B
     hindsight: Tensor  # [P + 1, K]
-    owed_kw: Tensor  # [D, C] to the vehicles at each day's beginning
+    # What the cheap rule, run through the whole series, has at each day's beginning:
+    soc: Tensor  # [D], on the CPU
+    owed_kw: Tensor  # [D, C] to the vehicles
     # What of these came before each place without control, and what is owed then, [P + 1]:
     uncontrolled_kg: Tensor
     uncontrolled_cost: Tensor
@@ -61,6 +64,7 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     of_rule = objective.of(rule.co2_kg, rule.cost)
     model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
     ahead = np.ascontiguousarray(hindsight(site, rule))
+    starts = starts_of(site)
 
     def until(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)
@@ -68,7 +72,8 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     return _Tables(
         model=model,
         hindsight=torch.as_tensor(ahead).to(model.zero),
-        owed_kw=start(model, site, site.day_bounds[:-1], 0.0).owed_kw,
+        soc=torch.as_tensor(starts.soc, dtype=torch.float32),
+        owed_kw=torch.as_tensor(starts.owed_kw).to(model.zero),
         uncontrolled_kg=until(idle.co2_kg),
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
@@ -146,38 +151,49 @@ class SiteDays:
 
     def reset(self, seed: int) -> Tensor:
         """Begin B training days drawn with `seed`; no day twice before each was drawn once."""
-        return self.begin(*self.draw(seed, self.num_envs))
+        return self.begin(*self.draw(seed, self.num_envs), recorded=True)
 
     def draw(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
-        """Draw training days [count] and their battery starts [count]."""
+        """Draw training days [count] and their battery starts [count].
+
+        Half of the batteries, as the draw has it, begin as the cheap rule has left them there, the
+        others anywhere in the site's start range.
+        """
         # Drawn on the CPU, so that a seed means the same days on every device.
         generator = torch.Generator().manual_seed(seed)
         n_days = len(self._training_days)
         rounds = -(-count // n_days)
         drawn = torch.cat([torch.randperm(n_days, generator=generator) for _ in range(rounds)])
         days = self._training_days[drawn[:count]]
-        share = torch.rand(count, generator=generator)
+        share, coin = torch.rand(2, count, generator=generator)
+        recorded = self.tables.soc[days]
         if (battery := self.site.battery) is None:
-            return days, torch.zeros(count)
+            return days, recorded
         span = battery.start_soc_max - battery.start_soc_min
-        return days, battery.start_soc_min + span * share
+        anew = battery.start_soc_min + span * share
+        return days, torch.where(coin < 0.5, anew, recorded)
 
-    def begin(self, days: Tensor, soc: Tensor, steps: int | None = None) -> Tensor:
+    def begin(
+        self, days: Tensor, soc: Tensor, steps: int | None = None, *, recorded: bool = False
+    ) -> Tensor:
         """Begin given days [B] with given batteries [B]; returns observations [B, O + K].
-
-        Vehicles that stand there owe what charging on arrival has left.
 
         Args:
             days: Indices of the site's days.
             soc: States of charge.
             steps: How long this window is, other than the horizon; it must lie in the series.
+            recorded: Whether vehicles that stand there owe what the cheap rule has left, as in
+                training, or what charging on arrival has, as in evaluation.
         """
         model = self.model
         self._length = steps or self.horizon
-        self.place = torch.tensor(self.site.day_bounds)[days.cpu()].to(model.device)
-        owed_kw = self.tables.owed_kw[days.to(model.device)]
-        carry = Carry(self.place, soc.to(model.zero), owed_kw)
-        self._began = carry
+        places = self.site.day_bounds[days.cpu().numpy()]
+        if recorded:
+            owed_kw = self.tables.owed_kw[days.to(model.device)]
+            carry = Carry(torch.as_tensor(places).to(model.device), soc.to(model.zero), owed_kw)
+        else:
+            carry = start(model, self.site, places, soc)
+        self.place, self._began = carry.place, carry
         self._at = state = restore(model, carry)
         self._past = []
         self._ones = torch.ones_like(state.soc)
@@ -262,15 +278,16 @@ class SiteDays:
         """Return what the windows [B] added up to so far, and the same time without control.
 
         `co2_kg` and `cost` are the meter's, and what is left undone at the mean intensity and
-        price: the battery below where it began, vehicles owed more than charging on arrival would
-        leave. Nothing is won by putting it off beyond the window's end.
+        price: the battery below where it began, and of what vehicles are owed beyond what charging
+        on arrival would leave, how much more it is than where the windows began. Nothing is won by
+        putting it off beyond the window's end, nor lost by what had been put off before.
         """
         if not self._past:
             raise RuntimeError("no step was made yet")
         grid_kw, unmet_kw = torch.stack(self._past, dim=1)
         co2_kg, cost = metered(self.model, self.place, grid_kw)
         tables, step_h, carry = self.tables, self.site.step_h, self.carry
-        undone_kwh = (carry.owed_kw.sum(1) * step_h - tables.owed_kwh[carry.place]).relu()
+        undone_kwh = self._put_off_kwh(carry) - self._put_off_kwh(self._began)
         if battery := self.site.battery:
             less = (self._began.soc - carry.soc).relu()
             undone_kwh = undone_kwh + less * battery.capacity_kwh / battery.charge_efficiency
@@ -285,6 +302,11 @@ class SiteDays:
             "uncontrolled_kg": self._meanwhile(tables.uncontrolled_kg),
             "uncontrolled_cost": self._meanwhile(tables.uncontrolled_cost),
         }
+
+    def _put_off_kwh(self, carry: Carry) -> Tensor:
+        """Return what vehicles are owed [B] beyond what charging on arrival would leave."""
+        owed_kwh = carry.owed_kw.sum(1) * self.site.step_h
+        return (owed_kwh - self.tables.owed_kwh[carry.place]).relu()
 
     def _meanwhile(self, until: Tensor) -> Tensor:
         """Return what came about [B] since the windows began, of a sum [P + 1] from the first."""

@@ -48,14 +48,18 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     `cost` where the site has prices; that of a reset `day`, the dates. After a window's last step
     the next call of `step` ignores its actions and begins new days (NEXT_STEP autoreset).
 
-    Windows are of training days. With `weeks="held_out"` an episode is a whole held-out stretch in
-    one go, begun as evaluation begins it and truncated at its end, whatever `hours` is; every
-    reset takes the next ones, B at once, a seed begins with the first again. Those that run side
-    by side are of one length: a week in which clocks change is a round of its own, and who is left
-    over in a round begins its stretches again. The dates at which they begin are
-    `env.unwrapped.held_out`; `reset(options={"stretch": "2025-02-05"})` plays that one. What is
-    left at its end only `co2lightning.evaluate` settles. `options={"day": "2025-03-01"}` begins a
-    window on any day.
+    Windows are of training days. They begin with what a simple rule, which charges vehicles in the
+    cheap hours and the battery from the sun, has left there; half of the batteries, drawn by
+    chance, begin anywhere in the site's start range. `options={"day": "2025-03-01"}` begins a
+    window on any day, as evaluation would begin it.
+
+    With `weeks="held_out"` an episode is a whole held-out stretch in one go, begun as evaluation
+    begins it and truncated at its end, whatever `hours` is; every reset takes the next ones, B at
+    once, a seed begins with the first again. Those that run side by side are of one length: a week
+    in which clocks change is a round of its own, and who is left over in a round begins its
+    stretches again. The dates at which they begin are `env.unwrapped.held_out`;
+    `reset(options={"stretch": "2025-02-05"})` plays that one. What is left at its end only
+    `co2lightning.evaluate` settles.
 
     Observation, float32 of shape [B, N_FEATURES], each feature less its mean and in units of its
     spread on this site, at most 10 of them either way. What belongs to a part that the site has
@@ -135,7 +139,7 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         if seed is not None:
             self._next = 0
         site, count, given = self.days.site, self.num_envs, options or {}
-        soc, steps, stretches = torch.full((count,), start_soc(site)), None, None
+        soc, steps, stretches, drawn = torch.full((count,), start_soc(site)), None, None, False
         if "stretch" in given:
             stretches = np.full(count, _stretch(site, str(given["stretch"])))
         elif self._rounds and "day" not in given:
@@ -148,10 +152,10 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         elif "day" in given:
             days = torch.full((count,), day_index(site, str(given["day"])))
         else:
-            each = count // len(self._streams)
-            drawn = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
-            days, soc = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        obs = self.days.begin(days, soc, steps)
+            each, drawn = count // len(self._streams), True
+            starts = [self.days.draw(int(s.integers(2**31)), each) for s in self._streams]
+            days, soc = (torch.cat(parts) for parts in zip(*starts, strict=True))
+        obs = self.days.begin(days, soc, steps, recorded=drawn)
         return obs.numpy(), {"day": np.array([site.days[day] for day in days.tolist()])}
 
     def _streams_of(self, seeds: Sequence[int | None]) -> list[np.random.Generator]:

@@ -44,7 +44,7 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
 
     def record(watch: Callable[[State], None]) -> None:
         for rule in (rbc_b, uncontrolled, _wander):
-            run(model, _watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
+            run(model, watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
 
     return build_observer(site, model, outlook_of(site), record)
 
@@ -58,12 +58,14 @@ def _to(part: Any, device: torch.device | str) -> Any:
     return part.to(device) if isinstance(part, Tensor) else part
 
 
-def _watched(rule: Rule, watch: Callable[[State], None]) -> Rule:
-    def watched(model: SiteModel, state: State) -> Tensor | Powers:
+def watched(rule: Rule, watch: Callable[[State], None]) -> Rule:
+    """Return a rule that shows each state it decides in."""
+
+    def decide(model: SiteModel, state: State) -> Tensor | Powers:
         watch(state)
         return rule(model, state)
 
-    return watched
+    return decide
 
 
 def _wander(model: SiteModel, state: State) -> Tensor:

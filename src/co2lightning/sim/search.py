@@ -4,6 +4,7 @@ When vehicles charge, a time of day in which all do, what the battery does, a ti
 filled and one in which it holds. Vehicles do as they do whatever the battery does (the connection's
 limit apart), so they are run once, and batteries by the hundred on the load that they make. Coarse
 choices first, then finer ones around the best, the last few again with all of the physics.
+The corner of the moves that a policy begins with is searched on the same weeks.
 Nothing is drawn by chance: the same site gives the same rule.
 
 Shapes: P steps of the site, W weeks of n steps, V choices for the vehicles, K for the battery,
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.control.moves import Corner, corners, move_tables, moves_of, powers_of
 from co2lightning.control.outlook import Outlook, outlook_of, price, slots_a_day
 from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c, words
-from co2lightning.control.state import Carry, SiteModel, restore
+from co2lightning.control.state import Carry, Powers, SiteModel, State, restore
 from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
 from co2lightning.sim.physics import step
@@ -282,6 +284,36 @@ def _stacked(choices: Sequence[Choice], times: int) -> Choice:
         fill_soc=column((float(c.fill_soc) for c in choices), torch.float32),
         hold=window([c.hold for c in choices]),
     )
+
+
+# --- where a policy begins -----------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode()
+def corner_of(site: Site) -> Corner | None:
+    """Return the corner of the moves that costs least in the weeks of `search`, None without any.
+
+    All are run at once, with the weights that a policy begins with. The earlier one among equals.
+    """
+    if not len(bounds := training_weeks(site)):
+        return None
+    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, left_price(site))
+    tables = move_tables(site, trial.model, trial.outlook)
+    tried = corners(tables)
+    actions = torch.tensor([corner.action for corner in tried]).repeat_interleave(len(bounds), 0)
+
+    def rule(model: SiteModel, state: State) -> Tensor | Powers:
+        return powers_of(tables, model, state, moves_of(tables, model, state), actions)
+
+    places = np.tile(bounds[:, 0], len(tried))
+    run = _run(trial.model, rule, start(trial.model, site, places, start_soc(site)), _steps(trial))
+    cost = _settled(trial, run).reshape(len(tried), len(bounds)).sum(1)
+    enough = cost.min() + _SAME * np.abs(cost).max()
+    return tried[int(np.flatnonzero(cost <= enough)[0])]
+
+
+_SAME = 1e-5  # relative; what rounding may make of equals
 
 
 # --- what is tried -------------------------------------------------------------------------------

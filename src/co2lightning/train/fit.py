@@ -34,7 +34,15 @@ from co2lightning.terminal import tell
 from co2lightning.train.board import LAYOUT, REFERENCES, DispatchFigure
 from co2lightning.train.curves import Curves
 from co2lightning.train.evaluation import Evaluation, best_in_words
-from co2lightning.train.plan import Asked, Built, build, find_start, plan, which_agent
+from co2lightning.train.plan import (
+    Asked,
+    Built,
+    begin_at_corner,
+    build,
+    find_start,
+    plan,
+    which_agent,
+)
 from co2lightning.train.progress import ProgressLine
 from co2lightning.train.save import EpisodeCheckpoint, EpisodeCheckpointIO
 from co2lightning.train.signals import Interrupted, Signals
@@ -293,6 +301,8 @@ def _train(
     else:
         seed, begun = settings["seed_everything"], f" from {start.path}" if start else ""
         echo(f"Training {agent} for {_count(target)} (seed {seed}){begun}{several}")
+        if corner := begin_at_corner(built):
+            echo(f"Starting from the corner: {corner}")
     learner.say = echo
     path = str(run.path(done)) if done else None
     on_interrupt = signal.getsignal(signal.SIGINT)

@@ -16,6 +16,7 @@ from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.load import SIZES, agent_of, restore_agent, stored_settings
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
+from co2lightning.control.moves import ACTIONS, in_words
 from co2lightning.errors import UserError
 from co2lightning.learn.descent import worth_compiling
 from co2lightning.learn.ranks import Rank
@@ -27,6 +28,7 @@ from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.settings.words import as_flag
 from co2lightning.sim.days import SiteDays, make_environment
 from co2lightning.sim.interface import Environment
+from co2lightning.sim.search import corner_of
 from co2lightning.site import trained_days
 from co2lightning.site.load import named_in
 from co2lightning.train.save import restorable
@@ -308,6 +310,23 @@ def build(plan: Plan, rank: Rank) -> Built:
         if plan.target > start.episode:
             replay, rows = _load_replay(learner, start, settings["allow_partial_replay"], rank)
     return Built(plan, rank, settings, environment, learner, restored, replay, rows, tuple(notes))
+
+
+def begin_at_corner(built: Built) -> str | None:
+    """Let a fresh agent that weighs a site's moves begin at the best of them; returns it in words.
+
+    None of any other agent, and where `--model.start even` was asked for.
+    """
+    environment, learner = built.environment, built.learner
+    if built.plan.start or learner.settings.start == "even":
+        return None
+    if not isinstance(environment, SiteDays) or learner.action_dim != ACTIONS["moves"]:
+        return None
+    site = environment.site
+    if (corner := corner_of(site)) is None:
+        return None
+    learner.begin_at(corner.action)
+    return in_words(corner, site)
 
 
 def _group(settings: Settings, prefix: str) -> dict[str, Any]:
