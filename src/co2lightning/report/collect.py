@@ -20,13 +20,14 @@ from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.metrics import Settled
 from co2lightning.report.comparison import count_text, evaluation_data, settled_in
-from co2lightning.report.looks import RunLook, run_looks
+from co2lightning.report.looks import RuleLook, RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
+from co2lightning.sim.evaluate import TITLES, Evaluation, Summary, evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import Schedule, play
+from co2lightning.sim.search import rules_of
 from co2lightning.site.load import load_site, named_in
 from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
@@ -61,10 +62,39 @@ class HeldOutDay(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class RuleResult:
+    """A rule that is looked at as a run is.
+
+    Attributes:
+        name: The rule's.
+        evaluation: The references, it among them.
+    """
+
+    name: str
+    evaluation: Evaluation
+    heat: _Heat
+
+    @property
+    def policy(self) -> str:
+        """Its name in the evaluation."""
+        return self.name
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name]
+
+    @property
+    def summary(self) -> Summary:
+        """What it reaches on the held-out stretches."""
+        return summarise(self.evaluation)[self.name]
+
+
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """A run with its newest episode on the held-out stretches.
 
     Attributes:
+        policy: Its name in the evaluation.
         row: What `history` tells of it.
         agent: The class that acts.
         episode: The evaluated episode.
@@ -82,6 +112,7 @@ class RunResult:
     trained_on: tuple[str, str]
     evaluation: Evaluation
     heat: _Heat
+    policy: str = "agent"
 
     @property
     def name(self) -> str:
@@ -106,11 +137,17 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class SiteResult:
-    """A site and an objective, its references and the runs evaluated on it."""
+    """A site and an objective, its references, the runs evaluated on it and rules beside them."""
 
     site: Site
     references: Evaluation
     runs: list[RunResult]
+    rules: list[RuleResult]
+
+    @property
+    def shown(self) -> list[RunResult | RuleResult]:
+        """What is looked at closely."""
+        return [*self.runs, *self.rules]
 
     @property
     def data(self) -> dict[str, Any]:
@@ -170,9 +207,10 @@ class SiteResult:
         return values / self.references.hours * DAY_H
 
     @property
-    def looks(self) -> dict[str, RunLook]:
-        """How each run is drawn, by its name."""
-        return run_looks((run.name, run.agent) for run in self.runs)
+    def looks(self) -> dict[str, RunLook | RuleLook]:
+        """How each of those that are shown is drawn, by its name."""
+        looks = run_looks((run.name, run.agent) for run in self.runs)
+        return looks | {rule.name: RuleLook(rule.name) for rule in self.rules}
 
     @property
     def paired(self) -> list[str]:
@@ -194,11 +232,11 @@ class SiteResult:
         return [*battery, *(["ev_kw"] if self.site.n_sockets else [])]
 
     def heat_limit_kw(self, what: str) -> float:
-        """Return the end of the scale of a field of `_Heat`, the same for all runs.
+        """Return the end of the scale of a field of `_Heat`, the same for all that are shown.
 
         A few cells would leave the others without colour, so some lie beyond it.
         """
-        sizes = np.abs(np.concatenate([getattr(run.heat, what).ravel() for run in self.runs]))
+        sizes = np.abs(np.concatenate([getattr(one.heat, what).ravel() for one in self.shown]))
         wanted_kw = max(0.1, float(np.nanpercentile(sizes, 95)))
         power = 10.0 ** np.floor(np.log10(wanted_kw))
         steps = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
@@ -233,7 +271,8 @@ class _Loaded(NamedTuple):
 
 def collect(
     runs: Sequence[TrainingCheckpoint],
-    site: str | None,
+    rules: Sequence[str],
+    site: str | Site | None,
     echo: Callable[[str], None],
     warn: Callable[[str], None],
     keep: Path,
@@ -242,7 +281,9 @@ def collect(
 
     Args:
         runs: The run directories.
-        site: Evaluate all runs on this site, not on their own.
+        rules: Names of rules to be looked at on the same sites.
+        site: Evaluate all runs on this site, not on their own; where there are none, the rules' as
+            it is loaded.
         echo: Gets a line for each step of the work.
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
@@ -251,17 +292,19 @@ def collect(
     Raises:
         UserError: A run is damaged, a site cannot be read, no run is left to show.
     """
-    loaded = [one for run in runs if (one := _load(run, site, warn))]
-    if not loaded:
+    alone = site if isinstance(site, Site) else None
+    named = None if isinstance(site, Site) else site
+    loaded = [one for run in runs if (one := _load(run, named, warn))]
+    if not loaded and alone is None:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
     sites: dict[tuple[str, str], Site] = {}
     groups: dict[tuple[str, Objective, bytes], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
         wanted = one.site, str(one.objective)
         if wanted not in sites:
-            with named_in(None if site else one.path):
+            with named_in(None if named else one.path):
                 sites[wanted] = load_site(one.site, objective=one.objective)
-            if one.site not in [named for named, _ in list(sites)[:-1]]:
+            if one.site not in [known for known, _ in list(sites)[:-1]]:
                 for note in sites[wanted].notes:
                     warn(f"{sites[wanted].name}: {note}")
         found = sites[wanted]
@@ -280,13 +323,21 @@ def collect(
         key = found.sha256, found.objective, found.stretches.tobytes()
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
-    for found, members in groups.values():
+    for found, members in [(alone, [])] if alone else groups.values():
         held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
         echo(f"{found.name}: the rules and the optimum in {held_out}")
-        results.append(SiteResult(found, evaluate(None, found, keep=keep), []))
+        references = evaluate(None, found, keep=keep)
+        results.append(SiteResult(found, references, [], []))
+        own = rules_of(found, keep=keep)
+        for name in rules:
+            if name not in own:
+                warn(f"{name}: no vehicle comes to {found.name} for it to charge, left out")
+                continue
+            heat = compare_to_rule(own[name], found)
+            results[-1].rules.append(RuleResult(name, references, heat))
         for one in members:
             echo(f"{one.run.name}: episode {one.episode} there")
-            results[-1].runs.append(_evaluated(one, found, results[-1].references))
+            results[-1].runs.append(_evaluated(one, found, references))
     return results
 
 

@@ -78,6 +78,32 @@ class RunLook(NamedTuple):
         return MARKS[self.place % len(MARKS)][0]
 
 
+class RuleLook(NamedTuple):
+    """How a rule is drawn that a report looks at as at a run; as `RunLook`."""
+
+    name: str
+
+    @property
+    def colour(self) -> str:
+        return LOOKS[self.name]["color"]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return LOOKS[self.name]
+
+    @property
+    def marker(self) -> str:
+        return "D"
+
+    @property
+    def classes(self) -> str:
+        return self.name
+
+    @property
+    def mark(self) -> str:
+        return "square"
+
+
 def agent_colour(agent: str) -> str:
     """Return an agent's colour on white."""
     return AGENTS.get(agent, OTHER)[0]
