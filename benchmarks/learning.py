@@ -182,10 +182,9 @@ def spread(runs: list[Run]) -> dict[str, Any]:
 
 
 def title(agent: str, results: dict[str, Any]) -> str:
-    """Return an agent's name; one that corrects the rule is named so."""
+    """Return an agent's name; one that gives powers instead of weighing moves is named so."""
     config = results["agents"][agent]["runs"][0]["config"]
-    correction = config.get("model.action") == "correction"
-    return f"{agent} (correction of RBC B)" if correction else agent
+    return agent if config.get("env.action") == "moves" else f"{agent} (powers)"
 
 
 def held_out(results: dict[str, Any]) -> str:

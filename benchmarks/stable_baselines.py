@@ -37,9 +37,8 @@ from torch import Tensor, nn
 
 import co2lightning
 from co2lightning.agents import AGENTS
-from co2lightning.control.observation import observe
+from co2lightning.control.observation import as_rule
 from co2lightning.control.rules import Rule
-from co2lightning.control.state import SiteModel, State
 from co2lightning.settings.parser import check_settings, complete
 from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
@@ -185,8 +184,6 @@ def stable_baselines(
         options["use_rms_prop"] = False  # Adam, as ours
     take("reward_scale")  # the environment's
     take("compile")  # how fast, not what
-    if given["action"] == "direct":
-        take("action")
     left_out = [prefix + name for name in given]
     if settings["env.hindsight"]:
         left_out.append("env.hindsight")
@@ -333,10 +330,15 @@ class SiteVecEnv(Lockstep):
         num_envs: Days at once.
         seed: Of the days.
         reward_scale: Factor on rewards.
+        action: powers or moves.
     """
 
-    def __init__(self, site: str, num_envs: int, seed: int, reward_scale: float) -> None:
-        self.inner = gym.make_vec("co2lightning/ChargingSite-v0", num_envs=num_envs, site=site)
+    def __init__(
+        self, site: str, num_envs: int, seed: int, reward_scale: float, action: str
+    ) -> None:
+        self.inner = gym.make_vec(
+            "co2lightning/ChargingSite-v0", num_envs=num_envs, site=site, action=action
+        )
         super().__init__(
             num_envs, self.inner.single_observation_space, self.inner.single_action_space
         )
@@ -362,13 +364,11 @@ class SiteVecEnv(Lockstep):
 
 def their_policy(model: Any, site: Site) -> Rule:
     """Return a Stable-Baselines3 agent's deterministic policy in the form of a rule."""
-    observer = observer_of(site)
 
-    def act(site_model: SiteModel, state: State) -> Tensor:
-        obs = observe(observer, site_model, state).numpy()
-        return torch.from_numpy(model.predict(obs, deterministic=True)[0])
+    def act(obs: Tensor) -> Tensor:
+        return torch.from_numpy(model.predict(obs.numpy(), deterministic=True)[0])
 
-    return act
+    return as_rule(observer_of(site), act)
 
 
 def on_site(
@@ -405,7 +405,9 @@ def their_site(
 ) -> tuple[dict[str, Any], list[str]]:
     """Train Stable-Baselines3's agent; return its figures and the settings it has not."""
     num_envs = settings["env.num_envs"]
-    env = SiteVecEnv(site.name, num_envs, seed, settings["model.reward_scale"])
+    env = SiteVecEnv(
+        site.name, num_envs, seed, settings["model.reward_scale"], settings["env.action"]
+    )
     horizon = env.inner.unwrapped.days.horizon
     n_steps = settings.get("model.n_steps") or horizon
     model, left_out = stable_baselines(agent, settings, env, n_steps, seed, horizon)

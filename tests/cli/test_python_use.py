@@ -113,7 +113,7 @@ def test_an_agent_is_evaluated_as_the_command_does(
 
 
 def one_by_one(obs: np.ndarray) -> tuple[float, float]:
-    assert obs.shape == (30,)
+    assert obs.shape == (63,)
     return 1.0, 0.0
 
 
@@ -147,10 +147,14 @@ def test_what_may_be_a_policy(inside: None, policy: object, vectorized: bool) ->
         (
             lambda obs: [1.0, 0.0],
             {},
-            r"shape \[2\] for observations \[3, 30\], must be actions "
-            r"\[3, 2\]; vectorized=False gives",
+            r"shape \[2\] for observations \[3, 63\], must be actions "
+            r"\[3, 2\] or \[3, 10\]; vectorized=False gives",
         ),
-        (lambda obs: obs, {"vectorized": False}, r"shape \[30\] for .* must be actions \[2\]$"),
+        (
+            lambda obs: obs,
+            {"vectorized": False},
+            r"shape \[63\] for .* must be actions \[2\] or \[10\]$",
+        ),
         (lambda obs: None, {}, "policy: returned NoneType for"),
         (lambda obs: by_hand(obs) * np.nan, {}, "no finite numbers"),
         (0.5, {}, "float is neither callable"),

@@ -34,7 +34,7 @@ def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str
     assert {key: data[key] for key in ("site", "agent", "action", "episode")} == {
         "site": "village",
         "agent": "PPO",
-        "action": "direct",
+        "action": "moves",
         "episode": 2,
     }
     assert [(s["begin"], s["days"]) for s in data["stretches"]] == [(day, 1) for day in HELD_OUT]
@@ -58,7 +58,6 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
     for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", *HELD_OUT):
         assert text in out
     assert "±" not in out, "three days are too few for an interval"
-    assert "correction" not in out
 
 
 def test_a_rule_stands_first_among_its_like(
@@ -132,18 +131,6 @@ def another_run(directory: Path, change: dict[str, Any]) -> list[str]:
     run.save_checkpoint(checkpoint, episode=1, metrics={})
     run.end_session("completed")
     return ["night", "--checkpoints.dir", str(directory)]
-
-
-def test_the_table_says_that_actions_are_corrections(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = another_run(tmp_path, {"hyper_parameters": {"action": "correction"}})
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert "PPO as a correction of RBC B, episode 1" in out
-    assert "PPO, correction of RBC B" in out
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["action"] == "correction"
 
 
 def test_an_older_episode_and_its_scalars(
@@ -252,7 +239,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
     [
         ({"run": None}, "not an episode"),
         ({"run": {"agent": "os.system"}}, "not an episode"),
-        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "trained on 3 observ"),
+        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "not of this version's"),
         ({"state_dict": {}}, "not of this version's PPO"),
     ],
 )

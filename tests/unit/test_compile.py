@@ -140,7 +140,7 @@ class Alone:
 def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> RolloutDataset:
     """Return what plays episodes of a fresh agent's."""
     kind = type(agent, (Alone, agent_class(agent)), {})
-    learner = kind(env.observation_dim, 2, hindsight_dim=env.hindsight_dim, **settings)
+    learner = kind(env.observation_dim, env.action_dim, hindsight_dim=env.hindsight_dim, **settings)
     learner.say = said.append
     return RolloutDataset(env, learner)
 
@@ -148,7 +148,7 @@ def played(agent: str, env: SiteDays, said: list[str], **settings: Any) -> Rollo
 @pytest.mark.parametrize(
     ("name", "hindsight", "settings", "device"),
     [
-        ("PPO", True, {"n_steps": 40, "action": "correction"}, "cpu"),
+        ("PPO", True, {"n_steps": 40}, "cpu"),
         # Observations without hindsight lie the other way round, and a graph does not look.
         pytest.param(
             *("SAC", False, {"train_freq": 40, "learning_starts": 0}, "cpu"), marks=pytest.mark.slow
@@ -170,7 +170,10 @@ def test_a_compiled_rollout_is_the_eager_one(
     said: list[str] = []
     site = shipped()
     both = [
-        played(name, SiteDays(site, 3, hindsight=hindsight), said, hidden=(8,), **how, **settings)
+        played(
+            *(name, SiteDays(site, 3, hindsight=hindsight, action="moves"), said),
+            **{"hidden": (8,), **how, **settings},
+        )
         for how in ({"compile": False}, {"compile": True})
     ]
     for dataset in both:

@@ -70,7 +70,7 @@ def test_a_day_has_96_steps_and_is_cut() -> None:
         last, *_ = env.step(np.array([1.0, 0.0], np.float32))
     next_day, _ = env.reset(options={"day": "2025-03-02"})
     # Charged on arrival, the vehicles of the next day's beginning stand there as they would.
-    same = [NAMES.index(name) for name in (*CLOCK, "pv", "load", "carbon", "owed", "must")]
+    same = [NAMES.index(name) for name in (*CLOCK, "pv", "load", "price", "owed", "must")]
     np.testing.assert_allclose(last[same], next_day[same], atol=1e-5)
 
 
@@ -263,7 +263,7 @@ def test_the_vector_begins_new_days_by_itself() -> None:
     assert (reward == 0.0).all()
     assert info.keys() == {"day"}
     named, _ = vector.reset(options={"day": info["day"][0]})
-    clock = [NAMES.index(name) for name in (*CLOCK, "pv", "load", "carbon", "owed")]
+    clock = [NAMES.index(name) for name in (*CLOCK, "pv", "load", "price", "owed")]
     np.testing.assert_array_equal(obs[0, clock], named[0, clock])
     assert vector.observation_space.contains(np.ascontiguousarray(obs))
     obs, reward, _, _, info = vector.step(actions(0, 3, 2))

@@ -12,7 +12,7 @@ import torch
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
-from co2lightning.control.observation import FEATURES, HIGHEST
+from co2lightning.control.observation import HIGHEST, NAMES
 from co2lightning.sim.evaluate import TITLES, evaluate
 from co2lightning.site.load import load_site
 from small_site import H, write_site
@@ -91,7 +91,7 @@ def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
     assert header == COLUMNS
     assert times[0] == "2025-03-03T00:00:00+00:00"
     header, _, values = rows_of(seen.read_text())
-    assert header == ["time", *(feature.name for feature in FEATURES)]
+    assert header == ["time", *NAMES]
     assert np.abs(values).max() <= HIGHEST
     assert values.std(axis=0).max() > 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.csv", "seen.csv"]
@@ -187,7 +187,8 @@ def test_steps_are_those_of_the_series(tmp_path: Path, capsys: Run) -> None:
     assert [row[0][11:16] for row in rows] == [f"{hour:02d}:00" for hour in range(24)]
 
 
-def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
+@pytest.mark.parametrize("action", ["powers", "moves"])
+def test_the_tables_are_those_of_the_environment(trained: Path, action: str) -> None:
     """What `predict` writes as seen is what an environment would have shown."""
     from co2lightning.agents.ppo import PPO
     from co2lightning.commands.predict import predict
@@ -195,10 +196,12 @@ def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
     from co2lightning.sim.schedule import start_soc
 
     site = load_site(trained / "village")
-    agent = PPO(SiteDays.observation_dim, SiteDays.action_dim, seed=3)
+    env = SiteDays(site, 1, action=action)
+    names = NAMES[::-1] if action == "moves" else NAMES[3:]
+    env.show(names)
+    agent = PPO(len(names), env.action_dim, seed=3, observation_names=names)
     day = int(site.stretches[1, 0])
     found, seen = predict(agent, site, day)
-    env = SiteDays(site, 1)
     obs = env.begin(torch.tensor([day]), torch.tensor([start_soc(site)]))
     for step in range(96):
         assert obs[0].tolist() == pytest.approx(seen[step].tolist(), abs=1e-5)

@@ -240,7 +240,9 @@ class Agent(pl.LightningModule):
 
     def train_on(self, env: Environment) -> None:
         """Set the environment the next `Trainer.fit` plays."""
-        if env.observation_names != self.observation_names:
+        if not self.observation_names:
+            self.observation_names = env.observation_names
+        elif env.observation_names != self.observation_names:
             env.show(self.observation_names)
         self.env = env
 

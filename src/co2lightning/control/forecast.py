@@ -103,8 +103,8 @@ def _own_forecast(site: Site, signal: str) -> Floats:
     slots = usual(site, values, signal == "load_kw", int(leads[-1]))
     off = values - slots[:n]
     known = site.training_steps
-    hour, day = (_last(off, steps) for steps in (site.steps(1.0), a_day))
-    day_known = _last(known.astype(float), a_day) == 1.0
+    hour, day = (mean_of_last(off, steps) for steps in (site.steps(1.0), a_day))
+    day_known = mean_of_last(known.astype(float), a_day) == 1.0
     day_known[: a_day - 1] = False
     now = np.stack([off, hour, day])
     expected = np.empty((n, len(leads)))
@@ -205,6 +205,16 @@ def steps_per_lead(site: Site) -> int:
     return site.steps(_LEAST_LEAD_MINUTES / 60)
 
 
+def untouched(site: Site) -> NDArray[np.bool_]:
+    """Return the training steps [P] whose forecast looks back on nothing held out.
+
+    All training steps where there are none such.
+    """
+    known = site.training_steps
+    clear = known & (mean_of_last(known.astype(float), site.steps(7 * DAY_H)) == 1.0)
+    return clear if clear.any() else known
+
+
 def to_come(values: Floats, steps: int) -> Floats:
     """Return what a perfect forecast of values [P] says of the next so many steps, [P, steps].
 
@@ -233,12 +243,18 @@ def cheaper(now: Floats, expected: Floats, steps_per_lead: int = 1) -> NDArray[n
     return counts
 
 
-def _last(values: Floats, steps: int) -> Floats:
-    """Return the mean of each step and those before it, `steps` in all, or what there is."""
-    until = np.concatenate([[0.0], values.cumsum()])
-    end = np.arange(1, len(values) + 1)
-    begin = np.maximum(end - steps, 0)
-    return (until[end] - until[begin]) / (end - begin)
+def mean_of_last(values: Floats, steps: int) -> Floats:
+    """Return the mean of each step and those before it, `steps` in all, or what there is.
+
+    Added up within blocks: what is further away leaves no rounding.
+    """
+    n = len(values)
+    blocks = np.pad(values, (0, -n % steps)).reshape(-1, steps)
+    until = blocks.cumsum(axis=1).ravel()[:n]
+    since = np.zeros_like(blocks)  # of each step what follows it in its block
+    since[:, :-1] = blocks[:, :0:-1].cumsum(axis=1)[:, ::-1]
+    until[steps:] += since.ravel()[: max(n - steps, 0)]
+    return until / np.minimum(np.arange(1, n + 1), steps)
 
 
 def _before(values: Floats, steps: int) -> Floats:

@@ -18,12 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.forecast import clock, forecast, slots, steps_per_lead, usual
+from co2lightning.control.forecast import (
+    clock,
+    forecast,
+    mean_of_last,
+    slots,
+    steps_per_lead,
+    untouched,
+    usual,
+)
 from co2lightning.control.moves import Moves, MoveTables, move_tables, moves_of, powers_of
 from co2lightning.control.outlook import Outlook
 from co2lightning.control.rules import Rule
 from co2lightning.control.state import Powers, SiteModel, State
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 from co2lightning.site.model import DAY_H, Floats, Site
 
 
@@ -186,7 +194,7 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
 
     record(see)
     states = torch.cat(seen, dim=1).double().numpy()
-    parts = [centre_and_spread(exogenous[:, site.training_steps]), centre_and_spread(states)]
+    parts = [centre_and_spread(exogenous[:, untouched(site)]), centre_and_spread(states)]
     centre, spread = np.concatenate(parts, axis=1)
     absent = {"battery": site.battery is None, "sockets": not site.sockets}
     spread[[absent.get(f.part, False) for f in FEATURES]] = 0.0
@@ -200,23 +208,23 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
     )
 
 
-def give(observer: Observer, names: Sequence[str], who: str) -> Observer:
+def give(observer: Observer, names: Sequence[str], who: str = "the agent") -> Observer:
     """Return the observer that gives the features of these names, in this order.
 
     Args:
         observer: One that gives all.
-        names: Of features.
+        names: Of features; () are all.
         who: Was trained on them; begins the message.
 
     Raises:
         UserError: No site gives one of them.
     """
-    if tuple(names) == NAMES:
+    if not names or tuple(names) == NAMES:
         return observer
     if unknown := [name for name in names if name not in NAMES]:
         raise UserError(
-            f"{who}: trained on the observation {unknown[0]}, which this version does not give; "
-            "train anew"
+            f"{who}: trained on the observation {show(unknown[0])}, which this version does not "
+            "give; train anew"
         )
     return observer._replace(
         chosen=torch.tensor([NAMES.index(n) for n in names], device=observer.scale.device)
@@ -311,19 +319,16 @@ def _leads(site: Site, hours: float) -> int:
 def _price(site: Site) -> list[Floats]:
     now = site.import_price
     expected = forecast(site, "import_price")[:, : _leads(site, DAY_H)]
-    until = np.concatenate([[0.0], now.cumsum()])
-    end, a_day = np.arange(1, len(now) + 1), site.steps(DAY_H)
-    begin = np.maximum(end - a_day, 0)
     changes = [
         now - usual(site, now, weekends=False),
-        now - (until[end] - until[begin]) / (end - begin),
+        now - mean_of_last(now, site.steps(DAY_H)),
     ]
     within = [expected[:, : _leads(site, hours)] for hours in _PRICE_H]
     changes += [ahead.mean(axis=1) - now for ahead in within]
     changes += [ahead.min(axis=1) - now for ahead in within]
     changes += [ahead.max(axis=1) - now for ahead in within]
     cheaper = [(ahead < now[:, None] - _SAME).mean(axis=1) for ahead in within]
-    return [now, *(_plain(change, now) for change in changes), *cheaper]
+    return [now, *(_plain(site, change, now) for change in changes), *cheaper]
 
 
 def _power(site: Site, signal: str, *, weekends: bool) -> list[Floats]:
@@ -331,12 +336,13 @@ def _power(site: Site, signal: str, *, weekends: bool) -> list[Floats]:
     expected = forecast(site, signal)
     changes = [now - usual(site, now, weekends)]
     changes += [expected[:, : _leads(site, hours)].mean(axis=1) - now for hours in _MEAN_H]
-    return [now, *(_plain(change, now) for change in changes)]
+    return [now, *(_plain(site, change, now) for change in changes)]
 
 
-def _plain(change: Floats, now: Floats) -> Floats:
+def _plain(site: Site, change: Floats, now: Floats) -> Floats:
     """Return a change without what is nothing but rounding, as of a constant signal."""
-    return np.where(np.abs(change) > _ROUNDING * np.abs(now).max(), change, 0.0)
+    most = np.abs(now[site.training_steps]).max(initial=0.0)
+    return np.where(np.abs(change) > _ROUNDING * most, change, 0.0)
 
 
 def _net(site: Site) -> list[Floats]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
+from co2lightning.agents.load import load_agent, outdated_on_site, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
@@ -358,8 +358,8 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
     if isinstance(described, dict) and described.get("agent") and not described.get("site"):
         warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
         return None
-    if isinstance(described, dict) and (version := before_time_went_on(described)):
-        warn(f"{run.name}: trained by version {version} on days that stand alone, left out")
+    if isinstance(described, dict) and (outdated := outdated_on_site(described)):
+        warn(f"{run.name}: {outdated.trained}, left out")
         return None
     agent = load_agent(checkpoint, path)
     config = checkpoint["run"].get("config", {})

@@ -111,7 +111,7 @@ class SiteDays:
     ) -> None:
         self.site = site
         self.action_dim = ACTIONS[action]
-        self.observation_names = NAMES
+        self.observation_names, self.observation_dim = NAMES, len(NAMES)
         self.num_envs = num_envs
         self.step_minutes = site.step_minutes
         self.horizon = site.steps(hours)
@@ -127,20 +127,21 @@ class SiteDays:
     def _build(self, device: torch.device) -> None:
         self.tables = _tables(self.site, device)
         self.model = self.tables.model
-        self.observer = give(observer_of(self.site, device), self.observation_names, "the agent")
+        self.observer = give(observer_of(self.site, device), self.observation_names)
 
-    @property
-    def observation_dim(self) -> int:
-        return len(self.observation_names)
+    def show(self, names: tuple[str, ...], who: str = "the agent") -> None:
+        """Observe the features of these names alone, in this order; () are all.
 
-    def show(self, names: tuple[str, ...]) -> None:
-        """Observe the features of these names alone, in this order.
+        Args:
+            names: Of features.
+            who: Was trained on them.
 
         Raises:
             UserError: The site does not give one of them.
         """
-        self.observation_names = names
-        self._build(self.model.device)
+        self.observer = give(observer_of(self.site, self.model.device), names, who)
+        self.observation_names = names or NAMES
+        self.observation_dim = len(self.observation_names)
 
     def to(self, device: torch.device) -> None:
         """Move the site's tables; a running window is dropped."""

@@ -66,7 +66,7 @@ class GymEnvironment:
         """Deliver tensors on `device` from now on; the environment itself runs on the CPU."""
         self._device = device
 
-    def show(self, names: tuple[str, ...]) -> None:
+    def show(self, names: tuple[str, ...], who: str = "the agent") -> None:
         """Do nothing: what is observed has no names here."""
 
     def reset(self, seed: int) -> Tensor:

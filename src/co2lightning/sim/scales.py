@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.control.forecast import untouched
 from co2lightning.control.moves import MoveTables
 from co2lightning.control.observation import Observer, build_observer
 from co2lightning.control.outlook import outlook_of
@@ -36,7 +38,11 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
         return _moved(observer_of(site), device)
     model = priced_model(site)
     training = site.training_days
-    days = training[:: -(-len(training) // _MOST_RUNS)]
+    clear = training[untouched(site)[site.day_bounds[training]]]
+    among = clear if len(clear) else training
+    # Not every seventh day: that would be the same day of each week.
+    evenly = np.linspace(0, len(among) - 1, min(len(among), _MOST_RUNS))
+    days = among[evenly.round().astype(np.int64)]
     battery = site.battery
     least, most = (battery.least_soc, battery.soc_max) if battery else (0.0, 0.0)
     soc = torch.linspace(least, most, len(days))

@@ -275,7 +275,8 @@ def build(plan: Plan, rank: Rank) -> Built:
     with named_in(start.path if start and kept_site else None):
         environment = make_environment(**_group(settings, "env."))
     if start and isinstance(environment, SiteDays):
-        environment.show(stored_settings(start.content, start.path).get("observation_names", ()))
+        known = stored_settings(start.content, start.path).get("observation_names", ())
+        environment.show(known, str(start.path))
     sizes = {key: getattr(environment, key) for key in SIZES}
     names = environment.observation_names
     options = {
