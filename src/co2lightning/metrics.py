@@ -47,7 +47,7 @@ TRAINING = _of(
         chart="CO2, share of the same days uncontrolled",
         axis="{settled}, % of the same days uncontrolled",
     ),
-    Metric("cost", "cost", "{:.2f}"),
+    Metric("cost", "cost", "{:.2f}", chart="cost a day"),
     Metric("uncontrolled_cost"),
     Metric(
         "objective_vs_uncontrolled",
@@ -87,7 +87,7 @@ HELD_OUT = _of(
         form="{:.1f}",
         chart="CO2 on held-out days, kg a day",
     ),
-    Metric("cost", "cost, {currency}/day", "{:.2f}"),
+    Metric("cost", "cost, {currency}/day", "{:.2f}", chart="cost a day on held-out days"),
     Metric("objective", "objective, a day", "{:.2f}", "objec-\ntive"),
     Metric("vs_best", "against {best}, {unit}/day", "{:+.1f}"),
     Metric(
@@ -100,7 +100,13 @@ HELD_OUT = _of(
     Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
     Metric("self_consumption", "self-consumption", "{:.1%}", "self-con-\nsumption"),
     Metric("curtailed_kwh", "curtailed, kWh/day", "{:.0f}"),
-    Metric("peak_import_kw", "peak import, kW", "{:.0f}", "peak\nkW"),
+    Metric(
+        "peak_import_kw",
+        heading="peak import, kW",
+        form="{:.0f}",
+        narrow="peak\nkW",
+        chart="peak import on held-out days, kW",
+    ),
 )
 """Of a policy on the held-out days, as `sim.evaluate.summarise` works it out."""
 

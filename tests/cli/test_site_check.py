@@ -183,6 +183,12 @@ def test_costs_stand_beside_co2_and_what_is_settled_is_named(command: Command, p
         assert cells == ["kg/day", "EUR/day", against]
     outcome = command("site", "check", "shop", *by_cost, "--figures", "drawn")
     assert outcome.code == 0
+    price = of_cost["price"]
+    assert (price["currency"], price["lowest_hour"], price["highest_hour"]) == ("EUR", 18, 0)
+    told = (
+        "0.25 EUR/kWh in the mean, 0.1 to 0.3; least from 18:00, 0.1, most from 00:00, 0.3; export"
+    )
+    assert told in " ".join(outcome.out.split())
 
 
 def test_what_is_known_before_its_time_is_told(command: Command, place: Path) -> None:

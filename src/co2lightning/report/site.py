@@ -75,6 +75,7 @@ def describe(site: Site) -> dict[str, Any]:
             "highest_kw": _rounded(load.max()),
         },
         "carbon": _carbon(site),
+        "price": _price(site),
         "sessions": _sessions(site, in_days),
         "known_ahead": dict(site.known_ahead),
         "forecasts": _forecasts(site),
@@ -85,13 +86,29 @@ def describe(site: Site) -> dict[str, Any]:
 
 def _carbon(site: Site) -> dict[str, Any]:
     carbon = site.carbon_kg_per_kwh
-    hour_of = site.local.astype("datetime64[h]").astype(np.int64) % 24
-    by_hour = np.array([carbon[hour_of == hour].mean() for hour in range(24)])
+    return {"mean_kg_per_kwh": _rounded(carbon.mean()), **_by_hour(site, carbon, "kg_per_kwh")}
+
+
+def _price(site: Site) -> dict[str, Any] | None:
+    if (price := site.price_per_kwh) is None:
+        return None
     return {
-        "mean_kg_per_kwh": _rounded(carbon.mean()),
+        "currency": site.currency,
+        "mean_per_kwh": _rounded(price.mean()),
+        "lowest_per_kwh": _rounded(price.min()),
+        "highest_per_kwh": _rounded(price.max()),
+        "mean_export_per_kwh": _rounded(site.money_per_kwh[1].mean()),
+        **_by_hour(site, price, "per_kwh"),
+    }
+
+
+def _by_hour(site: Site, values: Floats, unit: str) -> dict[str, Any]:
+    hour_of = site.local.astype("datetime64[h]").astype(np.int64) % 24
+    by_hour = np.array([values[hour_of == hour].mean() for hour in range(24)])
+    return {
         "lowest_hour": int(by_hour.argmin()),
         "highest_hour": int(by_hour.argmax()),
-        "by_hour_kg_per_kwh": [_rounded(value) for value in by_hour],
+        f"by_hour_{unit}": [_rounded(value) for value in by_hour],
     }
 
 
@@ -205,6 +222,7 @@ def site_table(facts: Mapping[str, Any]) -> Table:
         ("load", _load(facts["load"])),
         ("grid", _grid(facts)),
         ("carbon", _carbon_text(facts["carbon"])),
+        *([("price", _price_text(facts["price"]))] if facts["price"] else []),
         *_sessions_rows(facts["sessions"], facts["day_start"]),
         *_known_rows(facts["known_ahead"]),
         *_forecast_rows(facts["forecasts"]),
@@ -329,6 +347,23 @@ def _carbon_text(carbon: Mapping[str, Any]) -> str:
     )
 
 
+def _price_text(price: Mapping[str, Any]) -> str:
+    by_hour = price["by_hour_per_kwh"]
+    lowest, highest = price["lowest_hour"], price["highest_hour"]
+    text = f"{price['mean_per_kwh']:.4g} {price['currency']}/kWh".replace(" /", " a ")
+    if price["lowest_per_kwh"] == price["highest_per_kwh"]:
+        text += " at every hour"
+    else:
+        text += f" in the mean, {price['lowest_per_kwh']:.4g} to {price['highest_per_kwh']:.4g}"
+    if by_hour[lowest] < by_hour[highest]:
+        text += (
+            f"; least from {lowest:02d}:00, {by_hour[lowest]:.4g}, most from {highest:02d}:00, "
+            f"{by_hour[highest]:.4g}"
+        )
+    earned = price["mean_export_per_kwh"]
+    return f"{text}; export earns {earned:.4g}" if earned else text
+
+
 def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[tuple[str, str]]:
     if sessions is None:
         return [("sessions", "none")]
@@ -381,6 +416,12 @@ def _usual_day(site: Site) -> Figure:
         (site.load_kw, "load, kW", load, load),
         (site.pv_kw, "PV, kW", pv, FLOWS["pv"][1]),
         (_present(site), "vehicles present", ev, ev),
+        (
+            site.money_per_kwh[0],
+            f"price, {site.currency}/kWh".replace(", /", " of a "),
+            carbon,
+            carbon,
+        ),
         (site.carbon_kg_per_kwh, "carbon, kg/kWh", carbon, carbon),
     ]
     shown = [one for i, one in enumerate(shown, 1) if one[0].any() or i == len(shown)]

@@ -30,14 +30,24 @@ from co2lightning.train.curves import encode
 REFERENCES = "references"
 """The directory of the reference lines, beside those of the runs."""
 
-LAYOUT: dict[str, dict[str, list[Any]]] = {
-    category: {m.chart: ["Multiline", [f"^{m.tag}$"]] for m in metrics.values() if m.chart}
-    for category, metrics in (
-        ("all runs side by side, an episode's training days", TRAINING),
-        ("all runs side by side, held-out days (co2lightning test)", HELD_OUT),
-    )
-}
-"""Category -> chart -> tags, as regular expressions; the same in every run, shown once."""
+
+def layout(priced: bool) -> dict[str, dict[str, list[Any]]]:
+    """Return the charts of all runs: category -> chart -> tags, as regular expressions.
+
+    Args:
+        priced: Whether the site has prices; where it has none no chart of costs stands empty.
+    """
+    return {
+        category: {
+            m.chart: ["Multiline", [f"^{m.tag}$"]]
+            for m in metrics.values()
+            if m.chart and (priced or m.key != "cost")
+        }
+        for category, metrics in (
+            ("all runs side by side, an episode's training days", TRAINING),
+            ("all runs side by side, held-out days (co2lightning test)", HELD_OUT),
+        )
+    }
 
 
 def write_references(

@@ -31,7 +31,7 @@ from co2lightning.settings.recipe import Settings, as_recipe, flatten, read_reci
 from co2lightning.sim.days import SiteDays
 from co2lightning.site import trained_days
 from co2lightning.terminal import tell
-from co2lightning.train.board import LAYOUT, REFERENCES, DispatchFigure
+from co2lightning.train.board import REFERENCES, DispatchFigure, layout
 from co2lightning.train.curves import Curves
 from co2lightning.train.evaluation import Evaluation, best_in_words
 from co2lightning.train.plan import (
@@ -275,7 +275,8 @@ def _train(
     site_days = built.environment if isinstance(built.environment, SiteDays) else None
     sessions = run.load_history()["trainings"] if done else []
     figures = [row for session in sessions for row in session["metrics"]]
-    logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None, figures)
+    charts = layout(site_days.site.price_per_kwh is not None) if site_days else None
+    logger = Curves(settings["logs.dir"], run.name, done, charts, figures)
     progress = ProgressLine(target, echo)
     shows = [progress.show]
     if site_days and (every := settings["evaluate_every"]):
