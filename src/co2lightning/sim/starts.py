@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import Choice, rbc_c
@@ -20,7 +21,7 @@ class Starts(NamedTuple):
     """The state at each day's beginning, arrivals of that moment included."""
 
     soc: Floats  # [D] 0-1; 0 without a battery
-    owed_kw: Floats  # [D, C] at the meter, as `Carry` has it
+    owed_kw: NDArray[np.float32]  # [D, C] at the meter, as `Carry` has it
 
 
 def starts_of(site: Site) -> Starts:
