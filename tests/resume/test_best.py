@@ -129,7 +129,7 @@ def die_at_every_call(place: str) -> None:
         os.chdir(copy)
         assert main([*FIT, *EVAL, "--episodes", "5"]) == 0
 
-    for call in itertools.count(step=7):
+    for call in itertools.count(step=13):
         copy = shutil.copytree(Path(place, "before"), Path(place, f"{call}"))
         if not killed(train, copy, call):
             break
@@ -251,6 +251,10 @@ def test_a_run_that_learned_nothing_hands_out_what_it_started_from(
     outcome = command("test", "PPO", "--ckpt_path", "best", "--json")
     assert outcome.err.splitlines()[0] == said
     assert '"episode": 0' in outcome.out
+    outcome = command("report", "PPO", "rbc_b", "--ckpt_path", "best")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (0, said)
+    assert "PPO: episode 0 there" in outcome.out
+    assert "start.pt" in Path("report.html").read_text(encoding="utf-8")
     agent = co2lightning.PPO.load_from_checkpoint(f"{RUN}/start.pt")
     first = co2lightning.PPO.load_from_checkpoint(f"{RUN}/episode_0001.pt")
     obs = np.zeros((1, agent.observation_dim), dtype=np.float32)
@@ -324,8 +328,8 @@ def test_ranks_evaluate_together(place: Path) -> None:
 
 def test_what_cannot_be_is_one_line(village: Path, command: Command) -> None:
     assert command(*FIT, "--evaluate_every", "0", "--episodes", "1").code == 0
-    for words in (["test", "PPO"], ["predict", "PPO"], ["fit", "--model", "PPO"]):
-        outcome = command(*words, "--ckpt_path", "best")
+    for words in ("test PPO", "predict PPO", "report PPO", "fit --model PPO"):
+        outcome = command(*words.split(), "--ckpt_path", "best")
         assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
         assert "no episode in checkpoints/PPO was evaluated; fit on a site with" in outcome.err
         assert "--evaluate_every 10" in outcome.err

@@ -40,6 +40,13 @@ def main(argv: Sequence[str]) -> int:
         metavar="NAME",
         help="runs [default: all]; rules such as rbc_c, beside runs or on --env.site",
     )
+    parser.add_argument(
+        "--ckpt_path",
+        dest="best",
+        choices=("last", "best"),
+        default="last",
+        help="of each run the newest episode, or the best evaluated one [default: last]",
+    )
     parser.add_place("--output", default="report.html", help="the report [default: report.html]")
     parser.add_place(
         "--figures",
@@ -72,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
 
     keep = Path(options.directory) / "references"
     site = options.site if runs else site_of_rules(rules, options)
-    results = collect(runs, rules, site, say, partial(say, err=True), keep)
+    best, warn = options.best == "best", partial(say, err=True)
+    results = collect(runs, rules, site, say, warn, keep, best=best)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, now())
     files = {output: page}

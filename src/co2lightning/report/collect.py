@@ -22,6 +22,8 @@ from co2lightning.metrics import Settled
 from co2lightning.report.comparison import count_text, evaluation_data, settled_in
 from co2lightning.report.looks import RuleLook, RunLook, run_looks
 from co2lightning.report.tables import summarize
+from co2lightning.runs.files import read_file
+from co2lightning.runs.reading import hash_row
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import TITLES, Evaluation, Summary, evaluate, summarise
 from co2lightning.sim.objective import priced_model
@@ -276,6 +278,8 @@ def collect(
     echo: Callable[[str], None],
     warn: Callable[[str], None],
     keep: Path,
+    *,
+    best: bool = False,
 ) -> list[SiteResult]:
     """Read and evaluate runs; what is wrong with any of them comes out before the long part.
 
@@ -288,13 +292,15 @@ def collect(
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
         keep: Directory where the optimum is kept from one command to the next.
+        best: Show of each run the best evaluated episode, not the newest.
 
     Raises:
-        UserError: A run is damaged, a site cannot be read, no run is left to show.
+        UserError: A run is damaged, or was never evaluated where `best` is asked for, a site cannot
+            be read, no run is left to show.
     """
     alone = site if isinstance(site, Site) else None
     named = None if isinstance(site, Site) else site
-    loaded = [one for run in runs if (one := _load(run, named, warn))]
+    loaded = [one for run in runs if (one := _load(run, named, warn, best))]
     if not loaded and alone is None:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
     sites: dict[tuple[str, str], Site] = {}
@@ -341,8 +347,10 @@ def collect(
     return results
 
 
-def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]) -> _Loaded | None:
-    """Read a run's newest episode, None where it has nothing to show."""
+def _load(
+    run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None], best: bool
+) -> _Loaded | None:
+    """Read a run's newest or best episode, None where it has nothing to show."""
     episodes = run.episodes()
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
@@ -354,6 +362,10 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
             "next resume puts it aside, and naming the other runs leaves this one out"
         )
     path = run.path(checkpoint["episode"])
+    if best:
+        checkpoint, path, remarks = run.load_best_checkpoint()
+        for remark in remarks:
+            warn(remark)
     described = checkpoint.get("run")
     if isinstance(described, dict) and described.get("agent") and not described.get("site"):
         warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
@@ -378,7 +390,7 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
         agent=type(one.agent).__name__,
         episode=one.episode,
         file=one.path,
-        sha256=files[one.path.name],
+        sha256=files.get(one.path.name) or hash_row(read_file(one.path))["sha256"],
         trained_on=one.trained_on,
         evaluation=evaluate(policy, site, references, device),
         heat=compare_to_rule(policy, site, device),
