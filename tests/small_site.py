@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.control.moves import move_tables, moves_of, powers_of
+from co2lightning.control.outlook import outlook_of
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.sim.objective import metered, priced_model, reward
 from co2lightning.sim.physics import Flows, step
@@ -225,13 +227,15 @@ def begin(model: SiteModel, soc: float = 0.5, batch: int = 1) -> State:
 def play(
     site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float64
 ) -> Played:
-    """Run the first n steps of a site with actions [n, B, 2]."""
+    """Run the first n steps of a site with actions [n, B, A], powers or what moves weigh."""
     model = priced_model(site, dtype=dtype)
+    tables = move_tables(site, model, outlook_of(site))
     following = begin(model, soc_start if site.battery else 0.0, actions.shape[1])
     played = Played([], [], [], site.step_h)
     for action in actions.to(dtype):
         state = following
-        following, flows = step(model, state, action)
+        decided = powers_of(tables, model, state, moves_of(tables, model, state), action)
+        following, flows = step(model, state, decided)
         of_step = (of[0] for of in metered(model, state.place, flows.grid_kw.unsqueeze(0)))
         booked = Booked(*of_step, reward(state, flows))
         for column, one in zip(played, (state, flows, booked), strict=False):
