@@ -16,6 +16,7 @@ import yaml
 
 from co2lightning.control.forecast import forecast
 from co2lightning.errors import UserError
+from co2lightning.sim.kept import digest_of
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Objective, Provided, Site
 from hand_site import hand_site
@@ -346,6 +347,18 @@ def test_a_long_file_is_read_in_pieces(folder: Folder) -> None:
     assert f"row {len(rows) + 1}, column time: is there twice" in message(folder.load)
 
 
+def test_what_is_known_is_part_of_what_results_are_kept_under() -> None:
+    site = weeks()
+    told = with_rows(site, truth(site))
+    own = told.provided[CARBON]
+    other = Provided(own.key, own.value + np.float32(0.01))
+    sites = [
+        *(site, told, replace(site, provided={CARBON: other})),
+        *(replace(site, known_ahead={CARBON: since}) for since in ("13:00", "always")),
+    ]
+    assert len({digest_of(one) for one in sites}) == len(sites)
+
+
 # --- a provider's word ---------------------------------------------------------------------------
 
 
@@ -419,6 +432,19 @@ def test_where_issues_are_rare_their_age_counts() -> None:
     own = forecast(site, CARBON)
     usual = np.abs(own[:-1, 0] - site.carbon_kg_per_kwh[1:])
     assert old < 0.95 * usual[held_out & (age >= 20)].mean()
+
+
+def test_an_issue_older_than_any_on_training_days_is_not_believed() -> None:
+    """Issued each hour, but for half a day of a held-out week."""
+    site = weeks()
+    begin = int(site.stretch_bounds[0, 0]) + 30
+    issue = np.repeat(np.arange(site.n_steps), 24)
+    about = issue + np.tile(np.arange(1, 25), site.n_steps)
+    there = (issue < begin) | (issue >= begin + 12)
+    told = rows_of(site, issue[there], about[there], truth(site)[issue, about - issue][there])
+    own, expected = forecast(site, CARBON), forecast(told, CARBON)
+    assert (expected[begin : begin + 12] == own[begin : begin + 12]).all()
+    assert (expected[begin + 12, :24] != own[begin + 12, :24]).all()
 
 
 def test_too_few_rows_to_judge_are_not_believed() -> None:

@@ -122,12 +122,15 @@ def _own_forecast(site: Site, signal: str) -> Floats:
         if signal not in site.provided:
             continue
         said, age_h = provided(site, signal, lead)
-        says = np.flatnonzero(~np.isnan(said))
-        issued = np.floor(says - age_h[says] / site.step_h).astype(np.int64)
-        good = good[says] & ((issued < 0) | known[np.maximum(issued, 0)])
-        own, off_said = regressors[:, says], said[says] - ahead[says]
-        more = _of_provider(off_said, age_h[says], own[0], good)
-        regressors = np.concatenate([own, more])
+        issued = np.floor(np.arange(n) - np.nan_to_num(age_h) / site.step_h + _SAME).astype(
+            np.int64
+        )
+        good &= ~np.isnan(said) & ((issued < 0) | known[np.maximum(issued, 0)])
+        # One that is older than any that was right or wrong on training days is not believed.
+        says = np.flatnonzero(age_h <= age_h[good].max(initial=-1.0))
+        good = good[says]
+        more = _of_provider(said[says] - ahead[says], age_h[says], off[says], good)
+        regressors = np.concatenate([regressors[:, says], more])
         if good.sum() >= _ROWS_PER_REGRESSOR * len(regressors):
             weights = _fitted(regressors[:, good], target[says[good]])
             expected[says, column] = ahead[says] + weights @ regressors
@@ -152,9 +155,9 @@ def provided(site: Site, signal: str, lead: int) -> tuple[Floats, Floats]:
     now_s = site.begin_s + step_s * place
     said, age_h = site.provided[signal].newest(place + lead, now_s)
     for back in range(1, steps_per_lead(site)):
-        before = site.provided[signal].newest(place + lead - back, now_s)
-        age_h = np.where(np.isnan(said), before[1], age_h)
-        said = np.where(np.isnan(said), before[0], said)
+        silent = np.flatnonzero(np.isnan(said))
+        about = silent + lead - back
+        said[silent], age_h[silent] = site.provided[signal].newest(about, now_s[silent])
     return said, age_h
 
 
@@ -164,11 +167,10 @@ def _of_provider(off: Floats, age_h: Floats, own: Floats, good: NDArray[np.bool_
     Less what it is off in the mean of the good rows, and brought to the size of the site's own
     deviation there, so that the ridge treats all alike, whatever a provider's unit.
     """
-    off = off - off[good].mean() if good.any() else off
-    rare = good.any() and np.ptp(age_h[good]) >= _RARE_H
-    more = np.stack([off, off * age_h]) if rare else off[None]
     if not good.any():
-        return more
+        return off[None]
+    off = off - off[good].mean()
+    more = np.stack([off, off * age_h]) if np.ptp(age_h[good]) >= _RARE_H else off[None]
     sizes = np.sqrt(np.mean(more[:, good] ** 2, axis=1, keepdims=True))
     return more * np.divide(np.sqrt(np.mean(own[good] ** 2)), sizes, where=sizes > 0, out=sizes)
 

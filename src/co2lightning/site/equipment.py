@@ -70,7 +70,7 @@ def _currency(key: str, value: object) -> str:
 
 
 def _known_ahead(key: str, value: object) -> dict[str, str]:
-    known = _mapping(key, value, dict.fromkeys(KNOWABLE, _since), dict.fromkeys(KNOWABLE))
+    known = _mapping(key, value, dict.fromkeys(_KNOWABLE, _since), dict.fromkeys(_KNOWABLE))
     return {column: since for column, since in known.items() if since is not None}
 
 
@@ -101,8 +101,7 @@ def _shown(value: object) -> str:
     return f"{value if isinstance(value, date) else show(value)} is"
 
 
-KNOWABLE = (*("carbon_kg_per_kwh", "pv_kw", "load_kw", "price_per_kwh", "export_price_per_kwh"),)
-"""Columns of the series that may be known before their time."""
+_KNOWABLE = "carbon_kg_per_kwh", "pv_kw", "load_kw", "price_per_kwh", "export_price_per_kwh"
 
 _EFFICIENCY = _number(0.5, 1, hint=" (a share, not per cent)")
 _SHARE = _number(0, 1, hint=" (a share, not per cent)")
