@@ -36,8 +36,8 @@ def shipped(name: str = "iquitos") -> Site:
 
 @functools.cache
 def real(name: str) -> Site:
-    """Read a site of tests/sites, once for all tests of a process."""
-    return load_site(Path(__file__).parent / "sites" / name)
+    """Read a site of tests/sites, of vehicles the truth, once for all tests of a process."""
+    return load_site(Path(__file__).parent / "sites" / name, announced=False)
 
 
 def small_site(
@@ -221,7 +221,8 @@ def begin(model: SiteModel, soc: float = 0.5, batch: int = 1) -> State:
     """Return the state [B] at the first step of the series, its arrivals included."""
     places = torch.zeros(batch, dtype=torch.int64, device=model.device)
     owed_kw = model.sockets[3, 0].expand(batch, -1)
-    return restore(model, Carry(places, torch.full_like(owed_kw[:, 0], soc), owed_kw))
+    true_kw = None if model.truth is None else model.truth[1, 0].expand(batch, -1)
+    return restore(model, Carry(places, torch.full_like(owed_kw[:, 0], soc), owed_kw, true_kw))
 
 
 def play(

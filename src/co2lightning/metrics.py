@@ -57,6 +57,7 @@ TRAINING = _of(
     Metric("curtailment_kwh"),
     Metric("self_consumption"),
     Metric("unmet_kwh", "unmet, kWh", "{:.1f}", chart="energy not served, kWh a day"),
+    Metric("misled_kwh", "of it misled, kWh", "{:.1f}", "of it\nmisled"),
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
@@ -98,6 +99,7 @@ HELD_OUT = _of(
         chart="gap closed, uncontrolled 0, optimum 1",
     ),
     Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+    Metric("misled_kwh", "of it misled, kWh/day", "{:.3f}", "of it\nmisled"),
     Metric("self_consumption", "self-consumption", "{:.1%}", "self-con-\nsumption"),
     Metric("curtailed_kwh", "curtailed, kWh/day", "{:.0f}"),
     Metric(

@@ -63,7 +63,7 @@ def at_the_rules(env: SiteDays, day: int) -> None:
     site, place = env.site, int(env.site.day_bounds[day])
     begun = start(env.model, site, np.array([0]), site.battery.soc_min if site.battery else 0.0)
     _, at = run(env.model, rbc_b, begun, place)
-    several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at))
+    several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at.parts))
     env.begin(torch.full((env.num_envs,), day), several.soc)
     env.go_on(several, torch.zeros(0, 3, env.num_envs))
 

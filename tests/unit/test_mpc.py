@@ -324,7 +324,7 @@ def test_side_by_side_it_is_the_same(tmp_path: Path) -> None:
     [("iquitos", 0.95), (SITES / "caltech-2019", 0.43), (SITES / "citylearn-5", 0.87)],
 )
 def test_what_it_reaches(name: str | Path, gap: float) -> None:
-    site = load_site(name, {})
+    site = load_site(name, announced=False)
     evaluation = beside(evaluate(None, site), site, "mpc", play_mpc(site))
     closed = summarise(evaluation)["mpc"].gap_closed
     assert closed is not None

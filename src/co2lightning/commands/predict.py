@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
         "soc: 0-1, at its end. co2_kg: of the import. unmet_kwh: owed to vehicles that then leave. "
+        "misled_kwh, where drivers announce: of it what is due to that. "
         "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
         name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",

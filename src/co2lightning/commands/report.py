@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     keep = Path(options.directory) / "references"
     site = options.site if runs else site_of_rules(rules, options)
     best, warn = options.best == "best", partial(say, err=True)
-    results = collect(runs, rules, site, say, warn, keep, best=best)
+    results = collect(runs, rules, site, options.announced, say, warn, keep, best=best)
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, now())
     files = {output: page}

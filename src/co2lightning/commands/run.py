@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 from co2lightning.places import local
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.terminal import say
@@ -63,8 +63,26 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_site(self, help: str) -> None:
-        """Add the flag that takes another site than a run's own, as `site`."""
+        """Add the flags that take another site than a run's own, as `site`, `announced`."""
         self.add_argument("--env.site", dest="site", metavar="SITE", help=help)
+        self.add_announced("the run's, or true")
+
+    def add_announced(self, default: str) -> None:
+        """Add the flag that says what is known of vehicles, as `announced`, None if not given."""
+        self.add_argument(
+            "--env.announced",
+            dest="announced",
+            type=_truth,
+            metavar="true|false",
+            help="of vehicles what drivers announce is known, where the sessions tell it; false: "
+            f"the truth [default: {default}]",
+        )
+
+
+def _truth(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{show(word)}: must be true or false")
+    return word == "true"
 
 
 class _Place(argparse.Action):
@@ -112,7 +130,11 @@ def site_of_rules(names: Sequence[str], arguments: argparse.Namespace) -> Site:
     said = f"{arguments.command} {' '.join(names)}"
     if arguments.site is None:
         raise UserError(f"{said}: a rule needs a site, such as --env.site iquitos")
-    site = load_site(arguments.site, objective=arguments.objective or "co2")
+    site = load_site(
+        arguments.site,
+        objective=arguments.objective or "co2",
+        announced=arguments.announced is not False,
+    )
     if "cheap" in names and not len(site.sessions.arrival):
         raise UserError(f"{said}: no vehicle comes to {site.name} for cheap to charge")
     say(*site.notes, err=True)
@@ -146,10 +168,13 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     config = checkpoint["run"].get("config", {})
     refuse_objective(arguments, arguments.name)
     wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
+    announced = config.get("env.announced") is not False
+    if arguments.announced is not None:
+        announced = arguments.announced
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
-        site = load_site(wanted, objective=objective)
+        site = load_site(wanted, objective=objective, announced=announced)
     say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(

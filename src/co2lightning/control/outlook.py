@@ -47,7 +47,7 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
         device: Where the rules act.
         foresight: Whether what import will cost is known instead.
     """
-    stays = site.sessions.departure - site.sessions.arrival
+    stays = site.sessions_told.departure - site.sessions_told.arrival
     (now, expected), each = price(site), steps_per_lead(site)
     leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
     sun = site.load_kw - site.pv_kw < 0.0

@@ -44,8 +44,13 @@ def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
     return -(others_kw / model.battery_kw).clamp(-1.0, 1.0)
 
 
-def uncontrolled(model: SiteModel, state: State) -> Tensor:
-    """Charge on arrival, leave the battery idle: the site without any control."""
+def uncontrolled(model: SiteModel, state: State) -> Tensor | Powers:
+    """Charge on arrival, leave the battery idle: the site without any control.
+
+    Who charges on arrival asks nobody, so it does so whatever drivers announce.
+    """
+    if state.true_kw is not None:
+        return Powers(state.power_kw, torch.zeros_like(state.soc), as_told=False)
     return torch.stack([torch.ones_like(state.soc), torch.zeros_like(state.soc)], dim=1)
 
 

@@ -95,7 +95,7 @@ class Player:
         def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             output, action = self._policy(obs, noise)
             following, *made = env.advance(carry, action)
-            return *following, *made, output
+            return *following.parts, *made, output
 
         def run(*start: Tensor) -> tuple[Tensor, ...]:
             *carry, obs, noise = start
@@ -110,11 +110,11 @@ class Player:
         quick = self.agent.device.type == "cpu"  # a recording shall not hold such tensors
         with torch.inference_mode(quick):
             graph(env.carry, obs, noise[0])
-        replay, recorded = as_recording(run, (*env.carry, obs, noise)), len(noise)
+        replay, recorded = as_recording(run, (*env.carry.parts, obs, noise)), len(noise)
 
         def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
             whole = replay if len(noise) == recorded else run
-            *carry, obs, following, reward, past, output = whole(*env.carry, obs, noise)
+            *carry, obs, following, reward, past, output = whole(*env.carry.parts, obs, noise)
             env.go_on(Carry(*carry), past)
             no, yes = torch.zeros_like(reward), torch.ones_like(reward)
             cut = no if env.steps_left else torch.cat([no[1:], yes[:1]])

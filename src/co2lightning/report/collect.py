@@ -260,6 +260,7 @@ class _Loaded(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of the run
     site: str
     objective: Any  # what it was trained on: text or weights
+    announced: bool  # whether of vehicles what drivers announce is known
     path: Path
 
     @property
@@ -275,6 +276,7 @@ def collect(
     runs: Sequence[TrainingCheckpoint],
     rules: Sequence[str],
     site: str | Site | None,
+    announced: bool | None,
     echo: Callable[[str], None],
     warn: Callable[[str], None],
     keep: Path,
@@ -288,6 +290,7 @@ def collect(
         rules: Names of rules to be looked at on the same sites.
         site: Evaluate all runs on this site, not on their own; where there are none, the rules' as
             it is loaded.
+        announced: Whether of vehicles what drivers announce is known; None: as each run has it.
         echo: Gets a line for each step of the work.
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
@@ -300,17 +303,19 @@ def collect(
     """
     alone = site if isinstance(site, Site) else None
     named = None if isinstance(site, Site) else site
-    loaded = [one for run in runs if (one := _load(run, named, warn, best))]
+    loaded = [one for run in runs if (one := _load(run, named, announced, warn, best))]
     if not loaded and alone is None:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
-    sites: dict[tuple[str, str], Site] = {}
-    groups: dict[tuple[str, Objective, bytes], tuple[Site, list[_Loaded]]] = {}
+    sites: dict[tuple[str, str, bool], Site] = {}
+    groups: dict[tuple[str, Objective, bytes, bool], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
-        wanted = one.site, str(one.objective)
+        wanted = one.site, str(one.objective), one.announced
         if wanted not in sites:
             with named_in(None if named else one.path):
-                sites[wanted] = load_site(one.site, objective=one.objective)
-            if one.site not in [known for known, _ in list(sites)[:-1]]:
+                sites[wanted] = load_site(
+                    one.site, objective=one.objective, announced=one.announced
+                )
+            if one.site not in [known for known, *_ in list(sites)[:-1]]:
                 for note in sites[wanted].notes:
                     warn(f"{sites[wanted].name}: {note}")
         found = sites[wanted]
@@ -326,7 +331,8 @@ def collect(
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
-        key = found.sha256, found.objective, found.stretches.tobytes()
+        stretches, told = found.stretches.tobytes(), found.told is not None
+        key = found.sha256, found.objective, stretches, told
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in [(alone, [])] if alone else groups.values():
@@ -348,7 +354,11 @@ def collect(
 
 
 def _load(
-    run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None], best: bool
+    run: TrainingCheckpoint,
+    site: str | None,
+    announced: bool | None,
+    warn: Callable[[str], None],
+    best: bool,
 ) -> _Loaded | None:
     """Read a run's newest or best episode, None where it has nothing to show."""
     episodes = run.episodes()
@@ -379,7 +389,9 @@ def _load(
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
     objective = config.get("env.objective", "co2")
-    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, objective, path)
+    known = config.get("env.announced") is not False if announced is None else announced
+    facts = checkpoint["run"]
+    return _Loaded(run, agent, checkpoint["episode"], facts, wanted, objective, known, path)
 
 
 def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:

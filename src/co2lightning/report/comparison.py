@@ -46,6 +46,11 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
                 else {"cost_per_day": round(float(figures.cost.sum() / days), 6)}
             ),
             "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
+            **(
+                {"misled_kwh_per_day": round(misled_kwh, 6)}
+                if (misled_kwh := summaries[name].misled_kwh) is not None
+                else {}
+            ),
             "peak_kw": round(summaries[name].peak_import_kw, 6),
             "stretches": _by_row(
                 {
@@ -76,6 +81,8 @@ def _figures_told(evaluation: Evaluation, figures: Figures) -> dict[str, Floats]
     told = figures._asdict()
     if evaluation.currency is None:
         del told["cost"]
+    if not evaluation.announced:
+        del told["misled_kwh"]
     if not evaluation.objective.cost:
         told["settlement_kg"] = figures.settlement
     return told
@@ -145,6 +152,16 @@ def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, st
     ):
         if kwh := a_day(stretches, key):
             lines.append(f"Served by nobody and in no figure above: {kwh:.2f} {words}")
+    short = [
+        f"{titles[name]} {policy['unmet_kwh_per_day']:.2f}"
+        for name, policy in policies.items()
+        if policy.get("misled_kwh_per_day") and policy["unmet_kwh_per_day"] >= 0.005
+    ]
+    if short:
+        lines.append(
+            "Drivers do other than they announce, so vehicles leave without so many kWh/day, for "
+            f"which nothing is emitted: {', '.join(short)}; the optimum serves all"
+        )
     for name, policy in policies.items():
         if kwh := a_day(policy["stretches"], "over_limit_kwh"):
             lines.append(f"{titles[name]} imports {kwh:.2f} kWh/day beyond the connection's limit")

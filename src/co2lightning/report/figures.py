@@ -42,6 +42,8 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
         same = [r for r in results if r.site.sha256 == result.site.sha256]
         if len({r.site.objective for r in same}) > 1:
             places[i] += f"-{result.settled.name}"
+        if result.site.told is None and any(r.site.told for r in same):
+            places[i] += "-truth"
     return as_files(
         (name + place, figure)
         for result, place in zip(results, places, strict=True)

@@ -248,7 +248,8 @@ def _lead(result: SiteResult) -> str:
         closed = f" It closes {share} of the gap to the optimum."
     unmet = ""
     if result.site.n_sockets:
-        unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day. {_not_asked(result.references)}"
+        misled = "" if best.misled_kwh is None else f", of it {best.misled_kwh:.3f} misled"
+        unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day{misled}. {_not_asked(result.references)}"
     difference = in_page(settled.metric("vs_best"), best._asdict())
     mean = settled.written(getattr(best, settled.key)).replace("-", "\N{MINUS SIGN}")
     unit = escape(f" {settled.unit}" if settled.unit else "")
@@ -313,8 +314,11 @@ def _site(index: int, result: SiteResult) -> str:
         else ", without an interval, for which eight stretches are needed, so each is shown below; "
     )
     figure = f'<div class="chart" data-site="{index}" data-chart='
+    misled = "; misled: of it what is due to what drivers announced" if site.told else ""
     what = settled.name[0].upper() + settled.name[1:]
     by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
+    if (read := site.sessions_read) and read.announcements:
+        by += f" Of vehicles {_KNOWN[site.told is not None]} is known."
     meter = "cost" if settled.key == "cost" else "CO2"
     verb = "emit" if settled.key == "co2_kg" else "come to"
     unit = escape(settled.unit or "absolute figures")
@@ -345,8 +349,8 @@ from {site.day_start_h}:00 to {site.day_start_h}:00, of which {stretches}, {days
 <p class="source">Mean a day{interval}each stretch in one go, settled by what the best operation of
 the next two days would cost from the state that is left. {metered_text(settled)}Gap
 closed: share of the way from uncontrolled to the optimum (LP, perfect foresight). Unmet: energy
-not served beyond what charging on arrival also leaves. Self-consumption: share of the PV that found
-a use. {below} The same by
+not served beyond what charging on arrival also leaves{misled}.
+Self-consumption: share of the PV that found a use. {below} The same by
 <code>{tested}</code>; {sources}.</p>
 {_each_stretch(result)}
 <figure>{figure}"intervals"></div>
@@ -401,6 +405,9 @@ def _comparison(result: SiteResult) -> str:
         for name, summary in summarise(result.references).items()
     ]
     return table_in_page(comparison_table(rows, result.settled))
+
+
+_KNOWN = {True: "what drivers announce", False: "the truth, not what drivers announce,"}
 
 
 def _by(settled: Settled, site: Site) -> str:

@@ -188,9 +188,17 @@ def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
         "admitted_kwh": _rounded(admitted.energy_kwh.sum()),
         "admitted_per_day": _rounded(len(admitted.socket) * in_days),
         "most_at_once": int(_present(site).max()),
+        "announcements": _announcements(site),
         "share_across_midnight": _rounded(read.span_share[0]),
         "share_across_day_start": _rounded(read.span_share[site.day_start_h]),
     }
+
+
+def _announcements(site: Site) -> dict[str, Any] | None:
+    if site.sessions_read is None or (said := site.sessions_read.announcements) is None:
+        return None
+    told = {key: value and _rounded(value) for key, value in said._asdict().items()}
+    return {"known": site.told is not None, **told}
 
 
 def _present(site: Site) -> Ints:
@@ -383,6 +391,8 @@ def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[t
             f"{sessions['admitted_per_day']:.1f} a day, at most {sessions['most_at_once']} at once",
         )
     )
+    if said := sessions["announcements"]:
+        rows.append(("  announced", _announced(said, sessions["rows"])))
     midnight, boundary = (
         100 * sessions[f"share_across_{hour}"] for hour in ("midnight", "day_start")
     )
@@ -390,6 +400,18 @@ def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[t
     if day_start:
         across += f", {boundary:.1f} % across {day_start:02d}:00"
     return [*rows, ("  across", across)]
+
+
+def _announced(said: Mapping[str, Any], rows: int) -> str:
+    parts = [f"{said['departures']:.0f} departures, {said['energies']:.0f} energies of {rows} rows"]
+    if said["departures"]:
+        parts.append(
+            f"departures {said['departure_off_h']:.2g} h off in the median, "
+            f"{100 * said['departure_late_share']:.0f} % later than the truth"
+        )
+    if said["energies"]:
+        parts.append(f"in the median {said['energy_ratio']:.2g} times what is taken")
+    return "; ".join(parts) + ("" if said["known"] else "; the truth is known here")
 
 
 # --- as figures ----------------------------------------------------------------------------------

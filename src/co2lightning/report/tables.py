@@ -24,7 +24,8 @@ _SESSION = (
 )
 _OF = "of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
-_SOME_HAVE = "cost", "eval_vs_uncontrolled"  # where there are prices; where it was evaluated
+# Where there are prices; where drivers announce; where it was evaluated.
+_SOME_HAVE = "cost", "misled_kwh", "eval_vs_uncontrolled"
 
 
 def summarize(run: TrainingCheckpoint) -> _Row:
@@ -162,6 +163,9 @@ def comparison_table(policies: Iterable[_Row], settled: Settled, title: str | No
     ]
     episode = [Metric("episode", "episode", "{}")] if "episode" in rows[0] else []
     known = [m for m in settled.metrics() if any(row.get(m.key) is not None for row in rows)]
+    misled = ""
+    if any(metric.key == "misled_kwh" for metric in known):
+        misled = " Misled: of it, by what drivers announced."
     certain = rows[0].get("co2_kg_interval") is not None
     interval = "± half the 95 % interval over stretches. " if certain else ""
     return Table(
@@ -170,7 +174,7 @@ def comparison_table(policies: Iterable[_Row], settled: Settled, title: str | No
         title,
         caption=f"{interval}Each stretch in one go, settled by what the best operation of the next "
         f"two days would cost. {metered_text(settled)}Gap: from uncontrolled to the optimum. "
-        "Unmet: beyond what charging on arrival leaves.",
+        f"Unmet: beyond what charging on arrival leaves.{misled}",
         boxed=True,
     )
 

@@ -44,7 +44,7 @@ class _Tables(NamedTuple):
     hindsight: Tensor  # [P + 1, K]
     # What the cheap rule, run through the whole series, has at each day's beginning:
     soc: Tensor  # [D], on the CPU
-    owed_kw: Tensor  # [D, C] to the vehicles
+    owed_kw: tuple[Tensor, ...]  # [D, C] each, to the vehicles, as `Carry` has it
     # What of these came before each place without control, and what is owed then, [P + 1]:
     uncontrolled_kg: Tensor
     uncontrolled_cost: Tensor
@@ -56,7 +56,8 @@ class _Tables(NamedTuple):
 @functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)  # what it would make can never be trained on
 def _tables(site: Site, device: torch.device) -> _Tables:
-    idle, rule = through(site, uncontrolled), through(site, rbc_b)
+    # Of what is truly owed: nothing is to be won by a wrong announcement.
+    idle, rule = through(site.truth, uncontrolled), through(site, rbc_b)
     training = site.training_steps
     days = training.sum() * site.step_h / DAY_H
     objective = site.objective
@@ -73,7 +74,7 @@ def _tables(site: Site, device: torch.device) -> _Tables:
         model=model,
         hindsight=torch.as_tensor(ahead).to(model.zero),
         soc=torch.as_tensor(starts.soc, dtype=torch.float32),
-        owed_kw=torch.as_tensor(starts.owed_kw).to(model.zero),
+        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in starts.owed_kw),
         uncontrolled_kg=until(idle.co2_kg),
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
@@ -119,7 +120,7 @@ class SiteDays:
         self._days = self.horizon * site.step_h / DAY_H
         self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
         self._length = self.horizon  # of the running window, in steps
-        self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
+        self._past: list[Tensor] = []  # of each step [2 or 3, B]: see `_past_of`
         self._at: State | Carry | None = None
         self._moves: Moves | None = None  # of that state
         self._build(torch.device(device))
@@ -190,8 +191,8 @@ class SiteDays:
         self._length = steps or self.horizon
         places = self.site.day_bounds[days.cpu().numpy()]
         if recorded:
-            owed_kw = self.tables.owed_kw[days.to(model.device)]
-            carry = Carry(torch.as_tensor(places).to(model.device), soc.to(model.zero), owed_kw)
+            owed_kw = (owed[days.to(model.device)] for owed in self.tables.owed_kw)
+            carry = Carry(torch.as_tensor(places).to(model.device), soc.to(model.zero), *owed_kw)
         else:
             carry = start(model, self.site, places, soc)
         self.place, self._began = carry.place, carry
@@ -263,7 +264,7 @@ class SiteDays:
 
         Returns:
             The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
-            [2, B], for `go_on`.
+            [2 or 3, B], for `go_on`.
         """
         state = restore(self.model, carry)
         following, flows = self._step(state, None, action)
@@ -271,7 +272,7 @@ class SiteDays:
         return following.carry, observed, reward(state, flows), past
 
     def go_on(self, carry: Carry, past: Tensor) -> None:
-        """Set the window to a carry that `advance` led to, with the past [n, 2, B] of n steps."""
+        """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""
         self._past += past.unbind(0)
         self._at, self._moves = carry, None
 
@@ -285,7 +286,7 @@ class SiteDays:
         """
         if not self._past:
             raise RuntimeError("no step was made yet")
-        grid_kw, unmet_kw = torch.stack(self._past, dim=1)
+        grid_kw, unmet_kw, *misled_kw = torch.stack(self._past, dim=1)
         co2_kg, cost = metered(self.model, self.place, grid_kw)
         tables, step_h, carry = self.tables, self.site.step_h, self.carry
         undone_kwh = self._put_off_kwh(carry) - self._put_off_kwh(self._began)
@@ -299,6 +300,7 @@ class SiteDays:
             "grid_import_kwh": grid_kw.relu().sum(0) * step_h,
             "curtailed_kwh": (-grid_kw).relu().sum(0) * step_h,
             "unmet_kwh": unmet_kw.sum(0) * step_h,
+            **({"misled_kwh": misled_kw[0].sum(0) * step_h} if misled_kw else {}),
             "pv_kwh": self._meanwhile(tables.pv_kwh),
             "uncontrolled_kg": self._meanwhile(tables.uncontrolled_kg),
             "uncontrolled_cost": self._meanwhile(tables.uncontrolled_cost),
@@ -306,7 +308,7 @@ class SiteDays:
 
     def _put_off_kwh(self, carry: Carry) -> Tensor:
         """Return what vehicles are owed [B] beyond what charging on arrival would leave."""
-        owed_kwh = carry.owed_kw.sum(1) * self.site.step_h
+        owed_kwh = carry.truly_owed_kw.sum(1) * self.site.step_h
         return (owed_kwh - self.tables.owed_kwh[carry.place]).relu()
 
     def _meanwhile(self, until: Tensor) -> Tensor:
@@ -337,8 +339,10 @@ class SiteDays:
                 day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
             )
             money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
+        misled = {"site/misled_kwh": day["misled_kwh"]} if "misled_kwh" in day else {}
         return {
             **money,
+            **misled,
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
@@ -356,8 +360,12 @@ _NO_DAY = "no day is running: call reset() or begin() first"
 
 
 def _past_of(flows: Flows) -> Tensor:
-    """Return [2, B] what a window's totals are made of: grid kW, unmet kW."""
-    return torch.stack([flows.grid_kw, flows.unmet_kw])
+    """Return what a window's totals are made of: grid kW, unmet kW, where drivers announce misled.
+
+    [2, B] or [3, B].
+    """
+    misled_kw = [] if flows.misled_kw is None else [flows.misled_kw]
+    return torch.stack([flows.grid_kw, flows.unmet_kw, *misled_kw])
 
 
 def _windows(site: Site, horizon: int, hours: float) -> np.ndarray:
@@ -393,6 +401,7 @@ def make_environment(
     id: str | None = None,
     objective: dict[str, float] | str = "co2",
     action: Literal["powers", "moves"] = "powers",
+    announced: bool = True,
 ) -> Environment:
     """Make the environment an agent trains in.
 
@@ -408,6 +417,8 @@ def make_environment(
             a kg and of a unit of its currency such as {co2: 1, cost: 0.2}.
         action: What an agent decides on a site: powers of vehicles and battery, or what each of
             their moves weighs.
+        announced: Know of vehicles what drivers announce, where the sessions tell it; false: the
+            truth.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
@@ -417,5 +428,5 @@ def make_environment(
         return GymEnvironment(id, num_envs)
     if not 1 <= hours <= 168:
         raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
-    found = load_site(site, objective=objective)
+    found = load_site(site, objective=objective, announced=announced)
     return SiteDays(found, num_envs, hindsight=hindsight, hours=hours, action=action)

@@ -62,6 +62,7 @@ class Figures(NamedTuple):
     co2_kg: Floats  # of the import; where it is the objective, settled
     cost: Floats  # of import less export; where it is the objective, settled; 0 without prices
     unmet_kwh: Floats  # beyond what charging on arrival would also leave
+    misled_kwh: Floats  # of it what is due to a wrong announcement
     grid_import_kwh: Floats
     curtailed_kwh: Floats
     peak_import_kw: Floats
@@ -90,6 +91,8 @@ class Evaluation:
         currency: Of the costs; None where the site has no prices, "" where it names none.
         schedules: Per policy what it did in every step of each stretch.
         rbc_c: What RBC C does, in words.
+        dearest: The most that a kWh which is not served can save, [W]; None where policies know
+            the truth of vehicles and serve all.
     """
 
     site: str
@@ -108,6 +111,12 @@ class Evaluation:
     currency: str | None = None
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     rbc_c: str = ""
+    dearest: Floats | None = None
+
+    @property
+    def announced(self) -> bool:
+        """Whether policies know of vehicles what drivers announce, not the truth."""
+        return self.dearest is not None
 
     @property
     def best(self) -> str:
@@ -133,6 +142,7 @@ class Summary(NamedTuple):
     vs_best_interval: float | None  # of the paired differences
     gap_closed: float | None  # share of the way from uncontrolled to the optimum
     unmet_kwh: float  # a day
+    misled_kwh: float | None  # a day, of it; None where drivers announce nothing
     self_consumption: float | None  # share of the PV that found a use
     curtailed_kwh: float  # a day
     peak_import_kw: float  # highest of all stretches
@@ -239,6 +249,7 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
         rbc_c=rbc_c_in_words(site, keep),
+        dearest=_dearest(site) if site.told else None,
     )
 
 
@@ -259,6 +270,11 @@ def _tolerance(site: Site, uncontrolled: list[Schedule], standard: Floats) -> Fl
         exported = (credit[start:end] * plan.curtailed_kwh).sum()
         allowed.append(rounded * (stored + 16.0 * (imported + exported + abs(tail))))
     return 1e-6 * max(1.0, highest) + np.array(allowed)
+
+
+def _dearest(site: Site) -> Floats:
+    price = np.abs(site.import_price)
+    return np.array([price[begin:end].max() for begin, end in site.stretch_bounds])
 
 
 def _schedules(played: list[Played]) -> list[Schedule]:
@@ -286,6 +302,8 @@ def _figures(
         for plan, (a, b) in zip(schedules, site.stretch_bounds, strict=True)
     ]
     unmet_kwh = _each(lambda plan: plan.unmet_kwh.sum(), schedules)
+    unmet_kwh = np.maximum(unmet_kwh - unavoidable_kwh, 0.0)
+    misled_kwh = _each(lambda plan: plan.misled_kwh.sum(), schedules)
     settled = _each(_meter(site), schedules) + settlement
     co2_kg = _each(lambda plan: plan.co2_kg.sum(), schedules)
     cost = _each(lambda plan: plan.cost.sum(), schedules)
@@ -294,7 +312,8 @@ def _figures(
         settlement=settlement,
         co2_kg=settled if site.objective == Objective(1.0, 0.0) else co2_kg,
         cost=settled if site.objective == Objective(0.0, 1.0) else cost,
-        unmet_kwh=np.maximum(unmet_kwh - unavoidable_kwh, 0.0),
+        unmet_kwh=unmet_kwh,
+        misled_kwh=np.minimum(misled_kwh, unmet_kwh),
         grid_import_kwh=_each(lambda plan: plan.grid_import_kw.sum() * step_h, schedules),
         curtailed_kwh=_each(lambda plan: plan.curtailed_kwh.sum(), schedules),
         peak_import_kw=_each(lambda plan: plan.grid_import_kw.max(), schedules),
@@ -344,6 +363,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
             if gap > _LEAST_GAP * evaluation.unit
             else None,
             unmet_kwh=a_day(figures.unmet_kwh),
+            misled_kwh=a_day(figures.misled_kwh) if evaluation.announced else None,
             self_consumption=max(0.0, 1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh)
             if pv_kwh
             else None,
@@ -368,11 +388,15 @@ def mean_interval(values: Floats) -> tuple[float, float | None]:
 def violations(evaluation: Evaluation) -> list[str]:
     """Name every stretch in which a policy is better than the optimum: each is a defect."""
     bound, of_co2 = evaluation.policies["optimum"].settled, evaluation.objective == Objective()
+    # Who serves less than all may come to less, by no more than the dearest kWh each.
+    dearest = 0.0 if evaluation.dearest is None else evaluation.dearest
     unit = "kg" if of_co2 else evaluation.currency if not evaluation.objective.co2 else ""
     verb, unit = "emits" if of_co2 else "costs", f" {unit}" if unit else ""
     return [
         f"{evaluation.days[i]}: {name} {verb} {figures.settled[i]:.6f}{unit}, the optimum "
         f"{bound[i]:.6f}{unit}"
         for name, figures in evaluation.policies.items()
-        for i in np.flatnonzero(figures.settled < bound - evaluation.tolerance)
+        for i in np.flatnonzero(
+            figures.settled < bound - evaluation.tolerance - dearest * figures.unmet_kwh
+        )
     ]

@@ -45,8 +45,9 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
     what the site emits on a day without control (see `co2lightning.sim.objective`).
 
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step, and
-    `cost` where the site has prices; that of a reset `day`, the dates. After a window's last step
-    the next call of `step` ignores its actions and begins new days (NEXT_STEP autoreset).
+    `cost` where the site has prices, `misled_kwh` where drivers announce: what of the unmet is due
+    to that; that of a reset `day`, the dates. After a window's last step the next call of `step`
+    ignores its actions and begins new days (NEXT_STEP autoreset).
 
     Windows are of training days. They begin with what a simple rule, which charges vehicles in the
     cheap hours and the battery from the sun, has left there; half of the batteries, drawn by
@@ -74,6 +75,8 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         objective: What is to be made small, as `load_site` takes it: co2, cost or weights.
         action: "powers", or "moves": what each of the site's moves weighs.
         weeks: What is played: "training" or "held_out".
+        announced: Know of vehicles what drivers announce, where the sessions tell it; False: the
+            truth.
         render_mode: Only None; the report draws the days.
 
     Raises:
@@ -92,12 +95,13 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
         objective: str | Mapping[str, float] = "co2",
         action: Literal["powers", "moves"] = "powers",
         weeks: Literal["training", "held_out"] = "training",
+        announced: bool = True,
     ) -> None:
         if action not in ACTIONS:
             raise UserError(f"action {show(action)}: must be {' or '.join(ACTIONS)}")
         if weeks not in _WEEKS:
             raise UserError(f"weeks {show(weeks)}: must be {' or '.join(_WEEKS)}")
-        found = load_site(site, objective=objective)
+        found = load_site(site, objective=objective, announced=announced)
         self.days = SiteDays(found, num_envs, hours=hours, action=action)
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -192,6 +196,8 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
             "curtailed_kwh": (-flows.grid_kw).relu().numpy() * step_h,
             "unmet_kwh": flows.unmet_kw.numpy() * step_h,
         }
+        if flows.misled_kw is not None:
+            info["misled_kwh"] = flows.misled_kw.numpy() * step_h
         if self.days.site.price_per_kwh is not None:
             info["cost"] = cost[0].numpy()
         reward = result.reward.double().numpy()
@@ -208,6 +214,7 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         objective: What is to be made small, as `load_site` takes it.
         action: "powers" or "moves".
         weeks: What is played: "training" or "held_out".
+        announced: Know of vehicles what drivers announce, where the sessions tell it.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -220,8 +227,11 @@ class ChargingSiteEnv(gym.Env[np.ndarray, np.ndarray]):
         objective: str | Mapping[str, float] = "co2",
         action: Literal["powers", "moves"] = "powers",
         weeks: Literal["training", "held_out"] = "training",
+        announced: bool = True,
     ) -> None:
-        self._vector = ChargingSiteVectorEnv(1, site, None, hours, objective, action, weeks)
+        self._vector = ChargingSiteVectorEnv(
+            1, site, None, hours, objective, action, weeks, announced
+        )
         self.render_mode = render_mode
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space

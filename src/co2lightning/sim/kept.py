@@ -54,7 +54,7 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
         return np.concatenate(numbers)
 
     lengths, count = np.diff(site.stretch_bounds, axis=1)[:, 0], len(places)
-    key = digest_of(site, np.array([stored_kwh]), site.stretch_bounds)
+    key = digest_of(site.truth, np.array([stored_kwh]), site.stretch_bounds)
     size = int(2 * count + _FIELDS * lengths.sum())
     numbers = recall(keep, "bounds", key, size, compute)
     settled, standard, each = np.split(numbers, [count, 2 * count])
@@ -80,6 +80,7 @@ def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
         *(sessions.socket, sessions.arrival, sessions.departure),
         *(sessions.energy_kwh, sessions.max_kw, sessions.min_kw),
         *said,
+        *(site.told or ()),
         *more,
     ):
         digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())

@@ -249,7 +249,7 @@ def _arriving(site: Site, steps_more: int) -> Floats:
         [3, P + steps_more]: kWh that are asked for, kW of the vehicles, kW times steps that they
         stay.
     """
-    sessions = site.sessions
+    sessions = site.sessions_told
     stay: Ints = sessions.departure - sessions.arrival
     columns = sessions.energy_kwh, sessions.max_kw, sessions.max_kw * stay
     series = [np.bincount(sessions.arrival, of, site.n_steps).astype(float) for of in columns]

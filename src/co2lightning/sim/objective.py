@@ -10,7 +10,8 @@ without control, so that one recipe fits sites of any size: reference - cost, wh
 the rule's own at that step of one run through the whole series. Within it energy that is stored or
 given to vehicles counts at half the mean price, a potential in the sense of Ng, Harada and
 Russell 1999: it moves reward to the step that earned it. At half the price, storing a surplus pays
-at once and storing grid power does not, whatever the hour.
+at once and storing grid power does not, whatever the hour. Where drivers announce, what a vehicle
+leaves without costs half the mean price more, in all a whole one: nobody wins by a driver's error.
 
 Shapes: P steps, B at once, n steps of a run.
 """
@@ -123,6 +124,8 @@ def reward(state: State, flows: Flows) -> Tensor:
     margin_per_kw, export_per_kw, reference, credit_per_kw = state.prices
     earned = torch.addcmul(reference, flows.grid_kw.relu(), margin_per_kw, value=-1.0)
     earned = torch.addcmul(earned, flows.grid_kw, export_per_kw, value=-1.0)
+    if flows.misled_kw is not None:
+        earned = torch.addcmul(earned, credit_per_kw, flows.unmet_kw, value=-1.0)
     return torch.addcmul(earned, credit_per_kw, flows.ev_kw + flows.stored_kw)
 
 

@@ -211,7 +211,7 @@ def _costs(trial: _Trial, driven: Sequence[_Driven], batteries: Sequence[Choice]
     series[0, :-1] += torch.as_tensor(ev_kw)
     series[1, :-1] -= torch.as_tensor(ev_kw)
     empty = torch.tensor([0.0, 1.0, 0.0, 0.0]).to(series).expand(len(place), 1, 4).permute(2, 0, 1)
-    model = model._replace(series=series, sockets=empty, floor_kw=None)
+    model = model._replace(series=series, sockets=empty, truth=None, floor_kw=None)
     outlook = trial.outlook._replace(slot=trial.outlook.slot[place])
     begins = n * np.arange(len(driven) * weeks)
     cost = np.empty((len(driven), len(batteries)))
@@ -238,21 +238,23 @@ _ONCE = 40_000  # runs; bounds the memory
 class _Ran(NamedTuple):
     cost: Floats  # [B] by the meter
     stored_kwh: Floats  # [B] at the end
-    owed_kwh: Floats  # [B]
+    owed_kwh: Floats  # [B] and what vehicles left without that had announced something else
     ev_kw: list[Tensor]  # n of [B]; none unless asked for
 
 
 def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bool = False) -> _Ran:
     state, ev_kw = restore(model, carry), list[Tensor]()
-    cost = torch.zeros_like(state.soc)
+    cost, unmet_kw = torch.zeros_like(state.soc), torch.zeros_like(state.soc)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
         cost -= reward(state, flows)
         if vehicles:
             ev_kw.append(flows.ev_kw)
+        if flows.misled_kw is not None:
+            unmet_kw += flows.unmet_kw
         state = following
     stored_kwh = state.soc / model.soc_per_kw * model.step_h
-    owed_kwh = state.owed_kw.sum(1) * model.step_h
+    owed_kwh = (state.carry.truly_owed_kw.sum(1) + unmet_kw) * model.step_h
     numbers = torch.stack([cost, stored_kwh, owed_kwh]).double().cpu().numpy()
     return _Ran(*numbers, ev_kw=ev_kw)
 

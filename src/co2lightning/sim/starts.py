@@ -21,7 +21,8 @@ class Starts(NamedTuple):
     """The state at each day's beginning, arrivals of that moment included."""
 
     soc: Floats  # [D] 0-1; 0 without a battery
-    owed_kw: NDArray[np.float32]  # [D, C] at the meter, as `Carry` has it
+    # [D, C] each, at the meter, as `Carry` has it: as told, and where drivers announce in truth
+    owed_kw: tuple[NDArray[np.float32], ...]
 
 
 def starts_of(site: Site) -> Starts:
@@ -34,14 +35,16 @@ def starts_of(site: Site) -> Starts:
     day_at = np.full(site.n_steps + 1, -1)
     day_at[site.day_bounds[:-1]] = np.arange(len(site.days))
     columns = max(1, len(site.sessions.used_sockets))
-    soc, owed_kw = np.zeros(len(site.days)), np.zeros((len(site.days), columns), np.float32)
+    soc, known = np.zeros(len(site.days)), 1 if site.told is None else 2
+    owed_kw = tuple(np.zeros((len(site.days), columns), np.float32) for _ in range(known))
 
     def watch(state: State) -> None:
         # A piece that is run again shows what it began with anew: the last word counts.
         days = day_at[state.place.numpy()]
         if (rows := np.flatnonzero(days >= 0)).size:
             soc[days[rows]] = state.soc.numpy()[rows]
-            owed_kw[days[rows]] = state.owed_kw.numpy()[rows]
+            for owed, found in zip(owed_kw, state.carry.parts[2:], strict=True):
+                owed[days[rows]] = found.numpy()[rows]
 
     rule = functools.partial(rbc_c, choice, outlook_of(site))
     through(site, watched(rule, watch))

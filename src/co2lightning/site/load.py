@@ -31,7 +31,7 @@ from co2lightning.site.forecasts import read_forecasts
 from co2lightning.site.model import Objective, Provided, Site
 from co2lightning.site.plain_yaml import parse_yaml
 from co2lightning.site.series import clock, read_series
-from co2lightning.site.sessions import admit, no_sessions, read_sessions
+from co2lightning.site.sessions import admit, no_sessions, read_sessions, tell
 from co2lightning.site.table import MAX_BYTES
 
 _SHIPPED = Path(__file__).parents[1] / "sites"
@@ -61,6 +61,7 @@ def load_site(
     site: str | Path,
     changes: Mapping[str, float] | None = None,
     objective: str | Mapping[str, float] = "co2",
+    announced: bool = True,
 ) -> Site:
     """Read and check a site, once a process as long as its files stay as they are.
 
@@ -71,6 +72,8 @@ def load_site(
             the series) or grid_kw. The folder stays as it is; the site says so in its notes.
         objective: What policies are settled by: co2, cost, or weights such as
             {"co2": 1, "cost": 0.2}, of a kg and of a unit of the site's currency.
+        announced: Whether controllers know of vehicles what drivers announce, where the sessions
+            tell it; False: the truth, as on sites whose sessions tell nothing.
 
     Returns:
         The site, with the sessions already admitted to sockets; its arrays cannot be written.
@@ -100,7 +103,8 @@ def load_site(
             f"--env.objective {show(objective)}: the series of site {found.name} has no column "
             "price_per_kwh, so nobody knows what it costs; add the column, or leave it at co2"
         )
-    return _settled_by(found, wanted)
+    settled = _settled_by(found, wanted)
+    return settled if announced else settled.truth
 
 
 def _objective(given: str | Mapping[str, float]) -> Objective:
@@ -149,12 +153,13 @@ def _read_site(
     zone = ZoneInfo(equipment["timezone"])
     reads = clock(zone)
     line, columns, prices = read_series(*series, equipment, reads, notes)
+    rows, row = None, np.zeros(0, dtype=np.int64)
     if sessions is None:
         admitted, share = no_sessions(line), np.zeros(24)
     else:
         rows = read_sessions(*sessions, sockets, reads, line, notes)
         share = span_share(rows.arrival_s, rows.departure_s, rows.energy_kwh, zone)
-        admitted = admit(sessions[0], rows, sockets, line, share, notes)
+        admitted, row = admit(sessions[0], rows, sockets, line, share, notes)
     provided: dict[str, Provided] = {}
     if forecasts is not None:
         there = {name for name, values in columns.items() if values.any()} | set(prices)
@@ -193,7 +198,10 @@ def _read_site(
         notes=(*notes, *whats),
         provided=provided,
     )
-    arrays = [*vars(site).values(), *vars(site.sessions).values(), share]
+    if rows is not None:
+        hour = local.astype("datetime64[h]").astype(np.int64) % 24
+        site = replace(site, told=tell(rows, row, line, hour, site.training_steps))
+    arrays = [*vars(site).values(), *vars(site.sessions).values(), *(site.told or ()), share]
     arrays += [array for said in provided.values() for array in vars(said).values()]
     for part in arrays:
         if isinstance(part, np.ndarray):

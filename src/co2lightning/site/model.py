@@ -7,7 +7,7 @@ that are ever taken.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -108,6 +108,26 @@ class Sessions:
         return np.flatnonzero((self.arrival <= place) & (place < self.departure))
 
 
+class Told(NamedTuple):
+    """What is said of each session when it arrives, or usual where nothing is; every array is [N].
+
+    A vehicle takes what it truly takes and leaves when it truly leaves, whatever was said.
+    """
+
+    departure: Ints  # first step in which it is to be gone
+    energy_kwh: Floats
+
+
+class Announcements(NamedTuple):
+    """How good the announcements of a sessions file are; None where none is told."""
+
+    departures: int  # rows that tell one
+    departure_off_h: float | None  # median of how far it lies off, either way
+    departure_late_share: float | None  # of those that lie after the true departure
+    energies: int
+    energy_ratio: float | None  # median of energy told to energy taken
+
+
 @dataclass(frozen=True, eq=False)
 class SessionsRead:
     """What became of the rows of the sessions file.
@@ -120,6 +140,7 @@ class SessionsRead:
         energy_kwh: What all rows ask for.
         dropped_kwh: What the dropped ones ask for.
         span_share: Share of the energy whose stay spans each full hour of the day, [24].
+        announcements: How good they are; None where the file has no column for them.
     """
 
     rows: int
@@ -129,6 +150,7 @@ class SessionsRead:
     energy_kwh: float
     dropped_kwh: float
     span_share: Floats
+    announcements: Announcements | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +217,7 @@ class Site:
         known_ahead: Columns of the series that are known to the end of the next calendar day from
             a local time such as "13:00" on, before it to the end of this one; or "always".
         provided: What a provider forecast, by the name of the series.
+        told: What controllers know of the sessions; None where that is the truth.
     """
 
     name: str
@@ -233,6 +256,17 @@ class Site:
     objective: Objective = OF_CO2
     known_ahead: Mapping[str, str] = field(default_factory=dict)
     provided: Mapping[str, Provided] = field(default_factory=dict)
+    told: Told | None = None
+
+    @functools.cached_property
+    def truth(self) -> "Site":
+        """The same site, where controllers know the truth of the sessions; perhaps itself."""
+        return self if self.told is None else replace(self, told=None)
+
+    @functools.cached_property
+    def sessions_told(self) -> Sessions:
+        """The sessions as controllers are told of them."""
+        return self.sessions if self.told is None else replace(self.sessions, **self.told._asdict())
 
     @property
     def n_steps(self) -> int:
@@ -293,10 +327,24 @@ class Site:
     def owed_on_arrival_kwh(self, place: int) -> Floats:
         """Return what charging on arrival has left to do at `place`, arrivals whole, [C]."""
         own, sessions = self.sessions.standing(place), self.sessions
-        charged_kwh = sessions.max_kw[own] * self.step_h * (place - sessions.arrival[own])
         owed_kwh = np.zeros(len(sessions.used_sockets))
-        owed_kwh[sessions.column[own]] = np.maximum(sessions.energy_kwh[own] - charged_kwh, 0.0)
+        owed_kwh[sessions.column[own]] = self._left_kwh(own, sessions.energy_kwh, place)
         return owed_kwh
+
+    def told_on_arrival_kwh(self, place: int) -> Floats:
+        """Return what it has left by what controllers are told; nothing of who is full, [C]."""
+        own, told = self.sessions.standing(place), self.sessions_told
+        left_kwh = self._left_kwh(own, told.energy_kwh, place)
+        full = self._left_kwh(own, self.sessions.energy_kwh, place) <= 0.0
+        owed_kwh = np.zeros(len(told.used_sockets))
+        owed_kwh[told.column[own]] = np.where(full, 0.0, left_kwh)
+        return owed_kwh
+
+    def _left_kwh(self, own: Ints, energy_kwh: Floats, place: int) -> Floats:
+        """Return what full power from arrival on has left of energies [N], of some sessions."""
+        sessions = self.sessions
+        charged_kwh = sessions.max_kw[own] * self.step_h * (place - sessions.arrival[own])
+        return np.maximum(energy_kwh[own] - charged_kwh, 0.0)
 
     def when(self, place: int) -> datetime:
         """Return the local time at which the step at `place` begins."""

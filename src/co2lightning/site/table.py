@@ -118,15 +118,25 @@ class Table:
             )
         return {column: i for i, column in enumerate(names) if column in known}
 
-    def read(self, column: str, parse: Callable[[str], float | str] = _number) -> Floats:
+    def read(
+        self,
+        column: str,
+        parse: Callable[[str], float | str] = _number,
+        *,
+        may_be_empty: bool = False,
+    ) -> Floats:
         """Read a column as numbers; NaN where a cell holds none, which is noted.
 
         Args:
             column: Its name.
             parse: Returns what a cell holds, or as text what is wrong with it.
+            may_be_empty: Whether an empty cell is NaN and no mistake.
         """
         cells = self.columns[column]
-        found = {cell: parse(cell) for cell in dict.fromkeys(cells)}
+        found = {
+            cell: math.nan if may_be_empty and not cell.strip() else parse(cell)
+            for cell in dict.fromkeys(cells)
+        }
         wrong = {cell: why for cell, why in found.items() if isinstance(why, str)}
         kinds = {cell: why.partition(";")[0] for cell, why in wrong.items()}
         for kind in dict.fromkeys(kinds.values()):
