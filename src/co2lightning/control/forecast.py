@@ -226,7 +226,9 @@ def to_come(values: Floats, steps: int) -> Floats:
     return np.lib.stride_tricks.sliding_window_view(padded, steps)
 
 
-def cheaper(now: Floats, expected: Floats, steps_per_lead: int = 1) -> NDArray[np.int16]:
+def cheaper(
+    now: Floats, expected: Floats, steps_per_lead: int = 1, unit: float = 1.0
+) -> NDArray[np.int16]:
     """Return how many of the next steps are expected to be cheaper than each, [P + 1, n + 1].
 
     Column k counts among the next k of n = L x `steps_per_lead` steps; the row beyond the series
@@ -237,8 +239,9 @@ def cheaper(now: Floats, expected: Floats, steps_per_lead: int = 1) -> NDArray[n
         expected: What the steps of the next L leads are expected to cost [P, L], `inf` where
             nobody knows.
         steps_per_lead: How many steps each lead stands for.
+        unit: Of the costs, such that what differs by less than 1e-6 of it is the same.
     """
-    each = (expected < now[:, None] - _SAME).repeat(steps_per_lead, axis=1)
+    each = (expected < now[:, None] - _SAME * unit).repeat(steps_per_lead, axis=1)
     counts = np.zeros((len(now) + 1, each.shape[1] + 1), dtype=np.int16)
     each.cumsum(axis=1, dtype=np.int16, out=counts[:-1, 1:])
     counts[-1] = counts[-2]

@@ -28,6 +28,13 @@ def price(site: Site) -> tuple[Floats, Floats]:
     return site.import_price, forecast(site, "import_price")
 
 
+def _unit(site: Site) -> float:
+    """Return how much dearer a kWh is than it emits: in any currency the same is the same."""
+    known = site.training_steps
+    price, carbon = np.abs(site.import_price[known]).sum(), site.carbon_kg_per_kwh[known].sum()
+    return float(price / carbon) if price > 0.0 and carbon > 0.0 else 1.0
+
+
 def slots_a_day(site: Site) -> int:
     """Return how many steps a day by the clock on the wall has."""
     return site.steps(DAY_H)
@@ -63,12 +70,13 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
         expected = to_come(now, leads * each)
         earns = to_come(credit, leads * each)
         sun_expected, each = sun_expected.repeat(each, axis=1), 1
-    counts = cheaper(now, expected, each)
+    unit = _unit(site)
+    counts = cheaper(now, expected, each, unit)
     with_sun = counts
     if sun.any() or sun_expected.any():
         # A surplus costs what it would have earned.
         now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
-        with_sun = cheaper(now, expected, each)
+        with_sun = cheaper(now, expected, each, unit)
     slot, _ = slots(site, 1)
     tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
     of_step, plain, sunny = tensors
