@@ -58,6 +58,7 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     assert co2_kg.sum() == pytest.approx(own.co2_kg[0] - own.settlement[0], abs=1e-4)
     told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2, what is left at the end settled; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, cheap hours {:.1f}, RBC C {:.1f}, optimum (LP) {:.1f}"  # noqa: E501
     said = printed.err.splitlines()[-1]
+    told += f"; by the meter peak {grid_kw.max():.1f} kW"
     assert said == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
 
 
@@ -77,6 +78,8 @@ def test_costs_are_a_column_where_there_are_prices(
     said = printed.err.splitlines()[-1]
     assert "PPO after episode 1 costs " in said
     assert " EUR, what is left at the end settled; uncontrolled " in said
+    assert f"; by the meter peak {grid_kw.max():.1f} kW, " in said
+    assert said.endswith(" kg CO2")
 
 
 def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:

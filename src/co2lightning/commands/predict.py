@@ -114,10 +114,16 @@ def main(argv: Sequence[str]) -> int:
         "cost": f"costs {came_to['agent']}{unit}",
         "objective": f"has an objective of {came_to['agent']}",
     }[settled.key]
+    own = found.policies["agent"]
+    beside = [f"peak {own.peak_import_kw[0]:.1f} kW"]
+    if settled.key != "cost" and found.currency is not None:
+        beside.append(f"cost {own.cost[0]:.2f} {found.currency}".strip())
+    if settled.key != "co2_kg":
+        beside.append(f"{own.co2_kg[0]:.1f} kg CO2")
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
         f"{site.days[day]}{until}: {acting.who} "
-        f"{own_words}, what is left at the end settled; {told}",
+        f"{own_words}, what is left at the end settled; {told}; by the meter {', '.join(beside)}",
         err=True,
     )
     return check_bound(violations(found))
