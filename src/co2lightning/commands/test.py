@@ -19,7 +19,7 @@ from co2lightning.commands.run import (
 )
 from co2lightning.control.moves import kind_of
 from co2lightning.places import check_output
-from co2lightning.report.comparison import comparison_tables, evaluation_data
+from co2lightning.report.comparison import comparison_tables, evaluation_data, verdict
 from co2lightning.report.steps import steps_of
 from co2lightning.report.tables import in_terminal
 from co2lightning.runs.files import write_atomic
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     else:
         tables, below = comparison_tables(data, site.name, title, who)
         show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
-        say(*below)
+        say(*below, verdict(data, "agent" if trained else name, who or TITLES[name]))
     logs = Path(arguments.logs)
     if trained and trained.path.parent.resolve() == trained.run.directory.resolve():
         try:

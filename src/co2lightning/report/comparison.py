@@ -138,6 +138,53 @@ def comparison_tables(
     return tables, [*found, *remarks(stretches, data["policies"], titles)]
 
 
+def verdict(data: _Data, name: str, title: str) -> str:
+    """Return what to do, in a sentence: take this policy, or the best rule.
+
+    Args:
+        data: As `evaluation_data` returns it.
+        name: The policy's in it.
+        title: What it is called.
+    """
+    settled, own, best = settled_in(data), data["summary"][name], data["best"]
+    rule = settled.best
+    use_rule = "Leave it uncontrolled" if best == "uncontrolled" else f"Use {rule}"
+    if data["summary"]["optimum"]["gap_closed"] is None:
+        return "Nothing is to be gained: the optimum is less than 0.1 % below uncontrolled."
+    if name == best:
+        return f"{use_rule}: no other rule does better here."
+    verb = {"co2_kg": "emits", "cost": "costs"}.get(settled.key, "comes to")
+    difference, half = own["vs_best"], own["vs_best_interval"]
+    amount = settled.written(abs(difference))
+    if half is not None:
+        told = f"{amount} \N{PLUS-MINUS SIGN} {settled.written(half)} {settled.a_day}"
+        if difference < -half:
+            said = f"Use {title}: it {verb} {told} less than the best simple rule, {rule}"
+        elif difference > half:
+            said = f"{use_rule}: {title} {verb} {told} more"
+        else:
+            sign = "less" if difference < 0 else "more"
+            said = f"{use_rule}: it is as good and simpler; {title} {verb} {told} {sign}"
+    else:
+        rows = (data["policies"][which]["stretches"] for which in (name, best))
+        lower = [a["settled"] < b["settled"] - 1e-6 for a, b in zip(*rows, strict=True)]
+        sign = "less" if difference < 0 else "more"
+        told = f"{amount} {settled.a_day} {sign} in the mean"
+        if all(lower):
+            said = (
+                f"Use {title}: it {verb} less than the best simple rule, {rule}, in each of "
+                f"{count_text(data['stretches'])}, {told}"
+            )
+        else:
+            said = (
+                f"{use_rule}: it is simpler, and {title} {verb} less in {sum(lower)} of "
+                f"{count_text(data['stretches'])}, {told}"
+            )
+    unmet_kwh = own["unmet_kwh"] - data["summary"][best]["unmet_kwh"]
+    unserved = f"; but it leaves {unmet_kwh:.3f} kWh a day more unmet" if unmet_kwh > 5e-4 else ""
+    return f"{said}{unserved}."
+
+
 def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
     """Return what these figures leave out, and who imports more than the connection gives."""
     days = sum(stretch["hours"] for stretch in stretches) / DAY_H

@@ -28,7 +28,7 @@ from co2lightning.report.collect import (
     SiteResult,
     soc_band,
 )
-from co2lightning.report.comparison import count_text, remarks
+from co2lightning.report.comparison import count_text, evaluation_data, remarks, verdict
 from co2lightning.report.day import parts_of
 from co2lightning.report.tables import (
     all_sessions_table,
@@ -236,12 +236,6 @@ def _lead(result: SiteResult) -> str:
     """Return the sentences that say how the best run of a site, or rule, stands beside others."""
     shown = min(result.runs or result.rules, key=lambda one: one.summary.vs_best)
     best, settled = shown.summary, result.settled
-    interval = best.vs_best_interval
-    # An interval over stretches says something only where there are enough to speak of.
-    verdict = ""
-    if interval is not None:
-        verdict = ": better" if best.vs_best < 0 else ": worse"
-        verdict = verdict if abs(best.vs_best) > interval else ": no clear difference"
     closed = ""
     if best.gap_closed is not None:
         share = in_page(HELD_OUT["gap_closed"], best._asdict())
@@ -250,18 +244,15 @@ def _lead(result: SiteResult) -> str:
     if result.site.n_sockets:
         misled = "" if best.misled_kwh is None else f", of it {best.misled_kwh:.3f} misled"
         unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day{misled}. {_not_asked(result.references)}"
-    difference = in_page(settled.metric("vs_best"), best._asdict())
     mean = settled.written(getattr(best, settled.key)).replace("-", "\N{MINUS SIGN}")
     unit = escape(f" {settled.unit}" if settled.unit else "")
     told = {"co2_kg": f"emits {mean} kg of CO2", "cost": f"costs {mean}{unit}"}
     told = told.get(settled.key, f"has an objective of {mean}")
     episode = f" (episode {shown.episode})" if isinstance(shown, RunResult) else ""
-    against = f"{difference}{unit} against the best control without learning, {settled.best}"
-    if shown.policy == result.references.best:
-        against, verdict = "the best control without learning", ""
+    advice = escape(verdict(evaluation_data(shown.evaluation), shown.policy, shown.title))
     return (
-        f"<p>In {count_text(result.data['stretches'])} of <b>{escape(result.site.name)}</b>, "
-        f"<b>{escape(shown.title)}</b>{episode} {told} a day, {against}{verdict}."
+        f"<p><b>{advice}</b> In {count_text(result.data['stretches'])} of "
+        f"<b>{escape(result.site.name)}</b>, <b>{escape(shown.title)}</b>{episode} {told} a day."
         f"{closed}{unmet}</p>"
     )
 
