@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
@@ -30,6 +32,7 @@ from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.settings.parser import complete
 from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.days import SiteDays
+from co2lightning.site.model import Told
 from conftest import TINY, Outcome
 from forged import unseal
 from small_site import shipped
@@ -211,6 +214,25 @@ def test_sac_explores_at_random_before_it_acts_in_a_graph() -> None:
         dataset.agent.env_steps = steps
         assert dataset.agent.acts_in_a_graph is acts
     assert not said
+
+
+def test_a_compiled_rollout_knows_what_is_told_and_what_is_true() -> None:
+    """On a site whose drivers announce twice what they take, and to leave sooner."""
+    site, said = shipped(), list[str]()
+    rows = site.sessions
+    told = Told(np.maximum(rows.departure - 4, rows.arrival + 2), 2.0 * rows.energy_kwh)
+    site = dataclasses.replace(site, told=told)
+    eager, compiled = (
+        played("PPO", SiteDays(site, 3, action="moves"), said, hidden=(8,), compile=how)
+        for how in (False, True)
+    )
+    for own, theirs in zip(compiled.play(), eager.play(), strict=True):
+        for part, a, b in zip(Rollout._fields, own, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=part)
+    own, theirs = (dataset.env.metrics() for dataset in (compiled, eager))
+    assert own == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+    assert "site/misled_kwh" in own
+    assert said == ["Compiling the rollout (some 20 s, once)"]
 
 
 def test_a_rollout_that_cannot_be_compiled_goes_on_without() -> None:
