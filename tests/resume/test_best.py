@@ -293,10 +293,25 @@ def test_the_best_is_never_pruned(tmp_path: Path) -> None:
     assert run.load_best_checkpoint()[1] == run.path(8)
 
 
-def test_a_damaged_start_is_found_and_moved_aside(village: Path, command: Command) -> None:
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def link(file: Path) -> None:
+    file.rename("elsewhere.pt")
+    file.symlink_to(Path("elsewhere.pt").resolve())
+
+
+def exchange(file: Path) -> None:
+    shutil.copy(file.parent / "episode_0001.pt", file)
+
+
+@pytest.mark.parametrize("damage", [cut_off, link, exchange])
+def test_a_damaged_start_is_found_and_moved_aside(
+    village: Path, command: Command, damage: Callable[[Path], None]
+) -> None:
     assert command(*FIT, *EVAL, "--episodes", "1").code == 0
-    start = Path(RUN, "start.pt")
-    start.write_bytes(start.read_bytes()[:-9])
+    damage(Path(RUN, "start.pt"))
     outcome = command("verify")
     assert outcome.code == 1
     assert "PPO: start.pt is damaged" in outcome.out

@@ -20,7 +20,7 @@ from co2lightning.agents.load import adam_state
 from co2lightning.agents.replay import fewest_rows
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
-from co2lightning.metrics import short_metrics
+from co2lightning.metrics import TRAINING, short_metrics
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.runs.seal import seal_checkpoint
 from co2lightning.train.signals import Interrupted
@@ -89,7 +89,8 @@ class EpisodeCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(path)
         self.last_model_path = path
         if trainer.is_global_zero:
-            self._show_best()
+            if TRAINING["eval_vs_uncontrolled"].tag in pl_module.metrics:
+                self._show_best()  # only then: it goes through the whole history
             for call in self.saved:
                 call(pl_module)
 
