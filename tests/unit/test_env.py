@@ -503,21 +503,22 @@ def test_what_is_seen_at_a_windows_end_is_what_a_longer_one_sees_there() -> None
     assert torch.equal(*seen)
 
 
-def test_steps_are_worked_out_alike_one_by_one_and_from_a_carry() -> None:
+@pytest.mark.parametrize("kind", ["powers", "moves"])
+def test_steps_are_worked_out_alike_one_by_one_and_from_a_carry(kind: str) -> None:
     site = random_site(2, days=3, step_minutes=60)
-    one, other = SiteDays(site, 2), SiteDays(site, 2)
+    one, other = SiteDays(site, 2, action=kind), SiteDays(site, 2, action=kind)
     days, soc = torch.tensor([0, 1]), torch.tensor([0.3, 0.6])
     one.begin(days, soc)
     other.begin(days, soc)
-    carry, past = other.carry, []
+    carry, moves, past = other.carry, other.moves, []
     for t in range(24):
-        action = torch.from_numpy(actions(t, 2, 2))
+        action = torch.from_numpy(actions(t, 2, one.action_dim))
         result = one.step(action)
-        carry, obs, reward, flowed = other.advance(carry, action)
+        carry, moves, obs, reward, flowed = other.advance(carry, action, moves)
         past.append(flowed)
         assert torch.equal(result.obs, obs)
         assert torch.equal(result.reward, reward)
-    other.go_on(carry, torch.stack(past))
+    other.go_on(carry, torch.stack(past), moves)
     assert other.steps_left == one.steps_left == 0
     for name, total in one.totals().items():
         assert torch.equal(total, other.totals()[name]), name

@@ -255,26 +255,34 @@ class SiteDays:
             raise RuntimeError(_NO_DAY)
         return self._at.carry if isinstance(self._at, State) else self._at
 
-    def advance(self, carry: Carry, action: Tensor) -> tuple[Carry, Tensor, Tensor, Tensor]:
+    @property
+    def moves(self) -> Moves | None:
+        """What the moves would do in the next step, for `advance`; None where powers are given."""
+        return None if self.action_dim == ACTIONS["powers"] else self._moves
+
+    def advance(
+        self, carry: Carry, action: Tensor, moves: Moves | None = None
+    ) -> tuple[Carry, Moves, Tensor, Tensor, Tensor]:
         """Work out a step, a pure function for graphs of one or more of them.
 
         Args:
             carry: What it begins with.
             action: [B, A].
+            moves: What they would do there, where that is known already.
 
         Returns:
-            The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
-            [2 or 3, B], for `go_on`.
+            The next step's carry and moves, the observations [B, O + K], the rewards [B] and the
+            step's past [2 or 3, B], for `go_on`.
         """
         state = restore(self.model, carry)
-        following, flows = self._step(state, None, action)
-        (observed, _), past = self._observe(following), _past_of(flows)
-        return following.carry, observed, reward(state, flows), past
+        following, flows = self._step(state, moves, action)
+        observed, moves = self._observe(following)
+        return following.carry, moves, observed, reward(state, flows), _past_of(flows)
 
-    def go_on(self, carry: Carry, past: Tensor) -> None:
+    def go_on(self, carry: Carry, past: Tensor, moves: Moves | None = None) -> None:
         """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""
         self._past += past.unbind(0)
-        self._at, self._moves = carry, None
+        self._at, self._moves = carry, moves
 
     def totals(self) -> dict[str, Tensor]:
         """Return what the windows [B] added up to so far, and the same time without control.
