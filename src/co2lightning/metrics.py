@@ -55,6 +55,7 @@ TRAINING = _of(
     ),
     Metric("grid_import_kwh", chart="grid import, kWh a day"),
     Metric("curtailment_kwh"),
+    Metric("peak_import_kw", "peak, kW", "{:.0f}", chart="peak import, kW, mean of the days"),
     Metric("self_consumption"),
     Metric("unmet_kwh", "unmet, kWh", "{:.1f}", chart="energy not served, kWh a day"),
     Metric("misled_kwh", "of it misled, kWh", "{:.1f}", "of it\nmisled"),

@@ -307,6 +307,7 @@ class SiteDays:
             "cost": cost.sum(0) + (undone_kwh * mean_price).to(cost),
             "grid_import_kwh": grid_kw.relu().sum(0) * step_h,
             "curtailed_kwh": (-grid_kw).relu().sum(0) * step_h,
+            "peak_import_kw": grid_kw.relu().amax(0),
             "unmet_kwh": unmet_kw.sum(0) * step_h,
             **({"misled_kwh": misled_kw[0].sum(0) * step_h} if misled_kw else {}),
             "pv_kwh": self._meanwhile(tables.pv_kwh),
@@ -332,6 +333,7 @@ class SiteDays:
         totals = self.totals()
         means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
+        peak_kw = day["peak_import_kw"] * self._days  # a window has one, however long it is
         site = self.site
         money = (
             {}
@@ -360,6 +362,7 @@ class SiteDays:
             "site/self_consumption": max(
                 0.0, 1.0 - day["curtailed_kwh"] / max(day["pv_kwh"], 1e-9)
             ),
+            "site/peak_import_kw": peak_kw,
             "site/unmet_kwh": day["unmet_kwh"],
         }
 

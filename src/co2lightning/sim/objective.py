@@ -27,6 +27,7 @@ from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
 from co2lightning.site.model import DAY_H, Floats, Site
 
+_CANCELLED = 0.05  # of the daily energy's value: a cost below that is a difference of larger ones
 _CREDIT_SHARE = 0.5  # of the mean price: what a kWh earns when it is stored or charged
 # The prices among the model's series. What is imported is counted at the price less the export
 # credit, and all that flows at the credit: a sum instead of two cases.
@@ -68,11 +69,13 @@ def unit_a_day(site: Site, uncontrolled: float) -> float:
     Args:
         site: The site.
         uncontrolled: Its objective on a training day without control. Where that is nothing or
-            less, the unit is what its daily energy would be at the mean absolute price.
+            less, or what is paid and what is earned all but cancel out, the unit is what its daily
+            energy would be at the mean absolute price.
     """
     price = site.import_price[site.training_steps]
     fallback = _daily_kwh(site) * float(np.abs(price).mean())
-    return (uncontrolled if uncontrolled > 1e-6 * fallback else fallback) or 1.0
+    least = _CANCELLED if price.min() < 0.0 or site.export_credit.any() else 1e-6
+    return (uncontrolled if uncontrolled > least * fallback else fallback) or 1.0
 
 
 def priced_model(
