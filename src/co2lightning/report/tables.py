@@ -25,7 +25,7 @@ _SESSION = (
 _OF = "of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
 # Where there are prices; where drivers announce; where it was evaluated.
-_SOME_HAVE = "cost", "misled_kwh", "eval_vs_uncontrolled"
+_SOME_HAVE = "peak_import_kw", "cost", "misled_kwh", "eval_vs_uncontrolled"
 
 
 def summarize(run: TrainingCheckpoint) -> _Row:
