@@ -418,6 +418,7 @@ TAGS = {
     *("time/env_steps_per_second", "train/loss", "train/learning_rate"),
 }
 OWN_TAGS = {
+    "APG": {"train/left_at_end", "train/costate_loss"},
     "A2C": {"train/value_loss", "train/policy_loss", "train/entropy", "train/explained_variance"},
     "SAC": {"train/actor_loss", "train/critic_loss", "train/ent_coef"},
     "PPO": {

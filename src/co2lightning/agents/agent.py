@@ -154,6 +154,9 @@ class Agent(pl.LightningModule):
         """Return the number of updates in an episode."""
         raise NotImplementedError
 
+    descends = Descent
+    """Takes the steps."""
+
     # -- acting ---------------------------------------------------------------------------------
 
     actor: MLP
@@ -264,7 +267,7 @@ class Agent(pl.LightningModule):
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""
         self.world_size = self.trainer.world_size
-        self.descent = Descent(
+        self.descent = self.descends(
             self,
             self.trainer.optimizers[0],
             max_norm=getattr(self.settings, "max_grad_norm", None),

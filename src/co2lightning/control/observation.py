@@ -129,6 +129,7 @@ NAMES = tuple(feature.name for feature in FEATURES)
 HIGHEST = 10.0
 """The largest an observed feature gets: what is beyond, a step in a thousand, is clamped."""
 
+_LITTLE = 0.1  # of a socket's power
 _RARE = 0.999  # this share of the steps shall not be clamped
 _ROUNDING = 1e-9  # relative, of sums over a long series
 _SAME = 1e-6  # what is cheaper by less is not
@@ -144,6 +145,7 @@ class Observer(NamedTuple):
     shift: Tensor  # [O, 1]
     high: Tensor  # [O, 1]
     wait_steps: Tensor  # [3, 1, 1] of "cannot wait 1 hour", 4 and 10 hours
+    little_kw: Tensor  # 0-dim, what hardly counts as owed: shares of it mean little
     centre: tuple[float, ...]  # O, in the features' units: observed is (value - centre) / spread
     spread: tuple[float, ...]  # O, in the features' units; 0 of what is always observed as 0
     chosen: Tensor | None = None  # of all features those that are given, in their order; None: all
@@ -172,6 +174,7 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
     units |= {"discharge_limit": -1.0, "surplus": -1.0}
     units |= {f"owed_{hours:g}_h": step_h / hours for hours in _WAIT_H}
     unit = np.array(list(units.values()))
+    power_kw = max((sockets.max_kw for sockets in site.sockets), default=1.0)
 
     def column(values: object) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).unsqueeze(1)
@@ -183,6 +186,7 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
         shift=column(np.zeros_like(unit)),
         high=column(np.full_like(unit, np.inf)),
         wait_steps=torch.tensor([[[hours / step_h]] for hours in _WAIT_H], dtype=dtype),
+        little_kw=torch.tensor(_LITTLE * power_kw, dtype=dtype),
         centre=(),
         spread=(),
     )
@@ -263,7 +267,7 @@ def observe(observer: Observer, model: SiteModel, state: State, moves: Moves) ->
             spare_kw[:, -1] - owed_kw,
             state.need_kw,
             owed_kw,
-            (hurry * state.owed_kw).sum(2) / owed_kw.clamp(min=1e-3),
+            (hurry * state.owed_kw).sum(2) / (owed_kw + observer.little_kw),
             moves.socket_kw.sum(2),
         ]
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from co2lightning.control.outlook import Outlook
 from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
-from co2lightning.control.state import Powers, SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State, within
 
 Rule = Callable[[SiteModel, State], Tensor | Powers]
 
@@ -92,7 +92,7 @@ def beyond_cheaper_kw(state: State, steps: Tensor) -> Tensor:
     Returns:
         [..., B, C] in kW.
     """
-    return (state.owed_kw - state.power_kw * steps).clamp(state.must_kw, state.could_kw)
+    return within(state.owed_kw - state.power_kw * steps, state.must_kw, state.could_kw)
 
 
 def solar_powers_kw(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from co2lightning.control.state import SiteModel, State, laxity_order
+from co2lightning.control.state import SiteModel, State, laxity_order, within
 
 
 def ev_power_kw(state: State, share: Tensor) -> Tensor:
@@ -41,6 +41,8 @@ def dispatch(
     spare_kw = (least_kw - most_kw).gather(1, order)
     rest_kw = (ev_kw - least_total_kw).unsqueeze(1)
     without_kw = (spare_kw.cumsum(1) + rest_kw).clamp(spare_kw, model.zero)
+    if without_kw.requires_grad:  # 0 of who has nothing to spare, whatever the others do
+        without_kw = torch.where(spare_kw < model.zero, without_kw, model.zero)
     socket_kw = most_kw.scatter_add(1, order, without_kw)
     if model.floor_kw is None:
         return socket_kw
@@ -55,8 +57,8 @@ def vehicle_powers_kw(
 
     Where the grid connection is too small they yield by the same order as a budget's.
     """
-    wanted_kw = wanted_kw.clamp(state.must_kw, state.could_kw)
-    ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
+    wanted_kw = within(wanted_kw, state.must_kw, state.could_kw)
+    ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
     return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
 
 

@@ -246,7 +246,8 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
     """Work out what can be done in a step; later and power [B, C] are the sessions' of it."""
     place, soc, owed_kw, true_kw = carry
     net_kw, room_kw, *prices = model.series.index_select(1, place).unbind(0)
-    could_kw = torch.minimum(owed_kw, power_kw)
+    # Clamped, not the lesser of two: where they are equal it follows what is owed, as must does.
+    could_kw = owed_kw.clamp(max=power_kw)
     # What the steps after this one cannot deliver at full power must be charged now.
     pressing_kw = owed_kw - later_kw
     must_kw = pressing_kw.clamp(model.zero, could_kw)
@@ -281,6 +282,11 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
         supply_kw=room_kw - battery_min_kw,
         true_kw=true_kw,
     )
+
+
+def within(values: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """Return values clamped; of bounds that are equal `torch.clamp` would lose the gradient."""
+    return torch.minimum(torch.maximum(values, least), most)
 
 
 def laxity_order(model: SiteModel, laxity: Tensor) -> Tensor:

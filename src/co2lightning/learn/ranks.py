@@ -33,6 +33,13 @@ def average(values: Tensor) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
+def together(rows: Tensor) -> Tensor:
+    """Return the rows [n, ...] of all ranks [world_size x n, ...], in the ranks' order."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
 def average_all(tensors: list[Tensor]) -> list[Tensor]:
     """Return the mean of each tensor over the ranks, in one message."""
     flat = average(torch.cat([tensor.flatten() for tensor in tensors]))

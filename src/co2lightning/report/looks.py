@@ -11,6 +11,7 @@ AGENTS = {
     "PPO": ("#0072b2", "#56b4e9"),
     "SAC": ("#c2500a", "#ff9a4d"),
     "A2C": ("#008060", "#3ecf9f"),
+    "APG": ("#b3123c", "#ff8095"),
 }
 """Agent -> its colour on white and on black."""
 OTHER = ("#8a6d00", "#e6cf52")

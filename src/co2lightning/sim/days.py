@@ -51,6 +51,7 @@ class _Tables(NamedTuple):
     pv_kwh: Tensor
     owed_kwh: Tensor
     unit: float  # what objectives of a day are measured in
+    kwh_cost: float  # of import at the mean absolute price, in that
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +80,8 @@ def _tables(site: Site, device: torch.device) -> _Tables:
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
         owed_kwh=torch.as_tensor(np.append(idle.owed_kw, 0.0) * site.step_h).to(device),
-        unit=unit_a_day(site, a_day),
+        unit=(unit := unit_a_day(site, a_day)),
+        kwh_cost=float(np.abs(site.import_price[training]).mean()) / unit,
     )
 
 
@@ -187,16 +189,22 @@ class SiteDays:
             recorded: Whether vehicles that stand there owe what the cheap rule has left, as in
                 training, or what charging on arrival has, as in evaluation.
         """
-        model = self.model
-        self._length = steps or self.horizon
-        places = self.site.day_bounds[days.cpu().numpy()]
         if recorded:
-            owed_kw = (owed[days.to(model.device)] for owed in self.tables.owed_kw)
-            carry = Carry(torch.as_tensor(places).to(model.device), soc.to(model.zero), *owed_kw)
-        else:
-            carry = start(model, self.site, places, soc)
+            return self.begin_at(self.recorded(days, soc), steps)
+        places = self.site.day_bounds[days.cpu().numpy()]
+        return self.begin_at(start(self.model, self.site, places, soc), steps)
+
+    def recorded(self, days: Tensor, soc: Tensor) -> Carry:
+        """Return where days [B] begin with batteries [B] and what the cheap rule has left."""
+        model, places = self.model, torch.as_tensor(self.site.day_bounds[days.cpu().numpy()])
+        owed_kw = (owed[days.to(model.device)] for owed in self.tables.owed_kw)
+        return Carry(places.to(model.device), soc.to(model.zero), *owed_kw)
+
+    def begin_at(self, carry: Carry, steps: int | None = None) -> Tensor:
+        """Begin windows of so many steps; returns observations [B, O + K]."""
+        self._length = steps or self.horizon
         self.place, self._began = carry.place, carry
-        self._at = state = restore(model, carry)
+        self._at = state = restore(self.model, carry)
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
@@ -284,6 +292,7 @@ class SiteDays:
         self._past += past.unbind(0)
         self._at, self._moves = carry, moves
 
+    @torch.no_grad()
     def totals(self) -> dict[str, Tensor]:
         """Return what the windows [B] added up to so far, and the same time without control.
 
@@ -376,7 +385,7 @@ def _past_of(flows: Flows) -> Tensor:
     [2, B] or [3, B].
     """
     misled_kw = [] if flows.misled_kw is None else [flows.misled_kw]
-    return torch.stack([flows.grid_kw, flows.unmet_kw, *misled_kw])
+    return torch.stack([flows.grid_kw, flows.unmet_kw, *misled_kw]).detach()
 
 
 def _windows(site: Site, horizon: int, hours: float) -> np.ndarray:

@@ -132,6 +132,12 @@ def reward(state: State, flows: Flows) -> Tensor:
     return torch.addcmul(earned, credit_per_kw, flows.ev_kw + flows.stored_kw)
 
 
+def objective(state: State, flows: Flows) -> Tensor:
+    """Return what a step cost [B], `state` at its beginning: in days of the uncontrolled site."""
+    margin_per_kw, export_per_kw, _, _ = state.prices
+    return torch.addcmul(flows.grid_kw.relu() * margin_per_kw, flows.grid_kw, export_per_kw)
+
+
 def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
     """Return what n steps came to.
 
