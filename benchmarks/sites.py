@@ -166,10 +166,10 @@ def _add_figures(run: Run, site: Site, references: Evaluation, where: Path) -> l
         broken += violations(evaluation)
         seconds = path.stat().st_mtime - began
         run["episodes"][str(episode)] = _figures(evaluation, "agent") | {"seconds": seconds}
-    final, best = run["episodes"][str(last)], references.policies[references.best].settled.sum()
+    final, best = run["episodes"][str(last)], references.compared(references.best).sum()
     reached = list(run["episodes"].values())
     run["seconds"] = {
-        "best_rule": _first(reached, lambda row: sum(row["settled"]) < best),
+        "best_rule": _first(reached, lambda row: sum(row["compared"]) < best),
         "near_final": _first(
             reached,
             lambda row: (
@@ -191,12 +191,12 @@ def _figures(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """Return a policy's figures a day, and of each stretch what it settles at, vs RBC C too."""
     summary, own = summarise(evaluation)[name], evaluation.policies[name]
     days = evaluation.hours / DAY_H
-    against = (own.settled - evaluation.policies["rbc_c"].settled) / days
+    against = (evaluation.compared(name) - evaluation.compared("rbc_c")) / days
     return {
         "kg_per_day": float(own.co2_kg.sum() / days.sum()),
         "gap_closed": summary.gap_closed,
         "unmet_kwh": summary.unmet_kwh,
-        "settled": own.settled.tolist(),
+        "compared": evaluation.compared(name).tolist(),
         "vs_rbc_c_kg_per_day": np.round(against, 3).tolist(),
     }
 

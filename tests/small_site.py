@@ -35,9 +35,9 @@ def shipped(name: str = "iquitos") -> Site:
 
 
 @functools.cache
-def real(name: str) -> Site:
+def real(name: str, announced: bool = False) -> Site:
     """Read a site of tests/sites, of vehicles the truth, once for all tests of a process."""
-    return load_site(Path(__file__).parent / "sites" / name, announced=False)
+    return load_site(Path(__file__).parent / "sites" / name, announced=announced)
 
 
 def small_site(

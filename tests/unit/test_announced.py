@@ -224,3 +224,17 @@ def test_site_check_says_how_good_they_are(command: Callable[..., Outcome], tmp_
     outcome = command("site", "check", path, "--env.announced", "perhaps")
     assert outcome.code == 2
     assert "must be true or false" in outcome.err
+
+
+def test_nothing_is_won_by_leaving_vehicles_short() -> None:
+    """Compared are policies with what they leave unserved, at the mean price."""
+    site = real("caltech-2019", announced=True)
+    found = evaluate(None, site)
+    price = float(site.carbon_kg_per_kwh[site.training_steps].mean())
+    for name in ("rbc_b", "cheap"):
+        figures = found.policies[name]
+        assert figures.unmet_kwh.sum() > 100.0
+        expected = figures.settled + price * figures.unmet_kwh
+        np.testing.assert_allclose(found.compared(name), expected, atol=0.02 * price)
+    served = found.policies["uncontrolled"]
+    np.testing.assert_array_equal(found.compared("uncontrolled"), served.settled)

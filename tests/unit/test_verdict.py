@@ -29,7 +29,7 @@ def data(
         "best": best,
         "stretches": [{"days": 7}] * len(own),
         "policies": {
-            name: {"stretches": [{"settled": value} for value in settled]}
+            name: {"stretches": [{"compared": value} for value in settled]}
             for name, settled in rows.items()
         },
         "summary": summary,
@@ -64,8 +64,8 @@ def data(
         ),
         (
             data(-3.24, 1.1, [9.0] * 8, unmet=0.25),
-            "Use PPO: it emits 3.2 ± 1.1 kg a day less than the best simple rule, RBC C; but it "
-            "leaves 0.250 kWh a day more unmet.",
+            "Use PPO: it emits 3.2 ± 1.1 kg a day less than the best simple rule, RBC C; PPO "
+            "leaves 0.25 kWh a day more unmet, which is counted.",
         ),
         (
             data(0.0, 0.1, [10.0] * 8, gap=None),

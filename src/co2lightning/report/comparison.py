@@ -16,7 +16,6 @@ from co2lightning.sim.evaluate import (
     STRETCHES_FOR_AN_INTERVAL,
     TITLES,
     Evaluation,
-    Figures,
     summarise,
 )
 from co2lightning.site.model import DAY_H, Floats
@@ -55,7 +54,7 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
             "stretches": _by_row(
                 {
                     key: (np.round(column, 6) + 0.0).tolist()  # no zero has a sign
-                    for key, column in _figures_told(evaluation, figures).items()
+                    for key, column in _figures_told(evaluation, name).items()
                 }
             ),
         }
@@ -76,9 +75,10 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _figures_told(evaluation: Evaluation, figures: Figures) -> dict[str, Floats]:
+def _figures_told(evaluation: Evaluation, name: str) -> dict[str, Floats]:
     """Return what is told of a policy in each stretch: no cost where there are no prices."""
-    told = figures._asdict()
+    figures = evaluation.policies[name]
+    told = figures._asdict() | {"compared": evaluation.compared(name)}
     if evaluation.currency is None:
         del told["cost"]
     if not evaluation.announced:
@@ -167,7 +167,7 @@ def verdict(data: _Data, name: str, title: str) -> str:
             said = f"{use_rule}: it is as good and simpler; {title} {verb} {told} {sign}"
     else:
         rows = (data["policies"][which]["stretches"] for which in (name, best))
-        lower = [a["settled"] < b["settled"] - 1e-6 for a, b in zip(*rows, strict=True)]
+        lower = [a["compared"] < b["compared"] - 1e-6 for a, b in zip(*rows, strict=True)]
         sign = "less" if difference < 0 else "more"
         told = f"{amount} {settled.a_day} {sign} in the mean"
         if all(lower):
@@ -181,8 +181,8 @@ def verdict(data: _Data, name: str, title: str) -> str:
                 f"{count_text(data['stretches'])}, {told}"
             )
     unmet_kwh = own["unmet_kwh"] - data["summary"][best]["unmet_kwh"]
-    unserved = f"; but it leaves {unmet_kwh:.3f} kWh a day more unmet" if unmet_kwh > 5e-4 else ""
-    return f"{said}{unserved}."
+    more = f"; {title} leaves {unmet_kwh:.2f} kWh a day more unmet, which is counted"
+    return f"{said}{more if unmet_kwh >= 0.005 else ''}."
 
 
 def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
@@ -206,8 +206,9 @@ def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, st
     ]
     if short:
         lines.append(
-            "Drivers do other than they announce, so vehicles leave without so many kWh/day, for "
-            f"which nothing is emitted: {', '.join(short)}; the optimum serves all"
+            "Drivers do other than they announce, so vehicles leave without so many kWh/day: "
+            f"{', '.join(short)}; nothing is emitted for them, so where policies are compared they "
+            "count at the mean price"
         )
     for name, policy in policies.items():
         if kwh := a_day(policy["stretches"], "over_limit_kwh"):

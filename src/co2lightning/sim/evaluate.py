@@ -23,7 +23,7 @@ from scipy import stats
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
-from co2lightning.sim.objective import priced_model, unit_a_day
+from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
 from co2lightning.sim.schedule import Played, Schedule, play, start_soc
 from co2lightning.sim.search import rbc_c_in_words, rules_of
@@ -50,6 +50,7 @@ MPC_TITLE = "MPC"
 STRETCHES_FOR_AN_INTERVAL = 8
 """With fewer, their spread says too little: each stretch is shown instead."""
 
+_SERVED = 0.01  # kWh a stretch: what rounding leaves unserved is less
 _LEAST_GAP = 1e-3  # of what uncontrolled emits: below it, a share of the gap says nothing
 _ROUNDING = 1e-6  # relative, of float32 powers: no excess over a limit
 
@@ -93,6 +94,7 @@ class Evaluation:
         rbc_c: What RBC C does, in words.
         dearest: The most that a kWh which is not served can save, [W]; None where policies know
             the truth of vehicles and serve all.
+        unserved_price: What a kWh that is not served counts when policies are compared.
     """
 
     site: str
@@ -112,6 +114,17 @@ class Evaluation:
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     rbc_c: str = ""
     dearest: Floats | None = None
+    unserved_price: float = 0.0
+
+    def compared(self, name: str) -> Floats:
+        """Return what a policy is compared by [W]: nothing is won by not charging vehicles.
+
+        What it settles at, and the energy it leaves unserved beyond the unavoidable at the mean
+        price.
+        """
+        figures = self.policies[name]
+        unserved_kwh = np.where(figures.unmet_kwh > _SERVED, figures.unmet_kwh, 0.0)
+        return figures.settled + self.unserved_price * unserved_kwh
 
     @property
     def announced(self) -> bool:
@@ -120,9 +133,9 @@ class Evaluation:
 
     @property
     def best(self) -> str:
-        """Name of the rule that settles lowest in all stretches, at ties the simpler one."""
+        """Name of the rule that is lowest in all stretches, at ties the simpler one."""
         rules = [name for name in RULE_NAMES if name in self.policies]
-        return min(rules, key=lambda name: float(self.policies[name].settled.sum()))
+        return min(rules, key=lambda name: float(self.compared(name).sum()))
 
 
 class Summary(NamedTuple):
@@ -246,6 +259,7 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
             site, float(policies["uncontrolled"].settled.sum() / (hours.sum() / DAY_H))
         ),
         currency=None if site.price_per_kwh is None else site.currency,
+        unserved_price=unserved_price(site),
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
         rbc_c=rbc_c_in_words(site, keep),
@@ -344,12 +358,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
 
     uncontrolled = a_day(policies["uncontrolled"].settled)
     gap = uncontrolled - a_day(policies["optimum"].settled)
-    best = policies[evaluation.best].settled
+    best = evaluation.compared(evaluation.best)
     priced = evaluation.currency is not None
     mixed = evaluation.objective not in (Objective(1.0, 0.0), Objective(0.0, 1.0))
     summaries: dict[str, Summary] = {}
     for name, figures in policies.items():
-        difference = figures.settled - best
+        compared = evaluation.compared(name)
+        difference = compared - best
         summaries[name] = Summary(
             co2_kg=a_day(figures.co2_kg),
             co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
@@ -359,7 +374,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
             objective_interval=mean_interval(figures.settled / days)[1] if mixed else None,
             vs_best=a_day(difference),
             vs_best_interval=mean_interval(difference / days)[1],
-            gap_closed=(uncontrolled - a_day(figures.settled)) / gap
+            gap_closed=(uncontrolled - a_day(compared)) / gap
             if gap > _LEAST_GAP * evaluation.unit
             else None,
             unmet_kwh=a_day(figures.unmet_kwh),

@@ -48,6 +48,11 @@ def mean_per_kwh(site: Site) -> tuple[float, float]:
     return float(site.carbon_kg_per_kwh[of_training].mean()), float(price[of_training].mean())
 
 
+def unserved_price(site: Site) -> float:
+    """Return what a kWh that a vehicle goes without is compared at: the mean price, 0 at least."""
+    return max(0.0, float(site.import_price[site.training_steps].mean()))
+
+
 def _daily_kwh(site: Site) -> float:
     """Return the energy that a site uses on a day, load and vehicles, of its training days.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from co2lightning.control.rules import Rule, uncontrolled
-from co2lightning.sim.objective import priced_model, unit_a_day
+from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
 from co2lightning.sim.schedule import play, start_soc
 from co2lightning.site.model import DAY_H, TAIL_H, Floats, Ints, Site
@@ -56,6 +56,8 @@ def left_price(site: Site) -> float:
 def settled_a_day(policy: Rule, site: Site, device: torch.device | str = "cpu") -> float:
     """Return what a policy's objective comes to in the training weeks, settled, a day.
 
+    Where drivers announce, what they then go without counts at the mean price.
+
     Whoever leaves what charging on arrival leaves, and in the battery what was there, settles at 0.
 
     Args:
@@ -73,7 +75,9 @@ def settled_a_day(policy: Rule, site: Site, device: torch.device | str = "cpu") 
         counted = float(site.objective.of(plan.co2_kg, plan.cost).sum())
         if not np.isfinite(counted):
             return float("nan")
-        total += counted + _left(site, end, played.stored_kwh, played.owed_kwh)
+        unserved_kwh = float(plan.unmet_kwh.sum()) if site.told is not None else 0.0
+        total += counted + unserved_price(site) * unserved_kwh
+        total += _left(site, end, played.stored_kwh, played.owed_kwh)
     return total / float(np.diff(bounds).sum() * site.step_h / DAY_H)
 
 
