@@ -44,7 +44,7 @@ from co2lightning.settings.recipe import Settings
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import NOMINAL_STEP_MINUTES, Environment, Step
 from co2lightning.site.load import load_site
-from learning import machine, versions
+from sites import machine, versions
 from stable_baselines import Lockstep, VecEnv, stable_baselines
 
 SMALL = {"env.hindsight": False, "model.hidden": (64, 64), "model.activation": "tanh"}

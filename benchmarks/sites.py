@@ -6,7 +6,8 @@
 Trains every shipped recipe as it is, but for the site, with `co2lightning fit`, each run a process
 with one torch thread in a temporary directory. Checkpoints are then evaluated without exploration
 on the site's held-out stretches, as `co2lightning test` does; drivers' true departures and energies
-are known unless --announced is given. Prints the table that stands in the README.
+are known unless --announced is given. Prints the table that stands in the README. With --price SEED
+each site gets an hourly price, drawn, told at 13:00 for the next day, and cost is the objective.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+import yaml
 
 from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
@@ -36,6 +40,7 @@ from co2lightning.sim.evaluate import TITLES, Evaluation, beside, evaluate, summ
 from co2lightning.sim.mpc_stretches import play_mpc
 from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H, Site
+from knowledge import invented_price
 
 EPISODES = (1, 2, 3, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300)
 IN_TABLE = (10, 30, 100)  # and a run's last
@@ -60,6 +65,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; times are for 1")
     parser.add_argument("--announced", action="store_true", help="only what drivers say is known")
     parser.add_argument("--mpc", action="store_true", help="model predictive control, too")
+    parser.add_argument("--price", type=int, metavar="SEED", help="draw a price and settle it")
     parser.add_argument("--output", type=Path, help="results as JSON")
     parser.add_argument("--figure", type=Path, help="a PNG")
     given = parser.parse_args()
@@ -68,13 +74,16 @@ def main() -> int:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "command": " ".join(["python benchmarks/sites.py", *_flags(given, agents)]),
+        "settled": "kg CO2" if given.price is None else "cost",
         "machine": machine(),
         "versions": versions(),
         "sites": {},
     }
     broken: list[str] = []
     for place in given.sites.split(","):
-        found, wrong = _site(place, agents, given)
+        with tempfile.TemporaryDirectory() as where:
+            folder = place if given.price is None else _priced(place, given.price, Path(where))
+            found, wrong = _site(folder, agents, given, Path(where))
         results["sites"][found["name"]] = found
         broken += wrong
         if given.output:  # whatever becomes of the next site
@@ -92,30 +101,44 @@ def _flags(given: argparse.Namespace, agents: dict[str, int]) -> list[str]:
     flags = [f"--sites {','.join(names)}"]
     flags += ["--agents " + ",".join(f"{name}:{count}" for name, count in agents.items())]
     flags += [f"--seeds {given.seeds}", f"--jobs {given.jobs}"]
+    flags += [] if given.price is None else [f"--price {given.price}"]
     return [*flags, *(f"--{name}" for name in ("announced", "mpc") if getattr(given, name))]
 
 
+def _priced(place: str, seed: int, where: Path) -> str:
+    """Copy a site and give it a drawn price, known ahead from 13:00 on; returns the folder."""
+    site = load_site(place)
+    folder = where / site.name
+    shutil.copytree(site.directory, folder)
+    (file,) = folder.glob("series.csv*")
+    series = pd.read_csv(file)
+    series["price_per_kwh"] = invented_price(site, seed)
+    series.to_csv(file, index=False)
+    described = folder / "site.yaml"
+    known = yaml.safe_load(described.read_text(encoding="utf-8"))
+    known |= {"known_ahead": {"price_per_kwh": "13:00"}, "currency": "EUR"}
+    described.write_text(yaml.safe_dump(known, sort_keys=False), encoding="utf-8")
+    return str(folder)
+
+
 def _site(
-    place: str, agents: dict[str, int], given: argparse.Namespace
+    place: str, agents: dict[str, int], given: argparse.Namespace, where: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Train every agent on a site; returns all figures, and where the optimum was no bound."""
-    site = load_site(place, announced=given.announced)
+    objective = "co2" if given.price is None else "cost"
+    site = load_site(place, objective=objective, announced=given.announced)
     references = evaluate(None, site)
     if given.mpc:
         references = beside(references, site, "mpc", play_mpc(site))
     broken = violations(references)
-    with tempfile.TemporaryDirectory() as where:
-        names = [(agent, seed) for agent in agents for seed in range(given.seeds)]
-        with ThreadPoolExecutor(given.jobs) as pool:
-            runs = list(
-                pool.map(
-                    lambda n: _train(n[0], n[1], agents[n[0]], place, given.announced, Path(where)),
-                    names,
-                )
-            )
-        for run in runs:
-            if "failed" not in run:
-                broken += _add_figures(run, site, references, Path(where))
+    fixed = ["--env.site", str(Path(place).resolve()) if Path(place).is_dir() else place]
+    fixed += ["--env.announced", str(given.announced).lower(), "--env.objective", objective]
+    names = [(agent, seed) for agent in agents for seed in range(given.seeds)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = list(pool.map(lambda n: _train(*n, agents[n[0]], fixed, where), names))
+    for run in runs:
+        if "failed" not in run:
+            broken += _add_figures(run, site, references, where)
     return {
         "name": site.name,
         "sha256": site.sha256,
@@ -129,13 +152,12 @@ def _site(
     }, broken
 
 
-def _train(agent: str, seed: int, episodes: int, place: str, announced: bool, where: Path) -> Run:
+def _train(agent: str, seed: int, episodes: int, fixed: list[str], where: Path) -> Run:
     """Train one run from its recipe in a process of its own; returns what is known of it."""
     name = f"{agent}-{seed}"
-    site = str(Path(place).resolve()) if Path(place).is_dir() else place
     command = [sys.executable, "-m", "co2lightning", "fit", "--config", f"{agent.lower()}.yaml"]
     command += ["--episodes", str(episodes), "--seed_everything", str(seed), "--name", name]
-    command += ["--env.site", site, "--env.announced", str(announced).lower(), "--threads", "1"]
+    command += [*fixed, "--threads", "1"]
     began = time.time()
     done = subprocess.run(
         command,
@@ -149,7 +171,9 @@ def _train(agent: str, seed: int, episodes: int, place: str, announced: bool, wh
     if done.returncode:
         run["failed"] = f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
     seconds = time.time() - began
-    print(f"{place}: {name}: {run.get('failed', f'{seconds:.0f} s')}", file=sys.stderr, flush=True)
+    print(
+        f"{fixed[1]}: {name}: {run.get('failed', f'{seconds:.0f} s')}", file=sys.stderr, flush=True
+    )
     return run
 
 
@@ -193,11 +217,11 @@ def _figures(evaluation: Evaluation, name: str) -> dict[str, Any]:
     days = evaluation.hours / DAY_H
     against = (evaluation.compared(name) - evaluation.compared("rbc_c")) / days
     return {
-        "kg_per_day": float(own.co2_kg.sum() / days.sum()),
+        "a_day": float(own.settled.sum() / days.sum()),
         "gap_closed": summary.gap_closed,
         "unmet_kwh": summary.unmet_kwh,
         "compared": evaluation.compared(name).tolist(),
-        "vs_rbc_c_kg_per_day": np.round(against, 3).tolist(),
+        "vs_rbc_c_a_day": np.round(against, 3).tolist(),
     }
 
 
@@ -215,7 +239,7 @@ def _median(values: list[float | None], form: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """Return the results as a Markdown table: the median over the seeds, lowest to highest."""
     lines = [
-        "| site | policy | episodes | gap closed | kg CO2 a day | weeks below RBC C "
+        f"| site | policy | episodes | gap closed | {results['settled']} a day | weeks below RBC C "
         "| unmet, kWh a day | s to beat the best rule | s to 1 % of its last |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -232,10 +256,10 @@ def table(results: dict[str, Any]) -> str:
                 rows.append((agent, str(episode), own, seconds))
         rows += [(TITLES.get(key, key), "", [of], []) for key, of in site["references"].items()]
         for title, episode, own, seconds in rows:
-            weeks = [week for row in own for week in row["vs_rbc_c_kg_per_day"]]
+            weeks = [week for row in own for week in row["vs_rbc_c_a_day"]]
             cells = [
                 _median([row["gap_closed"] for row in own], ".1%"),
-                _median([row["kg_per_day"] for row in own], ".2f"),
+                _median([row["a_day"] for row in own], ".2f"),
                 f"{sum(week < 0 for week in weeks)} of {len(weeks)}",
                 f"{max(row['unmet_kwh'] for row in own):.3f}",
                 *(
