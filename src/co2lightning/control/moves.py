@@ -11,6 +11,7 @@ battery, A = V + M.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ def kind_of(action_dim: int) -> str:
 
 
 SHARPNESS = 5.0  # what an action of 1 is as a logit
+_ROWS_AT_ONCE = 8192
 _NEVER = -1e4  # the logit of what a site cannot do; finite, so that gradients are
 
 
@@ -84,12 +86,9 @@ class Moves(NamedTuple):
 
 def move_tables(site: Site, model: SiteModel, outlook: Outlook) -> MoveTables:
     """Return what the moves of a site look up; the three are on one device."""
-    later_kw, power_kw = model.sockets[:2]
-    signals = outlook.cheaper_or_sun, outlook.cheaper
-    cheaper = torch.stack(
-        [known.gather(1, steps_left(later_kw, power_kw, known.shape[1])) for known in signals]
-    )
     sun = sun_exceeds_load(site)
+    known = (outlook.cheaper_or_sun, outlook.cheaper) if sun else (outlook.cheaper,)
+    cheaper = _of_stays(model, known).expand(2, -1, -1)
     price = site.import_price
     varies = bool(price.max() - price.min() > 1e-6)
     vehicles, battery = bool(site.sockets), site.battery is not None
@@ -105,6 +104,22 @@ def move_tables(site: Site, model: SiteModel, outlook: Outlook) -> MoveTables:
     }
     mask = [0.0 if can.get(name, True) else _NEVER for name, _ in MOVES]
     return MoveTables(cheaper, torch.tensor(mask).to(model.zero), sun)
+
+
+def _of_stays(model: SiteModel, signals: Sequence[Tensor]) -> Tensor:
+    """Return how many of the steps left of each stay are cheaper [S, P + 1, C], for S signals.
+
+    Args:
+        signals: Each [P + 1, n + 1], how many of the next 0, 1, ... n steps are.
+    """
+    later_kw, power_kw = model.sockets[:2]
+    found = signals[0].new_empty(len(signals), *later_kw.shape)
+    for first in range(0, len(later_kw), _ROWS_AT_ONCE):  # the index takes 8 bytes for each
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        for own, known in zip(found, signals, strict=True):
+            steps = steps_left(later_kw[rows], power_kw[rows], known.shape[1])
+            own[rows] = known[rows].gather(1, steps)
+    return found
 
 
 def corners(tables: MoveTables) -> list[Corner]:

@@ -11,7 +11,7 @@ of any size, and a 0 of whatever belongs to a part that the site has not.
 Shapes: P steps of the site, L leads of a day, B at once, O features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +168,8 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
     row = {feature.name: values for feature, values in zip(_EXOGENOUS, exogenous, strict=True)}
     ahead_kw = [row[f"surplus_{hours}_h"] / step_h for hours in _SPARE_H]
     ahead_kw += [-row[f"deficit_{hours}_h"] / step_h for hours in _SPARE_H]
-    table = np.pad(np.vstack([exogenous, *ahead_kw]), ((0, 0), (0, 1)), mode="edge")
+    table = np.vstack([*exogenous, *ahead_kw], dtype=np.float32, casting="same_kind")
+    table = np.pad(table, ((0, 0), (0, 1)), mode="edge")
     units = {f.name: step_h if f.unit == "kWh" else 1.0 for f in FEATURES}
     units |= dict.fromkeys(row, 1.0)
     units |= {"discharge_limit": -1.0, "surplus": -1.0}
@@ -198,7 +199,8 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
 
     record(see)
     states = torch.cat(seen, dim=1).double().numpy()
-    parts = [centre_and_spread(exogenous[:, untouched(site)]), centre_and_spread(states)]
+    clear = untouched(site)
+    parts = [centre_and_spread(row[clear] for row in exogenous), centre_and_spread(states)]
     centre, spread = np.concatenate(parts, axis=1)
     absent = {"battery": site.battery is None, "sockets": not site.sockets}
     spread[[absent.get(f.part, False) for f in FEATURES]] = 0.0
@@ -235,17 +237,19 @@ def give(observer: Observer, names: Sequence[str], who: str = "the agent") -> Ob
     )
 
 
-def centre_and_spread(values: Floats) -> Floats:
-    """Return the mean of each feature [F, M] and what it is divided by, [2, F].
+def centre_and_spread(values: Iterable[Floats]) -> Floats:
+    """Return the mean of each of F features, each [M], and what it is divided by, [2, F].
 
     That is its standard deviation, or more where it has a long tail, so that no more than a step
     in a thousand is clamped; 0 of a feature that hardly changes.
     """
-    centre = values.mean(axis=1)
-    away = np.abs(values - centre[:, None])
-    spread = np.maximum(values.std(axis=1), np.quantile(away, _RARE, axis=1) / HIGHEST)
-    spread[spread < 1e-4 * np.abs(values).max(axis=1)] = 0.0
-    return np.stack([centre, spread])
+    found: list[tuple[float, float]] = []
+    for feature in values:
+        centre = feature.mean()
+        tail = np.quantile(np.abs(feature - centre), _RARE) / HIGHEST
+        spread = max(feature.std(), tail)
+        found.append((centre, spread if spread >= 1e-4 * np.abs(feature).max() else 0.0))
+    return np.array(found).T
 
 
 def observe(observer: Observer, model: SiteModel, state: State, moves: Moves) -> Tensor:
@@ -292,27 +296,25 @@ def as_rule(observer: Observer, act: Callable[[Tensor], Tensor]) -> Rule:
 # --- what is known beforehand --------------------------------------------------------------------
 
 
-def _exogenous_features(site: Site) -> Floats:
-    """Return [len(_EXOGENOUS), P]; a step's column uses what is known at that step only."""
+def _exogenous_features(site: Site) -> list[Floats]:
+    """Return len(_EXOGENOUS) of [P]; a step's value uses what is known at that step only."""
     _, weekend = slots(site)
     local = clock(site)
     since_midnight = (local - local.astype("datetime64[D]")).astype("timedelta64[m]")
     angle = 2 * np.pi * (since_midnight.astype(np.int64) / 60 + site.step_h / 2) / DAY_H
-    return np.vstack(
-        [
-            np.sin(angle),
-            np.cos(angle),
-            np.sin(2 * angle),
-            np.cos(2 * angle),
-            weekend.astype(np.float64),
-            site.import_limit_kw,
-            *_price(site),
-            site.export_credit,
-            *_power(site, "pv_kw", weekends=False),
-            *_power(site, "load_kw", weekends=True),
-            *_net(site),
-        ]
-    )
+    return [
+        np.sin(angle),
+        np.cos(angle),
+        np.sin(2 * angle),
+        np.cos(2 * angle),
+        weekend.astype(np.float64),
+        site.import_limit_kw,
+        *_price(site),
+        site.export_credit,
+        *_power(site, "pv_kw", weekends=False),
+        *_power(site, "load_kw", weekends=True),
+        *_net(site),
+    ]
 
 
 def _leads(site: Site, hours: float) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor
 from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
 from co2lightning.site.model import DAY_H, Floats, Site
 
+_ROWS_AT_ONCE = 8192
+
 
 class Outlook(NamedTuple):
     """What is known of each place and expected of the steps after it."""
@@ -45,7 +47,6 @@ def sun_exceeds_load(site: Site) -> bool:
     return bool(site.pv_kw.any() or site.load_kw.min() < 0.0)
 
 
-@functools.lru_cache(maxsize=8)
 def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool = False) -> Outlook:
     """Return what the rules of a site know of each step and expect of the next ones.
 
@@ -54,30 +55,35 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
         device: Where the rules act.
         foresight: Whether what import will cost is known instead.
     """
+    return _outlook_of(site, torch.device(device), foresight)
+
+
+@functools.lru_cache(maxsize=8)
+def _outlook_of(site: Site, device: torch.device, foresight: bool) -> Outlook:
     stays = site.sessions_told.departure - site.sessions_told.arrival
     (now, expected), each = price(site), steps_per_lead(site)
     leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
-    sun = site.load_kw - site.pv_kw < 0.0
-    expected = expected[:, :leads]
-    sun_expected = np.zeros(expected.shape, dtype=np.bool_)
-    if sun_exceeds_load(site):
-        net_kw = forecast(site, "load_kw")[:, :leads] - forecast(site, "pv_kw")[:, :leads]
-        sun_expected = net_kw < 0.0
-    credit, earns = site.export_credit, np.zeros(expected.shape)
-    if credit.any():
-        earns = forecast(site, "export_credit")[:, :leads]
+    sun, credit, unit = site.load_kw - site.pv_kw < 0.0, site.export_credit, _unit(site)
+    sunny = sun_exceeds_load(site)
+    load_kw, pv_kw = (forecast(site, name) if sunny else now for name in ("load_kw", "pv_kw"))
+    earns = forecast(site, "export_credit") if credit.any() else np.zeros((site.n_steps, leads))
+    ahead, apart = leads, each  # of a table: its columns, and how many steps each stands for
     if foresight:
-        expected = to_come(now, leads * each)
-        earns = to_come(credit, leads * each)
-        sun_expected, each = sun_expected.repeat(each, axis=1), 1
-    unit = _unit(site)
-    counts = cheaper(now, expected, each, unit)
-    with_sun = counts
-    if sun.any() or sun_expected.any():
-        # A surplus costs what it would have earned.
-        now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
-        with_sun = cheaper(now, expected, each, unit)
+        ahead, apart = leads * each, 1
+        expected, earns = to_come(now, ahead), to_come(credit, ahead)
+    counts = np.zeros((site.n_steps + 1, leads * each + 1), dtype=np.int16)
+    with_sun = np.zeros_like(counts) if sunny else counts
+    for first in range(0, site.n_steps, _ROWS_AT_ONCE):  # a long site's tables are some 100 MB each
+        rows = slice(first, min(first + _ROWS_AT_ONCE, site.n_steps))
+        costs = expected[rows, :ahead]
+        counts[rows] = cheaper(now[rows], costs, apart, unit)[:-1]
+        if sunny:  # a surplus costs what it would have earned
+            free = (load_kw[rows, :leads] - pv_kw[rows, :leads] < 0.0).repeat(each // apart, axis=1)
+            here = np.where(sun[rows], credit[rows], now[rows])
+            costs = np.where(free, earns[rows, :ahead], costs)
+            with_sun[rows] = cheaper(here, costs, apart, unit)[:-1]
+    counts[-1], with_sun[-1] = counts[-2], with_sun[-2]
     slot, _ = slots(site, 1)
     tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
-    of_step, plain, sunny = tensors
-    return Outlook(of_step, slots_a_day(site), plain, sunny)
+    of_step, plain, with_surplus = tensors
+    return Outlook(of_step, slots_a_day(site), plain, with_surplus)

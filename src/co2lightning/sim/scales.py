@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.forecast import untouched
+from co2lightning.control.forecast import forecast, untouched
 from co2lightning.control.moves import MoveTables
 from co2lightning.control.observation import Observer, build_observer
 from co2lightning.control.outlook import outlook_of
@@ -24,17 +24,22 @@ from co2lightning.site.model import Site
 
 _MOST_RUNS = 48  # training days, evenly spread
 _SHORTEST_DAY_H = 23.0
+_LONG = 60_000  # steps; its forecasts, 100 MB each and more, are rather made anew than kept
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # what it would make can never be trained on
 def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
     """Return the observer of a site, made once a process and device.
 
     The spread of what is observed of a state is that of the training days, run by two rules and
     by a policy that wanders, from batteries of all levels.
     """
-    if torch.device(device).type != "cpu":
+    return _observer_of(site, torch.device(device))
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what it would make can never be trained on
+def _observer_of(site: Site, device: torch.device) -> Observer:
+    if device.type != "cpu":
         return _moved(observer_of(site), device)
     model = priced_model(site)
     training = site.training_days
@@ -52,7 +57,10 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
         for rule in (rbc_b, uncontrolled, _wander):
             run(model, watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
 
-    return build_observer(site, model, outlook_of(site), record)
+    observer = build_observer(site, model, outlook_of(site), record)
+    if site.n_steps > _LONG:
+        forecast.cache_clear()
+    return observer
 
 
 def _moved(observer: Observer, device: torch.device | str) -> Observer:
