@@ -119,6 +119,7 @@ def scaled(site: Site, factor: float) -> Site:
             capacity_kwh=factor * battery.capacity_kwh,
             power_kw=factor * battery.power_kw,
         ),
+        sockets=tuple(dataclasses.replace(s, max_kw=factor * s.max_kw) for s in site.sockets),
         pv_kw=factor * site.pv_kw,
         load_kw=factor * site.load_kw,
         import_limit_kw=factor * site.import_limit_kw,
