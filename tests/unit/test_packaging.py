@@ -252,7 +252,7 @@ def test_the_readmes_results_are_the_committed_ones(monkeypatch: pytest.MonkeyPa
     assert results["command"].partition(" --jobs")[0] in " ".join(shown)
     assert import_module("sites").table(results) in README
     references = results["sites"]["iquitos"]["references"]
-    kg = {name: f"{row['kg_per_day']:.1f}" for name, row in references.items()}
+    kg = {name: f"{row['a_day']:.1f}" for name, row in references.items()}
     said = (
         "sin control {uncontrolled}, RBC A {rbc_a}, RBC B {rbc_b}, RBC C {rbc_c}, óptimo {optimum}"
     )
