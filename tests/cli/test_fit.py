@@ -491,7 +491,7 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("agent", [name for name in shipped() if name != "SAC"])
+@pytest.mark.parametrize("agent", ["A2C", "PPO"])
 def test_the_ratio_is_exactly_one_before_the_first_step(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, agent: str
 ) -> None:
@@ -537,7 +537,8 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     assert played == list(range(12)), "a segment was played before the last one was learned"
 
 
-@pytest.mark.parametrize("agent", shipped())
+# APG plays in its loss.
+@pytest.mark.parametrize("agent", [name for name in shipped() if name != "APG"])
 def test_an_episode_without_a_gradient_step_is_saved_too(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, agent: str
 ) -> None:

@@ -187,8 +187,8 @@ class APG(Agent):
     def loss(self, windows: Windows, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Play windows; return what they cost and leave, and how wrong costates have been.
 
-        Costs are in days of the uncontrolled site. The sum descends each part on its own: what
-        prices the cut is a constant to the policy.
+        Costs are in days of the uncontrolled site; what is left unserved costs the mean price. The
+        sum descends each part on its own: what prices the cut is a constant to the policy.
         """
         env = self._site
         carry = env.recorded(windows.days, windows.soc)
@@ -198,16 +198,20 @@ class APG(Agent):
         obs = env.begin_at(carry._replace(owed_kw=owed_kw, true_kw=true_kw))
         first, cost, rewards = env.state, 0.0, list[Tensor]()
         assert first is not None
-        self._starts = obs.detach(), stay_features(env, first).detach(), first.owed_kw.detach() > 0
+        seen, stays = self.policy_obs(obs).detach(), stay_features(env, first).detach()
+        self._starts = seen, stays, first.owed_kw.detach() > 0
+        full, each_kw = _at_mean_price(env)
         for _ in range(env.horizon):
             state = env.state
             assert state is not None
             result = env.step(self.act(obs))
-            cost = cost + objective(state, env.flows)
+            cost = cost + objective(state, env.flows) + env.flows.unmet_kw * each_kw
             rewards.append(result.reward.detach())
             obs = result.obs
         self._rewards = torch.stack(rewards)
-        left = self._left(obs)
+        stored, owed = self._costates(self.policy_obs(obs))
+        carry = env.carry
+        left = (owed * carry.truly_owed_kw).sum(1) * each_kw - stored * carry.soc * full
         costate_loss = self._costate_loss()
         loss = (cost + left).mean()
         figures = {"loss": loss, "left_at_end": left.mean(), "costate_loss": costate_loss}
@@ -215,18 +219,16 @@ class APG(Agent):
 
     # -- costates ------------------------------------------------------------------------------
 
-    def _left(self, obs: Tensor) -> Tensor:
-        """Return what is owed less what is stored at the windows' end [B], priced by costates."""
+    @torch.no_grad()
+    def _costates(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a kWh is worth now that is stored [B] or owed [B, C], in mean prices."""
         env = self._site
         state = env.state
         assert state is not None
-        with torch.no_grad():
-            stored = self.stored_costate(obs).squeeze(1).clamp(*_STORED)
-            owed = self.owed_costate(_beside(obs, stay_features(env, state))).squeeze(2)
-        full, each_kw = _at_mean_price(env)
-        return (owed.clamp(*_OWED) * env.carry.truly_owed_kw).sum(
-            1
-        ) * each_kw - stored * state.soc * full
+        stays = stay_features(env, state)
+        each = seen.unsqueeze(1).expand(-1, stays.shape[1], -1)
+        owed = self.owed_costate(torch.cat([each, stays], dim=2)).squeeze(2)
+        return self.stored_costate(seen).squeeze(1).clamp(*_STORED), owed.clamp(*_OWED)
 
     def _costate_loss(self) -> Tensor:
         """Return how far the costates are from what is remembered."""
@@ -247,20 +249,23 @@ class APG(Agent):
             by_soc: [B] the loss by what the batteries held.
             by_owed: [B, C] the loss by what the vehicles were owed.
         """
-        obs, stays, present = self._starts
+        seen, stays, present = self._starts
         full, each_kw = _at_mean_price(self._site)
-        count = len(obs)  # the loss is a mean of so many
-        stored = (
-            (-by_soc * count / full).clamp(*_STORED) if full else torch.full_like(by_soc, torch.nan)
-        )
-        owed = (by_owed * count / each_kw).clamp(*_OWED)
+        count = len(seen)  # the loss is a mean of so many
+        nothing = torch.full_like(by_soc, torch.nan)
+        stored = (-by_soc * count / full).clamp(*_STORED) if full else nothing
+        owed = torch.where(present, (by_owed * count / each_kw).clamp(*_OWED), torch.nan)
         # As many vehicles as windows, any of them.
         lots = torch.rand(present.shape, generator=self.update_generator, device=self.device)
-        chosen = torch.where(present, lots, lots - 1.0).flatten().topk(min(count, lots.numel()))
-        owed = torch.where(present, owed, torch.nan).flatten()[chosen.indices]
-        of_owed = _beside(obs, stays).flatten(0, 1)[chosen.indices]
-        for table, seen, known in ((self.of_stored, obs, stored), (self.of_owed, of_owed, owed)):
-            rows = torch.cat([seen, known.unsqueeze(1), torch.ones_like(seen[:, :1])], dim=1)
+        lots = torch.where(present, lots, -1.0).flatten()
+        some = lots.topk(min(count, len(lots))).indices
+        window = some // present.shape[1]
+        of_owed = torch.cat([seen[window], stays.flatten(0, 1)[some]], dim=1)
+        tables = (self.of_stored, seen, stored), (self.of_owed, of_owed, owed.flatten()[some])
+        for table, features, known in tables:
+            rows = torch.cat(
+                [features, known.unsqueeze(1), torch.ones_like(features[:, :1])], dim=1
+            )
             rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
             if self.world_size > 1:
                 rows = ranks.together(rows)
@@ -275,11 +280,6 @@ def _at_mean_price(env: SiteDays) -> tuple[float, float]:
     battery = env.site.battery
     capacity_kwh = battery.capacity_kwh if battery else 0.0
     return capacity_kwh * env.tables.kwh_cost, env.site.step_h * env.tables.kwh_cost
-
-
-def _beside(obs: Tensor, stays: Tensor) -> Tensor:
-    """Return observations [B, O] beside the features of each stay [B, C, 7]."""
-    return torch.cat([obs.unsqueeze(1).expand(-1, stays.shape[1], -1), stays], dim=2)
 
 
 def stay_features(env: SiteDays, state: State) -> Tensor:
