@@ -15,6 +15,7 @@ from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import kept
 from co2lightning.sim.evaluate import TITLES, Summary
 from co2lightning.sim.optimum import Best
+from co2lightning.sim.worlds import PERTURBATIONS
 from conftest import tree
 from small_site import HELD_OUT, write_site
 
@@ -334,3 +335,31 @@ def test_mpc_stands_beside_the_rules_and_is_kept(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert "MPC" not in printed.err
     assert "MPC" in printed.out
+
+
+def test_what_knowledge_is_worth_and_what_is_left_when_perturbed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["PPO", "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert "perturbed" not in before
+    assert main(["PPO", "--json", "--perturb"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    perturbed = data.pop("perturbed")
+    assert data == before
+    assert set(data["knowledge"]) <= {"forecast"}, "nothing is announced in the village"
+    assert list(perturbed) == list(PERTURBATIONS)
+    for told in perturbed.values():
+        assert list(told) == list(data["summary"])
+        for policy, figures in told.items():
+            share = data["summary"][policy]["gap_closed"]
+            left = figures["gain_left"]
+            assert (left is None) == (share <= 0.0)
+            assert left is None or left == pytest.approx(figures["gap_closed"] / share, abs=1e-4)
+        assert told["optimum"]["gap_closed"] == 1.0
+    usual, own = perturbed["usual_price"], data["summary"]
+    assert usual["rbc_b"]["gap_closed"] == own["rbc_b"]["gap_closed"]
+    assert main(["PPO", "--perturb"]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("as it is", "PV 20 % lower", "carbon expected as usual"))
+    assert out.count("With a perfect forecast, gap closed: PPO") == len(data["knowledge"])

@@ -19,7 +19,13 @@ from co2lightning.commands.run import (
 )
 from co2lightning.control.moves import kind_of
 from co2lightning.places import check_output
-from co2lightning.report.comparison import comparison_tables, evaluation_data, verdict
+from co2lightning.report.comparison import (
+    comparison_tables,
+    evaluation_data,
+    knowledge_data,
+    perturbed_data,
+    verdict,
+)
 from co2lightning.report.steps import steps_of
 from co2lightning.report.tables import in_terminal
 from co2lightning.runs.files import write_atomic
@@ -30,10 +36,12 @@ from co2lightning.sim.evaluate import (
     TITLES,
     Evaluation,
     beside,
+    elsewhere,
     evaluate,
     summarise,
     violations,
 )
+from co2lightning.sim.worlds import knowing, perturbed
 from co2lightning.site.model import Site
 from co2lightning.terminal import say, show_tables
 
@@ -59,6 +67,12 @@ def main(argv: list[str]) -> int:
         help="beside them model predictive control: a plan of the next day in every step; a second "
         "or more for each day, once",
     )
+    parser.add_argument(
+        "--perturb",
+        action="store_true",
+        help="below them what of the gain is left where held-out days go otherwise: departures an "
+        "hour off, vehicles and PV 20 %% more and less, the price expected as usual",
+    )
     parser.add_place(
         "--steps",
         help="every step of every policy there, as CSV: what predict writes, with the policy",
@@ -74,7 +88,7 @@ def main(argv: list[str]) -> int:
     steps = check_output("--steps", arguments.steps)
     name, keep = arguments.name, Path(arguments.directory) / "references"
     if is_rule(name, arguments):
-        trained, site = None, site_of_rules([name], arguments)
+        trained, site, agent = None, site_of_rules([name], arguments), None
         evaluation = _first(evaluate(None, site, keep=keep), name)
         who, title, told = "", TITLES[name], {"rule": name}
     else:
@@ -91,6 +105,19 @@ def main(argv: list[str]) -> int:
     if steps:
         write_atomic(steps, steps_of(site, evaluation, who).encode())
     data = evaluation_data(evaluation)
+
+    def in_worlds(worlds: dict[str, Site]) -> dict[str, Evaluation]:
+        """Return rules and agent in other worlds of the site."""
+        found: dict[str, Evaluation] = {}
+        for key, world in worlds.items():
+            found[key] = elsewhere(evaluation, world, keep)
+            if agent:
+                found[key] = evaluate(policy_of(agent, world), world, found[key], agent.device)
+        return found
+
+    data["knowledge"] = knowledge_data(data, in_worlds(knowing(site)))
+    if arguments.perturb:
+        data["perturbed"] = perturbed_data(data, in_worlds(perturbed(site)))
     if arguments.json:
         say(json.dumps({"site": site.name, **told, **data}, allow_nan=False))
     else:

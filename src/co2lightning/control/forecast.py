@@ -85,13 +85,25 @@ def forecast(site: Site, signal: str) -> Floats:
     if signal == "import_price" and told & _PRICED.keys():
         weights = {column: getattr(site.objective, name) for column, name in _PRICED.items()}
         return sum(weight * forecast(site, column) for column, weight in weights.items() if weight)  # pyright: ignore
-    expected = _own_forecast(site, signal)
-    _put_known(site, signal, expected)
+    column = "export_price_per_kwh" if signal == "export_credit" else signal
+    since = site.known_ahead.get(column, "")
+    plain = since in ("always", "usual")  # what is left to expect is the usual
+    expected = _usual_ahead(site, signal) if plain else _own_forecast(site, signal)
+    if since not in ("", "usual"):
+        _put_known(site, signal, _known_until(site, since), expected)
     return expected
 
 
 _PRICED = {"carbon_kg_per_kwh": "co2", "price_per_kwh": "cost"}
 """What the price of import is made of -> by which weight of the objective."""
+
+
+def _usual_ahead(site: Site, signal: str) -> Floats:
+    """Return what is usual at each lead after each step, [P, L]."""
+    slots = usual(site, getattr(site, signal), signal == "load_kw", site.steps(REACH_H))
+    each = steps_per_lead(site)
+    ahead = [slots[lead:][: site.n_steps] for lead in range(each, site.steps(REACH_H) + 1, each)]
+    return np.stack(ahead, axis=1)
 
 
 def _own_forecast(site: Site, signal: str) -> Floats:
@@ -175,13 +187,10 @@ def _of_provider(off: Floats, age_h: Floats, own: Floats, good: NDArray[np.bool_
     return more * np.divide(np.sqrt(np.mean(own[good] ** 2)), sizes, where=sizes > 0, out=sizes)
 
 
-def _put_known(site: Site, signal: str, expected: Floats) -> None:
-    """Write what is known ahead of a signal into its forecast [P, L]."""
-    column = "export_price_per_kwh" if signal == "export_credit" else signal
-    if column not in site.known_ahead:
-        return
-    values, until = getattr(site, signal), _known_until(site, site.known_ahead[column])
-    place, each = np.arange(site.n_steps), steps_per_lead(site)
+def _put_known(site: Site, signal: str, until: Ints, expected: Floats) -> None:
+    """Write what is known of a signal until some step [P] into its forecast [P, L]."""
+    values, each = getattr(site, signal), steps_per_lead(site)
+    place = np.arange(site.n_steps)
     for at in range(expected.shape[1]):
         lead = (at + 1) * each
         known = np.flatnonzero(place + lead < until)

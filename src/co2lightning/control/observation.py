@@ -165,13 +165,8 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
         record: What the spread of the state's features is found with.
     """
     exogenous, step_h, dtype = _exogenous_features(site), site.step_h, torch.float32
-    row = {feature.name: values for feature, values in zip(_EXOGENOUS, exogenous, strict=True)}
-    ahead_kw = [row[f"surplus_{hours}_h"] / step_h for hours in _SPARE_H]
-    ahead_kw += [-row[f"deficit_{hours}_h"] / step_h for hours in _SPARE_H]
-    table = np.vstack([*exogenous, *ahead_kw], dtype=np.float32, casting="same_kind")
-    table = np.pad(table, ((0, 0), (0, 1)), mode="edge")
     units = {f.name: step_h if f.unit == "kWh" else 1.0 for f in FEATURES}
-    units |= dict.fromkeys(row, 1.0)
+    units |= dict.fromkeys((f.name for f in _EXOGENOUS), 1.0)
     units |= {"discharge_limit": -1.0, "surplus": -1.0}
     units |= {f"owed_{hours:g}_h": step_h / hours for hours in _WAIT_H}
     unit = np.array(list(units.values()))
@@ -182,7 +177,7 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
 
     plain = Observer(
         moves=move_tables(site, model, outlook),
-        exogenous=torch.as_tensor(table, dtype=dtype),
+        exogenous=_table(site, exogenous),
         scale=column(unit),
         shift=column(np.zeros_like(unit)),
         high=column(np.full_like(unit, np.inf)),
@@ -212,6 +207,30 @@ def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Recor
         centre=tuple(centre.tolist()),
         spread=tuple(spread.tolist()),
     )
+
+
+def in_world(observer: Observer, site: Site, model: SiteModel, outlook: Outlook) -> Observer:
+    """Return the observer of a site that looks things up in another world of it, on the CPU.
+
+    What it measures in and which moves have a weight stay the site's own.
+
+    Args:
+        observer: Of the site itself.
+        site: The other world.
+        model: That world's.
+        outlook: That world's.
+    """
+    moves = move_tables(site, model, outlook)._replace(mask=observer.moves.mask)
+    return observer._replace(moves=moves, exogenous=_table(site, _exogenous_features(site)))
+
+
+def _table(site: Site, exogenous: Sequence[Floats]) -> Tensor:
+    """Return what `Observer` looks up of the exogenous features, each [P]."""
+    row = {feature.name: values for feature, values in zip(_EXOGENOUS, exogenous, strict=True)}
+    ahead_kw = [row[f"surplus_{hours}_h"] / site.step_h for hours in _SPARE_H]
+    ahead_kw += [-row[f"deficit_{hours}_h"] / site.step_h for hours in _SPARE_H]
+    table = np.vstack([*exogenous, *ahead_kw], dtype=np.float32, casting="same_kind")
+    return torch.as_tensor(np.pad(table, ((0, 0), (0, 1)), mode="edge"))
 
 
 def give(observer: Observer, names: Sequence[str], who: str = "the agent") -> Observer:

@@ -4,7 +4,7 @@ Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,30 @@ from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.metrics import Settled
-from co2lightning.report.comparison import count_text, evaluation_data, settled_in
+from co2lightning.report.comparison import (
+    count_text,
+    evaluation_data,
+    knowledge_data,
+    settled_in,
+)
 from co2lightning.report.looks import RuleLook, RunLook, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.files import read_file
 from co2lightning.runs.reading import hash_row
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import TITLES, Evaluation, Summary, evaluate, summarise
+from co2lightning.sim.evaluate import (
+    TITLES,
+    Evaluation,
+    Summary,
+    elsewhere,
+    evaluate,
+    summarise,
+)
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import Schedule, play
 from co2lightning.sim.search import rules_of
+from co2lightning.sim.worlds import knowing
 from co2lightning.site.load import load_site, named_in
 from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
@@ -104,6 +117,7 @@ class RunResult:
         sha256: Of that file.
         trained_on: Name and SHA-256 of the site it was trained on.
         evaluation: The agent beside the references.
+        knowing: Both where more is known, by the names of `worlds.KNOWLEDGE`.
     """
 
     row: dict[str, Any]
@@ -114,6 +128,7 @@ class RunResult:
     trained_on: tuple[str, str]
     evaluation: Evaluation
     heat: _Heat
+    knowing: dict[str, Evaluation]
     policy: str = "agent"
 
     @property
@@ -139,10 +154,15 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class SiteResult:
-    """A site and an objective, its references, the runs evaluated on it and rules beside them."""
+    """A site and an objective, its references, the runs evaluated on it and rules beside them.
+
+    Attributes:
+        knowing: The references where more is known, by the names of `worlds.KNOWLEDGE`.
+    """
 
     site: Site
     references: Evaluation
+    knowing: dict[str, Evaluation]
     runs: list[RunResult]
     rules: list[RuleResult]
 
@@ -155,8 +175,13 @@ class SiteResult:
     def data(self) -> dict[str, Any]:
         """As `test --json` has it, with a policy for each run, by its title."""
         data = evaluation_data(self.references)
+        data["knowledge"] = knowledge_data(data, self.knowing)
         for run in self.runs:
-            data["policies"][run.title] = evaluation_data(run.evaluation)["policies"]["agent"]
+            own = evaluation_data(run.evaluation)
+            for key in ("policies", "summary"):
+                data[key][run.title] = own[key]["agent"]
+            for world, told in knowledge_data(own, run.knowing).items():
+                data["knowledge"].setdefault(world, {})[run.title] = told["agent"]
         return data
 
     @functools.cached_property
@@ -339,7 +364,9 @@ def collect(
         held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
         echo(f"{found.name}: the rules and the optimum in {held_out}")
         references = evaluate(None, found, keep=keep)
-        results.append(SiteResult(found, references, [], []))
+        worlds = knowing(found)
+        told = {name: elsewhere(references, world, keep) for name, world in worlds.items()}
+        results.append(SiteResult(found, references, told, [], []))
         own = rules_of(found, keep=keep)
         for name in rules:
             if name not in own:
@@ -349,7 +376,7 @@ def collect(
             results[-1].rules.append(RuleResult(name, references, heat))
         for one in members:
             echo(f"{one.run.name}: episode {one.episode} there")
-            results[-1].runs.append(_evaluated(one, found, references))
+            results[-1].runs.append(_evaluated(one, results[-1], worlds))
     return results
 
 
@@ -394,8 +421,9 @@ def _load(
     return _Loaded(run, agent, checkpoint["episode"], facts, wanted, objective, known, path)
 
 
-def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
-    policy, device = policy_of(one.agent, site), one.agent.device
+def _evaluated(one: _Loaded, result: SiteResult, worlds: Mapping[str, Site]) -> RunResult:
+    site, device = result.site, one.agent.device
+    policy = policy_of(one.agent, site)
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
@@ -404,8 +432,12 @@ def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
         file=one.path,
         sha256=files.get(one.path.name) or hash_row(read_file(one.path))["sha256"],
         trained_on=one.trained_on,
-        evaluation=evaluate(policy, site, references, device),
+        evaluation=evaluate(policy, site, result.references, device),
         heat=compare_to_rule(policy, site, device),
+        knowing={
+            name: evaluate(policy_of(one.agent, world), world, result.knowing[name], device)
+            for name, world in worlds.items()
+        },
     )
 
 

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from co2lightning.metrics import Settled, settled_words
-from co2lightning.report.tables import Table, comparison_table, stretches_table
+from co2lightning.report.tables import (
+    Table,
+    comparison_table,
+    perturbed_table,
+    stretches_table,
+)
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
     STRETCHES_FOR_AN_INTERVAL,
@@ -18,6 +23,7 @@ from co2lightning.sim.evaluate import (
     Evaluation,
     summarise,
 )
+from co2lightning.sim.worlds import KNOWLEDGE, PERTURBATIONS
 from co2lightning.site.model import DAY_H, Floats
 
 _Data = Mapping[str, Any]
@@ -73,6 +79,50 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
         "summary": summary,
         "rbc_c": evaluation.rbc_c,
     }
+
+
+def knowledge_data(data: _Data, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return what policies come to if they know more, as `knowledge` in what `--json` prints.
+
+    Args:
+        data: Of the site as it is, as `evaluation_data` returns it.
+        found: Per world of `worlds.KNOWLEDGE` the policies there. One in which nobody does
+            otherwise is left out.
+    """
+    worlds = {name: _of_world(data, evaluation) for name, evaluation in found.items()}
+    own = {name: _in_short(data, summary) for name, summary in data["summary"].items()}
+    return {
+        name: told
+        for name, told in worlds.items()
+        if any(figures != own[policy] for policy, figures in told.items())
+    }
+
+
+def perturbed_data(data: _Data, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return what policies come to in perturbed worlds, as `perturbed` in what `--json` prints.
+
+    Args:
+        data: Of the site as it is, as `evaluation_data` returns it.
+        found: Per world of `worlds.PERTURBATIONS` the policies there.
+    """
+    worlds = {name: _of_world(data, evaluation) for name, evaluation in found.items()}
+    for told in worlds.values():
+        for policy, figures in told.items():
+            share, before = figures["gap_closed"], data["summary"][policy]["gap_closed"]
+            left = None if share is None or not before or before < 0.0 else share / before
+            figures["gain_left"] = None if left is None else round(left, 6)
+    return worlds
+
+
+def _of_world(data: _Data, evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
+    summaries = {name: of._asdict() for name, of in summarise(evaluation).items()}
+    return {name: _in_short(data, summaries[name]) for name in data["summary"] if name in summaries}
+
+
+def _in_short(data: _Data, summary: _Data) -> dict[str, float | None]:
+    """Return of a policy's summary what is settled, the share of the gap and what is unmet."""
+    keys = settled_in(data).key, "gap_closed", "unmet_kwh"
+    return {key: None if summary[key] is None else round(summary[key], 6) + 0.0 for key in keys}
 
 
 def _figures_told(evaluation: Evaluation, name: str) -> dict[str, Floats]:
@@ -134,7 +184,14 @@ def comparison_tables(
             if not name.endswith("_true")  # one line of them is enough
         }
         tables.append(stretches_table(stretches, each, settled, "each"))
+    if "perturbed" in data:
+        first = next(iter(data["summary"]))
+        shown = {name: titles[name] for name in dict.fromkeys((first, data["best"], "rbc_b"))}
+        worlds = {"as it is": data["summary"]}
+        worlds |= {words_of(name, settled): told for name, told in data["perturbed"].items()}
+        tables.append(perturbed_table(worlds, shown, settled))
     found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
+    found += knowledge_lines(data, titles)
     return tables, [*found, *remarks(stretches, data["policies"], titles)]
 
 
@@ -183,6 +240,35 @@ def verdict(data: _Data, name: str, title: str) -> str:
     unmet_kwh = own["unmet_kwh"] - data["summary"][best]["unmet_kwh"]
     more = f"; {title} leaves {unmet_kwh:.2f} kWh a day more unmet, which is counted"
     return f"{said}{more if unmet_kwh >= 0.005 else ''}."
+
+
+def words_of(perturbation: str, settled: Settled) -> str:
+    """Return what a perturbation is called."""
+    price = {"co2_kg": "carbon", "cost": "price"}.get(settled.key, "carbon and price")
+    return PERTURBATIONS[perturbation].format(price=price)
+
+
+def knowledge_lines(data: _Data, titles: Mapping[str, str]) -> list[str]:
+    """Return what those would come to, who then do otherwise, in a line for each that is known.
+
+    Args:
+        data: As `evaluation_data` returns it, with `knowledge`.
+        titles: Of the policies.
+    """
+    settled, lines = settled_in(data), list[str]()
+    for world, told in data.get("knowledge", {}).items():
+        others = {
+            policy: figures
+            for policy, figures in told.items()
+            if figures != _in_short(data, data["summary"][policy])
+        }
+        key, what = "gap_closed", "gap closed"
+        if any(figures[key] is None for figures in others.values()):
+            key, what = settled.key, settled.a_day
+        form = settled.metric(key).form
+        known = [f"{titles[policy]} {form.format(of[key])}" for policy, of in others.items()]
+        lines.append(f"With {KNOWLEDGE[world]}, {what}: {', '.join(known)}")
+    return lines
 
 
 def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:

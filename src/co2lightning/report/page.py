@@ -28,7 +28,13 @@ from co2lightning.report.collect import (
     SiteResult,
     soc_band,
 )
-from co2lightning.report.comparison import count_text, evaluation_data, remarks, verdict
+from co2lightning.report.comparison import (
+    count_text,
+    evaluation_data,
+    knowledge_lines,
+    remarks,
+    verdict,
+)
 from co2lightning.report.day import parts_of
 from co2lightning.report.tables import (
     all_sessions_table,
@@ -289,7 +295,8 @@ def _site(index: int, result: SiteResult) -> str:
     stretches = count_text(data["stretches"])
     held_out = f"{stretches} of {escape(site.name)} (sha256 {site.sha256[:12]})"
     titles = TITLES | {run.title: run.title for run in result.runs}
-    lines = remarks(data["stretches"], data["policies"], titles)
+    lines = knowledge_lines(data, titles)
+    lines += remarks(data["stretches"], data["policies"], titles)
     below = escape(" ".join(f"{line}." for line in lines))
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in site.notes)
     foreign = "".join(

@@ -233,6 +233,49 @@ def stretches_table(
     return Table(columns, rows, title, caption, boxed=True, whole=("begin",))
 
 
+def perturbed_table(
+    worlds: Mapping[str, Mapping[str, _Row]], policies: Mapping[str, str], settled: Settled
+) -> Table:
+    """Return what policies come to where held-out days go otherwise than they did.
+
+    Args:
+        worlds: What is otherwise -> per policy what is settled, the share of the gap, how much of
+            that without perturbation is left, what is unmet; the days as they are first.
+        policies: Name -> title of those to show.
+        settled: What they are settled by.
+    """
+    rows: list[_Row] = []
+    for world, told in worlds.items():
+        bounds = {name: told[name][settled.key] for name in ("uncontrolled", "optimum")}
+        shares = {f"gap_{name}": told[name]["gap_closed"] for name in policies}
+        left = {f"left_{name}": told[name].get("gain_left", "") for name in policies}
+        unmet_kwh = max(told[name]["unmet_kwh"] for name in policies)
+        rows.append({"world": world, **bounds, **shares, **left, "unmet_kwh": unmet_kwh})
+    form = settled.metric(settled.key).form
+    each = [
+        metric
+        for name, title in policies.items()
+        for metric in (
+            Metric(f"gap_{name}", f"{title}, gap closed", "{:.1%}", f"{title}\ngap"),
+            Metric(f"left_{name}", "left", "{:.0%}"),
+        )
+    ]
+    columns = (
+        Metric("world", "held-out days with"),
+        Metric("uncontrolled", "uncontrolled", form, "uncon-\ntrolled"),
+        Metric("optimum", "optimum", form),
+        *each,
+        Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+    )
+    caption = (
+        f"Settled {settled.name} without control and at best"
+        f"{f' in {settled.unit}' if settled.unit else ''} a day, and share of the way between. "
+        "Left: of that share on the days as they are. What is fitted and chosen is by the training "
+        "days. Unmet: the most of any shown; shares count it as served at the mean price."
+    )
+    return Table(columns, rows, "perturbed", caption, boxed=True, whole=("world",))
+
+
 def _figures(metrics: _Row) -> _Row:
     """Return what is shown of an episode; where nothing is emitted there is no share of it."""
     shown = {metric.key: metrics.get(metric.key) for metric in _FIGURES}

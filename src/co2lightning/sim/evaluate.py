@@ -195,6 +195,31 @@ def evaluate(
     )
 
 
+def elsewhere(evaluation: Evaluation, world: Site, keep: Path | None = None) -> Evaluation:
+    """Return the references in another world of a site.
+
+    Args:
+        evaluation: Of the site itself, to spare what is the same: the optimum where the same
+            happens, and who does not ask what is known otherwise.
+        world: As `worlds` makes it; its `fitted_on` is the site.
+        keep: As for `evaluate`.
+    """
+    site = world.fitted_on
+    if site is None or world.sessions is not site.sessions or world.pv_kw is not site.pv_kw:
+        return evaluate(None, world, keep=keep)
+    # Uncontrolled asks nobody; of the others only some look at a forecast.
+    asks = RULE_NAMES[1 if world.told is not site.told else 3 :]
+    model, places = priced_model(world), world.stretch_bounds
+    standard, unavoidable_kwh = evaluation.standard, evaluation.unavoidable_kwh
+    policies = {name: one for name, one in evaluation.policies.items() if name in TITLES}
+    for name, rule in rules_of(world, keep=keep).items():
+        if name in asks:
+            played = play(model, rule, world, places)
+            policies[name] = _settled(world, played, standard, unavoidable_kwh)
+    dearest = _dearest(world) if world.told else None
+    return replace(evaluation, policies=policies, schedules={}, dearest=dearest)
+
+
 def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) -> Evaluation:
     """Put another policy beside those of an evaluation, just before the optimum.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from co2lightning.control.forecast import forecast, untouched
 from co2lightning.control.moves import MoveTables
-from co2lightning.control.observation import Observer, build_observer
+from co2lightning.control.observation import Observer, build_observer, in_world
 from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import Rule, rbc_b, uncontrolled
 from co2lightning.control.state import Powers, SiteModel, State
@@ -31,7 +31,8 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
     """Return the observer of a site, made once a process and device.
 
     The spread of what is observed of a state is that of the training days, run by two rules and
-    by a policy that wanders, from batteries of all levels.
+    by a policy that wanders, from batteries of all levels. In another world it is that of the site
+    itself.
     """
     return _observer_of(site, torch.device(device))
 
@@ -41,6 +42,17 @@ def observer_of(site: Site, device: torch.device | str = "cpu") -> Observer:
 def _observer_of(site: Site, device: torch.device) -> Observer:
     if device.type != "cpu":
         return _moved(observer_of(site), device)
+    if site.fitted_on:
+        own = observer_of(site.fitted_on)
+        observer = in_world(own, site, priced_model(site), outlook_of(site))
+    else:
+        observer = _built(site)
+    if site.n_steps > _LONG:
+        forecast.cache_clear()
+    return observer
+
+
+def _built(site: Site) -> Observer:
     model = priced_model(site)
     training = site.training_days
     clear = training[untouched(site)[site.day_bounds[training]]]
@@ -57,10 +69,7 @@ def _observer_of(site: Site, device: torch.device) -> Observer:
         for rule in (rbc_b, uncontrolled, _wander):
             run(model, watched(rule, watch), begun, site.steps(_SHORTEST_DAY_H))
 
-    observer = build_observer(site, model, outlook_of(site), record)
-    if site.n_steps > _LONG:
-        forecast.cache_clear()
-    return observer
+    return build_observer(site, model, outlook_of(site), record)
 
 
 def _moved(observer: Observer, device: torch.device | str) -> Observer:

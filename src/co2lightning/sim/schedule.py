@@ -160,6 +160,7 @@ def start_soc(site: Site) -> float:
     in one go from `soc_min`, to 0.01; of what vehicles truly take, so that the same is to be done
     whatever was said.
     """
+    site = site.fitted_on or site
     if site.battery is None:
         return 0.0
     soc = np.concatenate([[site.battery.soc_min], through(site.truth, rbc_b).soc])

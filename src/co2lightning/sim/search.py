@@ -79,6 +79,7 @@ def choice_of(site: Site, keep: Path | None = None) -> Choice:
         site: The site.
         keep: Directory where it is kept. One that cannot be read or written costs time alone.
     """
+    site = site.fitted_on or site
     return _choice(site) if keep is None else _choice_kept(site, keep)
 
 

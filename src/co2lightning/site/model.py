@@ -215,9 +215,12 @@ class Site:
         currency: Of the prices; "" where the file names none.
         objective: What policies are settled by.
         known_ahead: Columns of the series that are known to the end of the next calendar day from
-            a local time such as "13:00" on, before it to the end of this one; or "always".
+            a local time such as "13:00" on, before it to the end of this one; or "always". In
+            another world perhaps "usual": nothing but what is usual at that time of day.
         provided: What a provider forecast, by the name of the series.
         told: What controllers know of the sessions; None where that is the truth.
+        fitted_on: Where this is another world of a site: the site itself. What is fitted or chosen,
+            the scales of observations and how stretches begin are the site's own.
     """
 
     name: str
@@ -257,6 +260,7 @@ class Site:
     known_ahead: Mapping[str, str] = field(default_factory=dict)
     provided: Mapping[str, Provided] = field(default_factory=dict)
     told: Told | None = None
+    fitted_on: "Site | None" = None
 
     @functools.cached_property
     def truth(self) -> "Site":
