@@ -118,7 +118,7 @@ def run_fit(
 
     Args:
         flags: What was asked for, under dotted keys; wins over the run and the recipe.
-        agent: A2C, SAC or PPO.
+        agent: A2C, SAC, PPO or APG.
         config: A recipe of that agent; by default its own.
         signals: Installed before anything is written; None leaves signals alone.
         echo: Receives the lines for the user.
