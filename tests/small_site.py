@@ -238,7 +238,7 @@ def play(
         decided = powers_of(tables, model, state, moves_of(tables, model, state), action)
         following, flows = step(model, state, decided)
         of_step = (of[0] for of in metered(model, state.place, flows.grid_kw.unsqueeze(0)))
-        booked = Booked(*of_step, reward(state, flows))
+        booked = Booked(*of_step, reward(model, state, flows))
         for column, one in zip(played, (state, flows, booked), strict=False):
             column.append(one)
     return played

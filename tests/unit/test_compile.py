@@ -208,15 +208,6 @@ def test_a_compiled_rollout_is_the_eager_one(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_sac_explores_at_random_before_it_acts_in_a_graph() -> None:
-    said: list[str] = []
-    dataset = played("SAC", SiteDays(shipped(), 2), said, compile=True, learning_starts=500)
-    for steps, acts in ((0, False), (499, False), (500, True)):
-        dataset.agent.env_steps = steps
-        assert dataset.agent.acts_in_a_graph is acts
-    assert not said
-
-
 def test_a_compiled_rollout_knows_what_is_told_and_what_is_true() -> None:
     """On a site whose drivers announce twice what they take, and to leave sooner."""
     site, said = shipped(), list[str]()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from co2lightning.agents import AGENTS
+from co2lightning.agents import AGENTS, agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.load import load_agent
 from co2lightning.control.moves import (
@@ -93,7 +93,7 @@ def test_no_other_corner_costs_less(name: str) -> None:
     left_kg = 0.8 * site.carbon_kg_per_kwh[site.training_steps].mean()
 
     def kg_of(corner: Corner) -> float:
-        action = torch.tensor([corner.action])
+        action = torch.tensor([corner.action()])
 
         def rule(model: SiteModel, state: State) -> Tensor | Powers:
             moves = moves_of(tables, model, state)
@@ -181,7 +181,8 @@ def test_a_fresh_agent_begins_at_the_corner_and_says_so(fit: Fit, place: Path, n
     assert corner is not None
     assert f"{SAID}{in_words(corner, site)}\n" in out
     action = [0.0] * len(MOVES)
-    action[corner.vehicles], action[5 + corner.battery] = 0.4, 0.6
+    first = agent_class(name).first_action
+    action[corner.vehicles], action[5 + corner.battery] = first
     assert (first_actions(start_of(name)) - torch.tensor(action)).abs().max() < 0.1
     again = fit(name, "--episodes", "1", "--ckpt_path", "last").out
     assert SAID not in again

@@ -160,6 +160,8 @@ class Agent(pl.LightningModule):
     # -- acting ---------------------------------------------------------------------------------
 
     actor: MLP
+    first_action = 0.8, 0.8
+    """What the two moves of a corner begin with: 0.93 of five, so that noise starts near it."""
     squashed = False
     """Whether tanh keeps the policy's output in (-1, 1)."""
 
@@ -188,7 +190,7 @@ class Agent(pl.LightningModule):
         """Let a fresh policy begin with an action [A] in (-1, 1), nearly the same in all states.
 
         `co2lightning.fit` does so on a site whose moves are weighed, with
-        `sim.search.corner_of(site).action`.
+        `sim.search.corner_of(site).action(*agent.first_action)`.
         """
         mean = torch.tensor(action)
         bias = self.actor.last[1][: self.action_dim]
@@ -247,6 +249,7 @@ class Agent(pl.LightningModule):
             self.observation_names = env.observation_names
         elif env.observation_names != self.observation_names:
             env.show(self.observation_names)
+        env.discount = self.per_step(self.settings.gamma)
         self.env = env
 
     def train_dataloader(self) -> RolloutDataset:

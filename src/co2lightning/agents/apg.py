@@ -108,6 +108,7 @@ class APG(Agent):
 
     settings: Settings  # pyright: ignore[reportIncompatibleVariableOverride]
     squashed = True
+    first_action = 0.4, 0.6  # a softmax further out has hardly a slope
     descends = _Through
 
     def build(self) -> None:

@@ -102,6 +102,7 @@ class SiteDays:
     """
 
     may_reset = False
+    discount = 1.0
 
     def __init__(
         self,
@@ -239,6 +240,9 @@ class SiteDays:
         moves = moves_of(tables, model, state) if moves is None else moves
         return step(model, state, powers_of(tables, model, state, moves, action))
 
+    def _reward(self, state: State, flows: Flows) -> Tensor:
+        return reward(self.model, state, flows, self.discount)
+
     def step(self, action: Tensor) -> Step:
         """Run one step with actions [B, A] in [-1, 1]; the last one of a window truncates it."""
         state = self.state
@@ -250,7 +254,7 @@ class SiteDays:
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
         obs, self._moves = self._observe(following)
-        return Step(obs, reward(state, self.flows), zeros, truncated, ones)
+        return Step(obs, self._reward(state, self.flows), zeros, truncated, ones)
 
     @property
     def carry(self) -> Carry:
@@ -285,7 +289,7 @@ class SiteDays:
         state = restore(self.model, carry)
         following, flows = self._step(state, moves, action)
         observed, moves = self._observe(following)
-        return following.carry, moves, observed, reward(state, flows), _past_of(flows)
+        return following.carry, moves, observed, self._reward(state, flows), _past_of(flows)
 
     def go_on(self, carry: Carry, past: Tensor, moves: Moves | None = None) -> None:
         """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""

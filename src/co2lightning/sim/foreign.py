@@ -35,6 +35,7 @@ class GymEnvironment:
     step_minutes = NOMINAL_STEP_MINUTES  # whatever it simulates: settings are per step as they are
     observation_names: tuple[str, ...] = ()
     may_reset = True
+    discount = 1.0  # of no use here
 
     def __init__(self, id: str, num_envs: int) -> None:
         try:

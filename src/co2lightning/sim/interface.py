@@ -37,6 +37,7 @@ class Environment(Protocol):
     step_minutes: int
     observation_names: tuple[str, ...]  # () where they have none
     may_reset: bool  # whether a step can be a reset instead of a transition
+    discount: float  # a step, of who learns from its rewards
 
     def to(self, device: torch.device) -> None: ...
     def show(self, names: tuple[str, ...], who: str = "the agent") -> None: ...

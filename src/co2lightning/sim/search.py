@@ -248,7 +248,7 @@ def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bo
     cost, unmet_kw = torch.zeros_like(state.soc), torch.zeros_like(state.soc)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
-        cost -= reward(state, flows)
+        cost -= reward(model, state, flows)
         if vehicles:
             ev_kw.append(flows.ev_kw)
         if flows.misled_kw is not None:
@@ -304,7 +304,7 @@ def corner_of(site: Site) -> Corner | None:
     trial = _Trial(site, priced_model(site), outlook_of(site), bounds, left_price(site))
     tables = move_tables(site, trial.model, trial.outlook)
     tried = corners(tables)
-    actions = torch.tensor([corner.action for corner in tried]).repeat_interleave(len(bounds), 0)
+    actions = torch.tensor([corner.action() for corner in tried]).repeat_interleave(len(bounds), 0)
 
     def rule(model: SiteModel, state: State) -> Tensor | Powers:
         return powers_of(tables, model, state, moves_of(tables, model, state), actions)

@@ -326,7 +326,7 @@ def begin_at_corner(built: Built) -> str | None:
     site = environment.site
     if (corner := corner_of(site)) is None:
         return None
-    learner.begin_at(corner.action)
+    learner.begin_at(corner.action(*learner.first_action))
     return in_words(corner, site)
 
 
