@@ -244,12 +244,12 @@ def perturbed_table(
         policies: Name -> title of those to show.
         settled: What they are settled by.
     """
-    rows: list[_Row] = []
+    rows, first = list[_Row](), next(iter(policies))
     for world, told in worlds.items():
         bounds = {name: told[name][settled.key] for name in ("uncontrolled", "optimum")}
         shares = {f"gap_{name}": told[name]["gap_closed"] for name in policies}
         left = {f"left_{name}": told[name].get("gain_left", "") for name in policies}
-        unmet_kwh = max(told[name]["unmet_kwh"] for name in policies)
+        unmet_kwh = told[first]["unmet_kwh"]
         rows.append({"world": world, **bounds, **shares, **left, "unmet_kwh": unmet_kwh})
     form = settled.metric(settled.key).form
     each = [
@@ -271,7 +271,7 @@ def perturbed_table(
         f"Settled {settled.name} without control and at best"
         f"{f' in {settled.unit}' if settled.unit else ''} a day, and share of the way between. "
         "Left: of that share on the days as they are. What is fitted and chosen is by the training "
-        "days. Unmet: the most of any shown; shares count it as served at the mean price."
+        f"days. Unmet: of {policies[first]}; shares count it as served at the mean price."
     )
     return Table(columns, rows, "perturbed", caption, boxed=True, whole=("world",))
 

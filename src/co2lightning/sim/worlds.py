@@ -21,7 +21,7 @@ KNOWLEDGE = {
 """What controllers may know beyond what they do -> in words."""
 
 PERTURBATIONS = {
-    "departures": "departures 1 h off",
+    "departures": "departures told 1 h off",
     "fewer_arrivals": "20 % fewer vehicles",
     "more_arrivals": "20 % more vehicles",
     "less_pv": "PV 20 % lower",
