@@ -353,8 +353,9 @@ def test_help_shows_the_recipes_values(fit: Fit, command: Fit) -> None:
 @pytest.mark.parametrize(
     ("recipe", "flags"),
     [
-        *((f"{name.lower()}.yaml", []) for name in [*shipped(), "ppo-long"]),
-        ("ppo.yaml", ["--episodes", "300"]),  # is not compiled, as a recipe with 300 would be
+        *((f"{name.lower()}.yaml", []) for name in shipped()),
+        ("long.yaml", []),
+        ("ppo.yaml", ["--episodes", "9000"]),  # is not compiled, as a recipe with 9000 would be
         (
             "a2c.yaml",
             [
@@ -370,16 +371,17 @@ def test_help_shows_the_recipes_values(fit: Fit, command: Fit) -> None:
 def test_printed_settings_are_a_recipe_for_the_same(
     command: Fit, recipe: str, flags: list[str]
 ) -> None:
+    Path("long.yaml").write_text("agent: PPO\nepisodes: 9000\n")
     printed = command("fit", "--config", recipe, *flags, "--print_config")
     assert (printed.code, printed.err) == (0, "")
     Path("mine.yaml").write_text(printed.out)
     agent, wanted = settings_of(recipe)
     wanted |= parse_flags(flags, agent)
     wanted.pop("total_episodes", None)
-    wanted["model.compile"] = recipe == "ppo-long.yaml"  # what auto comes to
+    wanted["model.compile"] = recipe == "long.yaml"  # what auto comes to
     assert settings_of("mine.yaml") == (agent, complete(wanted, agent))
     assert command("fit", "--config", "mine.yaml", "--print_config").out == printed.out
-    assert [path.name for path in Path().iterdir()] == ["mine.yaml"]
+    assert sorted(path.name for path in Path().iterdir()) == ["long.yaml", "mine.yaml"]
 
 
 def settings_of(recipe: str) -> tuple[str, Settings]:
