@@ -664,9 +664,11 @@ def test_a_day_can_be_differentiated_through_the_environment() -> None:
     days = SiteDays(shipped(), 2)
     weight = torch.zeros(len(FEATURES), 2, requires_grad=True)
     obs = days.begin(torch.tensor([4, 80]), torch.tensor([0.5, 0.4]))
+    rewards = list[torch.Tensor]()
     for _ in range(T):
-        obs = days.step((obs @ weight).tanh()).obs
-    days.totals()["co2_kg"].mean().backward()
+        obs, reward, *_ = days.step((obs @ weight).tanh())
+        rewards.append(reward)
+    torch.stack(rewards).mean().backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert (weight.grad.abs().sum(0) > 0.0).all()

@@ -292,7 +292,7 @@ def stay_features(env: SiteDays, state: State) -> Tensor:
     left = state.later_kw / state.power_kw + 1.0
     need = state.owed_kw / state.power_kw
     cheaper = env.observer.moves.cheaper.index_select(1, state.place).to(need)
-    sunny, plain = cheaper.unbind(0)
+    sunny, plain = cheaper[0], cheaper[-1]
     a_day = env.site.step_h / DAY_H
     features = (
         a_day * left,

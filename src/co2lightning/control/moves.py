@@ -70,7 +70,9 @@ _GROUP = len(MOVES) // 2
 class MoveTables(NamedTuple):
     """What the moves of a site look up, on the model's device."""
 
-    cheaper: Tensor  # [2, P + 1, C] steps of each stay expected to be cheaper, with sun and without
+    # [2, P + 1, C] steps of each stay expected to be cheaper, with sun and without; [1, ...] if
+    # there is none:
+    cheaper: Tensor
     mask: Tensor  # [A] 0.0, or for what the site cannot do `_NEVER`
     sun: bool  # whether there may be a surplus
 
@@ -86,7 +88,7 @@ def move_tables(site: Site, model: SiteModel, outlook: Outlook) -> MoveTables:
     """Return what the moves of a site look up; the three are on one device."""
     sun = sun_exceeds_load(site)
     known = (outlook.cheaper_or_sun, outlook.cheaper) if sun else (outlook.cheaper,)
-    cheaper = _of_stays(model, known).expand(2, -1, -1)
+    cheaper = _of_stays(model, known)
     price = site.import_price
     varies = bool(price.max() - price.min() > 1e-6)
     vehicles, battery = bool(site.sockets), site.battery is not None
@@ -139,8 +141,7 @@ def moves_of(tables: MoveTables, model: SiteModel, state: State) -> Moves:
     order = laxity_order(model, state.laxity)
     cheap_kw = beyond_cheaper_kw(state, tables.cheaper.index_select(1, state.place))
     solar_kw = solar_powers_kw(model, state, order=order) if tables.sun else state.must_kw
-    sunny_kw, plain_kw = cheap_kw.unbind(0)
-    each = state.must_kw, solar_kw, sunny_kw, state.could_kw, plain_kw
+    each = state.must_kw, solar_kw, cheap_kw[0], state.could_kw, cheap_kw[-1]
     return Moves(torch.stack(each), order)
 
 
@@ -155,14 +156,18 @@ def powers_of(
     if action.shape[1] != len(MOVES):
         return action
     logits = torch.add(tables.mask, action.clamp(model.minus_one, model.one), alpha=SHARPNESS)
-    weights = logits.unflatten(1, (2, -1)).softmax(2)
+    # Softmax by hand, at most e^5 each: torch's own takes as long as all that follows.
+    weights = logits.exp().unflatten(1, (2, -1))
+    weights = weights / weights.sum(2, keepdim=True)
     of_vehicles, of_battery = weights.unbind(1)
-    wanted_kw = (of_vehicles.T.unsqueeze(2) * moves.socket_kw).sum(0)
+    each_kw = moves.socket_kw.transpose(0, 1)
+    wanted_kw = torch.bmm(of_vehicles.unsqueeze(1), each_kw).squeeze(1)
     if model.floor_kw is None:  # the connection alone may cut the sum
         ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
     else:
         ev_kw = vehicle_powers_kw(model, state, wanted_kw, moves.order).sum(1)
     surplus_kw = (-(state.net_kw + ev_kw)).clamp(state.battery_min_kw, state.battery_max_kw)
     _, store, serve, greedy, fill = of_battery.unbind(1)
-    battery_kw = (store + greedy) * surplus_kw.relu() - (serve + greedy) * (-surplus_kw).relu()
-    return Powers(wanted_kw, battery_kw + fill * state.battery_max_kw, moves.order)
+    stored_kw = (store + greedy) * surplus_kw.relu()
+    battery_kw = torch.addcmul(stored_kw, serve + greedy, (-surplus_kw).relu(), value=-1.0)
+    return Powers(wanted_kw, torch.addcmul(battery_kw, fill, state.battery_max_kw))

@@ -43,7 +43,11 @@ def dispatch(
     without_kw = (spare_kw.cumsum(1) + rest_kw).clamp(spare_kw, model.zero)
     if without_kw.requires_grad:  # 0 of who has nothing to spare, whatever the others do
         without_kw = torch.where(spare_kw < model.zero, without_kw, model.zero)
-    socket_kw = most_kw.scatter_add(1, order, without_kw)
+    return _with_floor(model, state, most_kw.scatter_add(1, order, without_kw))
+
+
+def _with_floor(model: SiteModel, state: State, socket_kw: Tensor) -> Tensor:
+    """Return powers [B, C] of which those below their socket's least power wait."""
     if model.floor_kw is None:
         return socket_kw
     floor_kw = torch.minimum(state.could_kw, model.floor_kw) - model.tiny
@@ -58,6 +62,8 @@ def vehicle_powers_kw(
     Where the grid connection is too small they yield by the same order as a budget's.
     """
     wanted_kw = within(wanted_kw, state.must_kw, state.could_kw)
+    if model.ample:
+        return _with_floor(model, state, wanted_kw)
     ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
     return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
 

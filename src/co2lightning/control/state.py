@@ -20,6 +20,7 @@ from torch import Tensor
 from co2lightning.site.model import Battery, Floats, Site
 
 _NO_BATTERY = Battery(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+_ROUNDED_UP = 1.0001  # more than a sum of powers in float32 is off by
 _FRACTION_BITS = 10  # of a laxity's step, at least
 _STEPS_AT_ONCE = 1 << 20  # of sessions; bounds the memory of a long year with many sockets
 
@@ -47,6 +48,7 @@ class SiteModel(NamedTuple):
     step_h: float
     laxity_bits: int  # of the longest stay, in steps
     may_charge_from_grid: bool
+    ample: bool  # whether the connection always has room for whoever stands there, at full power
     # The rest is 0-dim.
     losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
@@ -114,7 +116,6 @@ class Powers(NamedTuple):
 
     socket_kw: Tensor  # [B, C]
     battery_kw: Tensor  # [B] at the AC side, charging positive
-    order: Tensor | None = None  # [B, C] sockets by laxity, where that is known already
     as_told: bool = True  # False: whatever drivers announce, vehicles and shield go by the truth
 
 
@@ -145,6 +146,7 @@ def build_model(
         truth = np.zeros((2, places * n_columns), dtype=exact)
         truth[1, arrival] = sessions.energy_kwh / step_h
     stay_told = told.departure - told.arrival
+    standing_kw = np.zeros(places)
     cuts = np.arange(_STEPS_AT_ONCE, int(window.sum()), _STEPS_AT_ONCE)
     for some in np.split(np.arange(len(window)), np.searchsorted(window.cumsum(), cuts)):
         # Where a session stands in a column, step after step of its stay.
@@ -157,6 +159,7 @@ def build_model(
         if truth is not None:
             truth[0, stay] = power_kw * (np.repeat(steps - 1, steps) - since)
         max_kw[stay] = power_kw
+        standing_kw += np.bincount(stay // n_columns, power_kw, places)
         stays[stay] = since > 0
 
     net_kw = site.load_kw - site.pv_kw
@@ -185,6 +188,7 @@ def build_model(
         step_h=step_h,
         laxity_bits=int(max(window.max(initial=1), stay_told.max(initial=1))).bit_length(),
         may_charge_from_grid=battery.may_charge_from_grid,
+        ample=bool(((series[1] > _ROUNDED_UP * standing_kw[:-1]) | (standing_kw[:-1] == 0)).all()),
         losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
         battery_kw=tensor(battery.power_kw),
         zero=tensor(0.0),
@@ -311,7 +315,7 @@ def laxity_order(model: SiteModel, laxity: Tensor) -> Tensor:
         key |= np.arange(n_sockets, dtype=whole)
         key.sort(axis=1)
         key &= (1 << socket_bits) - 1
-        return torch.as_tensor(key.astype(np.int64))
+        return torch.as_tensor(key).long()
     kind = torch.int64 if long else torch.int32
     key = (laxity * per_step).to(kind) << socket_bits
     key = key | torch.arange(n_sockets, dtype=kind, device=laxity.device)

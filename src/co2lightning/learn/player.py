@@ -99,14 +99,14 @@ class Player:
             """Return where the windows stand: the parts of a carry, then of what moves would do."""
             return *env.carry.parts, *(env.moves or ())
 
-        def apart(at: Sequence[Tensor]) -> tuple[Carry, Moves | None]:
-            return Carry(*at[:parts]), Moves(*at[parts:]) if at[parts:] else None
+        def apart(at: Sequence[Tensor]) -> tuple[Carry, Moves]:
+            return Carry(*at[:parts]), Moves(*at[parts:])
 
         def advance(at: tuple[Tensor, ...], obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             output, action = self._policy(obs, noise)
             carry, moves = apart(at)
             following, then, *made = env.advance(carry, action, moves)
-            return *following.parts, *(then if moves else ()), *made, output
+            return *following.parts, *then, *made, output
 
         def run(*start: Tensor) -> tuple[Tensor, ...]:
             *at, obs, noise = start

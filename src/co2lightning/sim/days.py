@@ -235,10 +235,8 @@ class SiteDays:
     def _step(self, state: State, moves: Moves | None, action: Tensor) -> tuple[State, Flows]:
         """Run one step with actions [B, A], whatever they are."""
         tables, model = self.observer.moves, self.model
-        if self.action_dim == ACTIONS["powers"]:
-            return step(model, state, action)
         moves = moves_of(tables, model, state) if moves is None else moves
-        return step(model, state, powers_of(tables, model, state, moves, action))
+        return step(model, state, powers_of(tables, model, state, moves, action), moves.order)
 
     def _reward(self, state: State, flows: Flows) -> Tensor:
         return reward(self.model, state, flows, self.discount)
@@ -269,8 +267,8 @@ class SiteDays:
 
     @property
     def moves(self) -> Moves | None:
-        """What the moves would do in the next step, for `advance`; None where powers are given."""
-        return None if self.action_dim == ACTIONS["powers"] else self._moves
+        """What the moves would do in the next step, for `advance`; None before a window."""
+        return self._moves
 
     def advance(
         self, carry: Carry, action: Tensor, moves: Moves | None = None

@@ -36,25 +36,28 @@ class Flows(NamedTuple):
     socket_kw: Tensor  # [B, C] what vehicles took
 
 
-def step(model: SiteModel, state: State, action: Tensor | Powers) -> tuple[State, Flows]:
+def step(
+    model: SiteModel, state: State, action: Tensor | Powers, order: Tensor | None = None
+) -> tuple[State, Flows]:
     """Run one step; return the next state and what flowed.
 
     Args:
         action: [B, A] in [-1, 1]: EV power between must and could, battery power / its rating; or
             the powers that are wanted of each vehicle and the battery.
+        order: The sockets [B, C] by laxity, where that is known already.
     """
     told, as_told = state, True
     if isinstance(action, Powers):
         if not (as_told := action.as_told):
-            state = in_truth(model, state)
-        socket_kw = vehicle_powers_kw(model, state, action.socket_kw, action.order)
+            state, order = in_truth(model, state), None
+        socket_kw = vehicle_powers_kw(model, state, action.socket_kw, order)
         ev_kw, wanted_kw = socket_kw.sum(1), action.battery_kw
     else:
         action = action.clamp(model.minus_one, model.one)
         action = torch.addcmul(model.action_shift, model.action_scale, action)
         ev_share, wanted_kw = action.unbind(1)
         ev_kw = ev_power_kw(state, ev_share)
-        socket_kw = dispatch(model, state, ev_kw)
+        socket_kw = dispatch(model, state, ev_kw, order=order)
         if model.floor_kw is not None:
             ev_kw = socket_kw.sum(1)
     battery_kw = battery_power_kw(model, state, wanted_kw, ev_kw)
