@@ -295,8 +295,8 @@ def test_an_older_checkpoint_loads(
     outcome = command("fit", "--ckpt_path", "old.pt", "--episodes", "1", "--name", "old")
     assert outcome.code == 0, outcome.err
     assert "old.pt: this version has no model.momentum; its 0.5 is ignored" in outcome.out
-    told = read_recipe("ppo.yaml")[1]["model.clip_range"]
-    assert f"ppo.yaml has model.clip_range {told}, the run keeps 0.2" in outcome.out
+    told = read_recipe("ppo.yaml")[1]["model.n_epochs"]
+    assert f"ppo.yaml has model.n_epochs {told}, the run keeps 2" in outcome.out
 
 
 def test_changed_site_data_are_told(fit: Fit, place: Path) -> None:

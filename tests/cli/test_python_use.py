@@ -40,7 +40,7 @@ def small(place: Path) -> None:
     """Give the recipe of the lines a small one in the directory they run in."""
     flags = [word.removeprefix("--model.") for word in TINY["PPO"]]
     settings = [f"  {key}: {value}" for key, value in zip(flags[::2], flags[1::2], strict=True)]
-    text = ["agent: PPO", "episodes: 10", "env:", "  num_envs: 4", "model:", *settings]
+    text = ["agent: PPO", "episodes: 10", "env:", "  num_envs: 4", "  action: moves", "model:", *settings]
     (place / "ppo.yaml").write_text("\n".join(text) + "\n")
 
 
@@ -79,7 +79,7 @@ def check_use(names: dict[str, Any]) -> None:
     assert kinds <= set(info)
     obs, _ = envs.reset(seed=0)
     actions, _ = names["agent"].predict(obs)
-    assert actions.shape == (64, 2)
+    assert actions.shape == (64, 10)
     _, reward, *_, info = envs.step(actions)
     assert reward.shape == (64,)
     assert isinstance(info["co2_kg"], np.ndarray)
