@@ -40,7 +40,8 @@ def small(place: Path) -> None:
     """Give the recipe of the lines a small one in the directory they run in."""
     flags = [word.removeprefix("--model.") for word in TINY["PPO"]]
     settings = [f"  {key}: {value}" for key, value in zip(flags[::2], flags[1::2], strict=True)]
-    text = ["agent: PPO", "episodes: 10", "env:", "  num_envs: 4", "  action: moves", "model:", *settings]
+    env = ["env:", "  num_envs: 4", "  action: moves"]
+    text = ["agent: PPO", "episodes: 10", *env, "model:", *settings]
     (place / "ppo.yaml").write_text("\n".join(text) + "\n")
 
 
