@@ -100,7 +100,7 @@ def move_tables(site: Site, model: SiteModel, outlook: Outlook) -> MoveTables:
         "store": battery and sun,
         "serve": battery,
         "greedy": battery and sun,
-        "fill": battery and site.battery.may_charge_from_grid,
+        "fill": site.battery is not None and site.battery.may_charge_from_grid,
     }
     mask = [0.0 if can.get(name, True) else _NEVER for name, _ in MOVES]
     return MoveTables(cheaper, torch.tensor(mask).to(model.zero), sun)

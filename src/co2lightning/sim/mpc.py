@@ -161,7 +161,8 @@ class _Planner:
         cost[6 * n : first] = _LEFT * mean_price
         upper = np.full(first + k, np.inf)
         upper[:n] = self.site.import_limit_kw[place]
-        surplus_kw, fleet_kw = np.maximum(-net_kw, 0.0), np.bincount(span, most_kw, n)
+        surplus_kw, fleet_kw = np.maximum(-net_kw, 0.0), np.zeros(n)
+        np.add.at(fleet_kw, span, most_kw)
         upper[2 * n : 3 * n][credit > 0.0] = (surplus_kw + battery.power_kw)[credit > 0.0]
         upper[3 * n : 5 * n] = battery.power_kw
         # A state outside the battery's band is where it may stay.
@@ -210,7 +211,7 @@ class _Planner:
         least_kw = np.minimum(net_kw - power_kw, 0.0)[spans]
         most_kw = np.maximum(net_kw + fleet_kw + power_kw, 0.0)[spans]
         slope = most_kw / np.maximum(most_kw - least_kw, 1e-9)
-        one, none = sparse.identity(n, format="csr")[spans], sparse.csr_matrix((len(spans), n))
+        one, none = sparse.csr_matrix(sparse.identity(n))[spans], sparse.csr_matrix((len(spans), n))
         bought, thrown = sparse.diags(1.0 - slope) @ one, sparse.diags(slope) @ one
         rows = [
             [none, none, one, none, -one, none],
