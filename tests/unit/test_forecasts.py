@@ -260,7 +260,13 @@ def test_a_broken_row_is_told(folder: Folder, row: str, expected: str) -> None:
         return text
 
     folder.forecasts = [*some_rows(folder), filled(row)]
-    assert message(folder.load).startswith(f"forecasts.csv: {filled(expected)}")
+    told = message(folder.load)
+    assert told.startswith(f"forecasts.csv: {filled(expected)}")
+    if "begin every" in told:
+        began = np.datetime64(
+            datetime.fromisoformat(folder.time(0)).astimezone(UTC).replace(tzinfo=None)
+        )
+        assert f"min from {began.astype('datetime64[m]')}Z on" in told
 
 
 def test_a_broken_file_is_told(folder: Folder) -> None:

@@ -58,7 +58,7 @@ def read_forecasts(
             issued_s > time_s, "issued", "is after the time it is about; a forecast comes before"
         )
         off_s = (time_s - line.begin_s) % line.step_s
-        begin = np.datetime64(line.begin_s, "m")
+        begin = np.datetime64(line.begin_s, "s").astype("datetime64[m]")
         table.check(
             off_s > 0,
             "time",
