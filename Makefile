@@ -37,7 +37,7 @@ bench: .venv/.installed-bench
 	$(BIN)/python benchmarks/results.py
 
 bench-learning: .venv/.installed-bench
-	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/sites.py
 	$(BIN)/python benchmarks/stable_baselines.py
 
 clean:

@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from co2lightning.agents.ppo import PPO
+from co2lightning.control.moves import ACTIONS
 from co2lightning.learn.dataset import RolloutDataset
 from co2lightning.sim.days import SiteDays
 from co2lightning.site.load import load_site
@@ -37,7 +38,7 @@ class Actor(PPO):
 
 def day_of(env: SiteDays) -> Callable[[], None]:
     """Return a function that plays a day with actions drawn beforehand."""
-    actions = torch.rand(env.horizon, env.num_envs, 2) * 2.0 - 1.0
+    actions = torch.rand(env.horizon, env.num_envs, env.action_dim) * 2.0 - 1.0
 
     def play() -> None:
         with torch.inference_mode():
@@ -106,13 +107,13 @@ class Held(TorchDispatchMode):
             self.bytes -= size
 
 
-def memory(site: Site, batch: int) -> tuple[float, float]:
+def memory(site: Site, batch: int, action: str) -> tuple[float, float]:
     """Return the bytes an environment holds between the steps of a day, and within them."""
-    env = SiteDays(site, batch)
+    env = SiteDays(site, batch, action=action)
     with torch.no_grad(), Held((*env.model, *env.observer, *env.tables)) as held:
         env.reset(0)
         for _ in range(env.horizon - 1):
-            env.step(torch.zeros(batch, 2))
+            env.step(torch.zeros(batch, env.action_dim))
         gc.collect()
         return held.bytes / batch, held.peak / batch
 
@@ -128,6 +129,7 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Measure the environment.")
     parser.add_argument("--site", default="iquitos")
+    parser.add_argument("--action", choices=ACTIONS, default="moves")
     parser.add_argument("--sizes", default="1,16,64,256,1024,4096")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each figure")
     arguments = parser.parse_args()
@@ -135,17 +137,17 @@ def main() -> None:
     site = load_site(arguments.site)
     print("environments | steps a second, median (best)")
     for size in arguments.sizes.split(","):
-        env = SiteDays(site, int(size))
+        env = SiteDays(site, int(size), action=arguments.action)
         median, best = steps_per_second(day_of(env), env, arguments.seconds)
         print(f"{size:>12} | {median:9,.0f} ({best:,.0f})")
     for compile in (False, True):
-        env = SiteDays(site, 64)
+        env = SiteDays(site, 64, action=arguments.action)
         actor = Actor(env.observation_dim, env.action_dim, compile=compile)
         actor.say = lambda line: None
         dataset = RolloutDataset(env, actor)
         median, best = steps_per_second(episode_of(dataset), env, arguments.seconds)
         print(f"  rollout 64 | {median:9,.0f} ({best:,.0f}){' compiled' if compile else ''}")
-    between, within = memory(site, 64)
+    between, within = memory(site, 64, arguments.action)
     tables = sum(nbytes(part) for part in (*env.model, *env.observer))
     print(f"memory of an environment: {between / 1000:.1f} kB kept between steps,", end=" ")
     print(f"{within / 1000:.1f} kB at the peak of one;", end=" ")

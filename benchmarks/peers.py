@@ -44,7 +44,7 @@ from co2lightning.settings.recipe import Settings
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import NOMINAL_STEP_MINUTES, Environment, Step
 from co2lightning.site.load import load_site
-from learning import machine, versions
+from sites import machine, versions
 from stable_baselines import Lockstep, VecEnv, stable_baselines
 
 SMALL = {"env.hindsight": False, "model.hidden": (64, 64), "model.activation": "tanh"}
@@ -72,7 +72,7 @@ class Native:
 
     observation_dim, hindsight_dim, action_dim = 20, 0, 2
     step_minutes = NOMINAL_STEP_MINUTES
-    rule_features: tuple[int, ...] = ()
+    observation_names: tuple[str, ...] = ()
     may_reset = False
 
     def __init__(self, num_envs: int, horizon: int) -> None:
@@ -82,6 +82,8 @@ class Native:
         self._noise = torch.randn(horizon + 1, num_envs, 20)
 
     def to(self, device: torch.device) -> None: ...
+
+    def show(self, names: tuple[str, ...], who: str = "the agent") -> None: ...
 
     def reset(self, seed: int) -> Tensor:
         self._step = 0

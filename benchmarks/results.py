@@ -2,7 +2,7 @@
 
     make bench        this, in the project's environment: benchmarks/RESULTS.md
 
-Half an hour or more. What is learned is measured elsewhere: learning.py and stable_baselines.py,
+Half an hour or more. What is learned is measured elsewhere: sites.py and stable_baselines.py,
 hours (`make bench-learning`).
 """
 
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from learning import machine, versions
+from sites import machine, versions
 
 PLACE = Path(__file__).parent
 SCRIPTS = {

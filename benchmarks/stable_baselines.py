@@ -3,13 +3,9 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/stable_baselines.py --seeds 3 --output stable-baselines.json
 
-`pendulum`: environment steps until the deterministic policy's mean return over 50 fixed starts of
+Counted are the steps until the deterministic policy's mean return over 50 fixed starts of
 Pendulum-v1 reaches -200. Both are evaluated by the same code after every 200 steps (SAC) or about
 4,000 (PPO), with the settings that rl-zoo3 has for PPO and SAC there, PPO's without gSDE.
-
-`site`: held-out CO2 on the shipped site after the same environment steps, by the evaluation of
-`co2lightning test`. Stable-Baselines3 gets the shipped recipes' settings, schedules and reward
-scale among them, as far as it has a counterpart; the table says which ones it has not.
 
 Ours train with `co2lightning fit`.
 """
@@ -24,7 +20,6 @@ import math
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -33,20 +28,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import co2lightning
-from co2lightning.agents import AGENTS
-from co2lightning.control.observation import observe
-from co2lightning.control.rules import Rule
-from co2lightning.control.state import SiteModel, State
-from co2lightning.settings.parser import check_settings, complete
-from co2lightning.settings.recipe import Settings, read_recipe
-from co2lightning.sim.evaluate import Evaluation, evaluate, summarise
-from co2lightning.sim.scales import observer_of
-from co2lightning.site.load import load_site
-from co2lightning.site.model import Site
-from learning import EPISODES, FIGURES, add_figures, machine, train, versions
+from co2lightning.settings.parser import complete
+from co2lightning.settings.recipe import Settings
+from sites import machine, versions
 
 try:
     import stable_baselines3 as sb3
@@ -112,39 +99,28 @@ Stages = Generator[tuple[int, Predict], None, None]  # environment steps so far,
 def main() -> None:
     """Train all, write the results, print the tables."""
     parser = argparse.ArgumentParser(description="Learning beside Stable-Baselines3's.")
-    parser.add_argument("--parts", default="pendulum,site", help="comma separated")
-    parser.add_argument("--agents", default=",".join(AGENTS), help="comma separated")
+    parser.add_argument("--agents", default=",".join(PENDULUM), help="comma separated")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each: seeds 0, 1, ...")
-    parser.add_argument("--episodes", default="10,30", help="of the site, evaluated after each")
-    parser.add_argument("--site", default="iquitos", help="a shipped site")
     parser.add_argument("--output", type=Path, help="results as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     agents, seeds = arguments.agents.split(","), range(arguments.seeds)
     results: dict[str, Any] = {
-        "command": f"python benchmarks/stable_baselines.py --parts {arguments.parts} --agents "
-        f"{arguments.agents} --seeds {arguments.seeds} --episodes {arguments.episodes} --site "
-        f"{arguments.site}",
+        "command": f"python benchmarks/stable_baselines.py --agents {arguments.agents} --seeds "
+        f"{arguments.seeds}",
         "machine": machine(),
         "versions": {**versions(), "stable-baselines3": version("stable-baselines3")},
     }
-    if "pendulum" in arguments.parts.split(","):
-        results["pendulum"] = pendulum([agent for agent in agents if agent in PENDULUM], seeds)
-        print(pendulum_table(results["pendulum"]), end="\n\n")
-    if "site" in arguments.parts.split(","):
-        episodes = sorted(int(count) for count in arguments.episodes.split(","))
-        if unknown := {*episodes[:-1]} - {*EPISODES}:
-            parser.error(f"--episodes: {unknown} are not among those evaluated: {EPISODES}")
-        results["site"] = on_site(agents, seeds, episodes, load_site(arguments.site))
-        print(site_table(results["site"]), end="\n\n")
+    results["pendulum"] = pendulum([agent for agent in agents if agent in PENDULUM], seeds)
+    print(pendulum_table(results["pendulum"]), end="\n\n")
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def stable_baselines(
     agent: str, settings: Settings, env: VecEnv, n_steps: int, seed: int, horizon: int
-) -> tuple[Any, list[str]]:
-    """Return Stable-Baselines3's agent with our settings, and those it has no counterpart for.
+) -> Any:
+    """Return Stable-Baselines3's agent with our settings.
 
     Args:
         agent: A2C, SAC or PPO.
@@ -185,16 +161,11 @@ def stable_baselines(
         options["use_rms_prop"] = False  # Adam, as ours
     take("reward_scale")  # the environment's
     take("compile")  # how fast, not what
-    if given["action"] == "direct":
-        take("action")
-    left_out = [prefix + name for name in given]
-    if settings["env.hindsight"]:
-        left_out.append("env.hindsight")
     make_model = getattr(sb3, agent)
     model = make_model(
         "MlpPolicy", env, policy_kwargs=policy, seed=seed, device="cpu", verbose=0, **options
     )
-    return model, left_out
+    return model
 
 
 # --- Pendulum ------------------------------------------------------------------------------------
@@ -245,7 +216,8 @@ def our_pendulum(agent: str, seed: int) -> Stages:
     """Train an episode at a time; yield the environment steps so far and the policy."""
     # All settings, so that nothing of the site's recipe is left.
     everything = complete(PENDULUM[agent], agent)
-    settings = {k: v for k, v in everything.items() if k.startswith(("env.", "model."))}
+    wanted = PENDULUM[agent]
+    settings = {k: v for k, v in everything.items() if k.startswith("model.") or k in wanted}
     agent_class = getattr(co2lightning, agent)
     with tempfile.TemporaryDirectory() as place:
         flags = {
@@ -274,8 +246,7 @@ def their_pendulum(agent: str, seed: int) -> Stages:
     num_envs, n_steps = (1, HORIZON) if agent == "SAC" else (ZOO["num_envs"], ZOO["n_steps"])
     env = make_vec_env("Pendulum-v1", n_envs=num_envs, seed=seed)
     settings = complete(PENDULUM[agent], agent)
-    model, left_out = stable_baselines(agent, settings, env, n_steps, seed, HORIZON)
-    assert not left_out
+    model = stable_baselines(agent, settings, env, n_steps, seed, HORIZON)
     while True:
         model.learn(num_envs * n_steps, reset_num_timesteps=False)
         yield model.num_timesteps, lambda obs: model.predict(obs, deterministic=True)[0]
@@ -297,148 +268,6 @@ def pendulum_table(results: dict[str, Any]) -> str:
             ]
             lines.append(f"| {agent} | {library} | {shown[0]} | {', '.join(shown[1:])} |")
     return "\n".join(lines)
-
-
-# --- the site ------------------------------------------------------------------------------------
-
-
-class Lockstep(VecEnv):
-    """What Stable-Baselines3 asks of an environment beside steps; `inner` is ours."""
-
-    inner: Any
-
-    def close(self) -> None: ...
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self.inner, attr_name, None)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
-
-
-class SiteVecEnv(Lockstep):
-    """The site's own vector environment as Stable-Baselines3 wants it.
-
-    All windows are cut at the same step; the next ones begin at once, and `terminal_observation`
-    holds what was seen last.
-
-    Args:
-        site: A shipped site's name.
-        num_envs: Days at once.
-        seed: Of the days.
-        reward_scale: Factor on rewards.
-    """
-
-    def __init__(self, site: str, num_envs: int, seed: int, reward_scale: float) -> None:
-        self.inner = gym.make_vec("co2lightning/ChargingSite-v0", num_envs=num_envs, site=site)
-        super().__init__(
-            num_envs, self.inner.single_observation_space, self.inner.single_action_space
-        )
-        self.first_seed: int | None = seed
-        self.reward_scale = reward_scale
-
-    def reset(self) -> np.ndarray:
-        obs, _ = self.inner.reset(seed=self.first_seed)
-        self.first_seed = None  # the environment's generator goes on
-        return obs
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.actions = actions
-
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        obs, reward, _, truncated, _ = self.inner.step(self.actions)
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        if truncated.all():
-            infos = [{"terminal_observation": last, "TimeLimit.truncated": True} for last in obs]
-            obs = self.reset()
-        return obs, self.reward_scale * reward, truncated, infos
-
-
-def their_policy(model: Any, site: Site) -> Rule:
-    """Return a Stable-Baselines3 agent's deterministic policy in the form of a rule."""
-    observer = observer_of(site)
-
-    def act(site_model: SiteModel, state: State) -> Tensor:
-        obs = observe(observer, site_model, state).numpy()
-        return torch.from_numpy(model.predict(obs, deterministic=True)[0])
-
-    return act
-
-
-def on_site(
-    agents: Sequence[str], seeds: Sequence[int], episodes: Sequence[int], site: Site
-) -> dict[str, Any]:
-    """Train all on the site; return each run's held-out figures after each of `episodes`."""
-    references = evaluate(None, site)
-    results: dict[str, Any] = {}
-    for agent in agents:
-        recipe = read_recipe(f"{agent.lower()}.yaml")[1] | {"env.site": site.name}
-        settings = complete(check_settings(recipe, agent, f"{agent.lower()}.yaml"), agent)
-        results[agent] = {"settings": recipe, "Stable-Baselines3": [], "co2lightning": []}
-        for seed in seeds:
-            run, left_out = their_site(agent, settings, seed, episodes, site, references)
-            results[agent]["Stable-Baselines3"].append(run)
-            results[agent]["left_out"] = left_out
-            with tempfile.TemporaryDirectory() as place:
-                run = train(agent, seed, episodes[-1], site, Path(place))
-                if broken := add_figures(run, site, references, Path(place)):
-                    sys.exit(f"the optimum is no bound, a defect: {broken[0]}")
-            results[agent]["co2lightning"].append(
-                {"seed": seed, "episodes": {str(n): run["episodes"][str(n)] for n in episodes}}
-            )
-    return results
-
-
-def their_site(
-    agent: str,
-    settings: Settings,
-    seed: int,
-    episodes: Sequence[int],
-    site: Site,
-    references: Evaluation,
-) -> tuple[dict[str, Any], list[str]]:
-    """Train Stable-Baselines3's agent; return its figures and the settings it has not."""
-    num_envs = settings["env.num_envs"]
-    env = SiteVecEnv(site.name, num_envs, seed, settings["model.reward_scale"])
-    horizon = env.inner.unwrapped.days.horizon
-    n_steps = settings.get("model.n_steps") or horizon
-    model, left_out = stable_baselines(agent, settings, env, n_steps, seed, horizon)
-    run: dict[str, Any] = {"seed": seed, "episodes": {}}
-    start = time.perf_counter()
-    for count in episodes:
-        steps = count * horizon * num_envs - model.num_timesteps
-        model.learn(steps, reset_num_timesteps=False)
-        summary = summarise(evaluate(their_policy(model, site), site, references))["agent"]
-        run["episodes"][str(count)] = {key: getattr(summary, key) for key in FIGURES}
-    seconds = time.perf_counter() - start
-    print(f"Stable-Baselines3 {agent}-{seed}: {seconds:.0f} s", file=sys.stderr)
-    return run, left_out
-
-
-def site_table(results: dict[str, Any]) -> str:
-    """Return held-out CO2 as a Markdown table."""
-    lines = [
-        "CO2 in kg a day on held-out days, median over the seeds (by seed):",
-        "",
-        "| agent | library | episodes | CO2 kg/day |",
-        "|---|---|---:|---|",
-    ]
-    for agent, entry in results.items():
-        for library in ("Stable-Baselines3", "co2lightning"):
-            for count in entry[library][0]["episodes"]:
-                kg = [run["episodes"][count]["co2_kg"] for run in entry[library]]
-                by_seed = ", ".join(f"{value:.1f}" for value in kg)
-                lines.append(
-                    f"| {agent} | {library} | {count} | {statistics.median(kg):.1f} ({by_seed}) |"
-                )
-    left_out = "; ".join(f"{agent} {', '.join(e['left_out'])}" for agent, e in results.items())
-    return "\n".join([*lines, "", f"Stable-Baselines3 has no counterpart for: {left_out}."])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ TINY: dict[str, list[str]] = {
         *("--model.learning_starts", "384", "--model.gradient_steps", "1", "--model.train_freq"),
         *("24", "--model.batch_size", "16", "--model.buffer_size", "1000", "--model.hidden", "[8]"),
     ],
+    "APG": ["--model.hidden", "[8]"],
     "PPO": ["--model.n_epochs", "2", "--model.batch_size", "192", "--model.hidden", "[8]"],
 }
 

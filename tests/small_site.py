@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.control.moves import move_tables, moves_of, powers_of
+from co2lightning.control.outlook import outlook_of
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.sim.objective import metered, priced_model, reward
 from co2lightning.sim.physics import Flows, step
@@ -33,9 +35,9 @@ def shipped(name: str = "iquitos") -> Site:
 
 
 @functools.cache
-def real(name: str) -> Site:
-    """Read a site of tests/sites, once for all tests of a process."""
-    return load_site(Path(__file__).parent / "sites" / name)
+def real(name: str, announced: bool = False) -> Site:
+    """Read a site of tests/sites, of vehicles the truth, once for all tests of a process."""
+    return load_site(Path(__file__).parent / "sites" / name, announced=announced)
 
 
 def small_site(
@@ -219,21 +221,24 @@ def begin(model: SiteModel, soc: float = 0.5, batch: int = 1) -> State:
     """Return the state [B] at the first step of the series, its arrivals included."""
     places = torch.zeros(batch, dtype=torch.int64, device=model.device)
     owed_kw = model.sockets[3, 0].expand(batch, -1)
-    return restore(model, Carry(places, torch.full_like(owed_kw[:, 0], soc), owed_kw))
+    true_kw = None if model.truth is None else model.truth[1, 0].expand(batch, -1)
+    return restore(model, Carry(places, torch.full_like(owed_kw[:, 0], soc), owed_kw, true_kw))
 
 
 def play(
     site: Site, actions: Tensor, soc_start: float = 0.5, dtype: torch.dtype = torch.float64
 ) -> Played:
-    """Run the first n steps of a site with actions [n, B, 2]."""
+    """Run the first n steps of a site with actions [n, B, A], powers or what moves weigh."""
     model = priced_model(site, dtype=dtype)
+    tables = move_tables(site, model, outlook_of(site))
     following = begin(model, soc_start if site.battery else 0.0, actions.shape[1])
     played = Played([], [], [], site.step_h)
     for action in actions.to(dtype):
         state = following
-        following, flows = step(model, state, action)
+        decided = powers_of(tables, model, state, moves_of(tables, model, state), action)
+        following, flows = step(model, state, decided)
         of_step = (of[0] for of in metered(model, state.place, flows.grid_kw.unsqueeze(0)))
-        booked = Booked(*of_step, reward(state, flows))
+        booked = Booked(*of_step, reward(model, state, flows))
         for column, one in zip(played, (state, flows, booked), strict=False):
             column.append(one)
     return played

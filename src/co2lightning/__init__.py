@@ -1,4 +1,4 @@
-"""A2C, SAC and PPO controllers that cut the CO2 of a charging site, on PyTorch Lightning.
+"""A2C, SAC, PPO and APG controllers that cut the CO2 of a charging site, on PyTorch Lightning.
 
 `import co2lightning` registers `co2lightning/ChargingSite-v0` with Gymnasium. The public names
 load what they need when they are first used, so importing the package loads no torch.
@@ -11,6 +11,7 @@ import gymnasium
 
 if TYPE_CHECKING:
     from co2lightning.agents.a2c import A2C as A2C
+    from co2lightning.agents.apg import APG as APG
     from co2lightning.agents.ppo import PPO as PPO
     from co2lightning.agents.sac import SAC as SAC
     from co2lightning.errors import TrainingError as TrainingError
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from co2lightning.site.load import load_site as load_site
     from co2lightning.train.fit import fit as fit
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "A2C": "agents.a2c",
+    "APG": "agents.apg",
     "PPO": "agents.ppo",
     "SAC": "agents.sac",
     "ChargingSiteEnv": "sim.gymnasium",

@@ -47,7 +47,7 @@ TRAINING = _of(
         chart="CO2, share of the same days uncontrolled",
         axis="{settled}, % of the same days uncontrolled",
     ),
-    Metric("cost", "cost", "{:.2f}"),
+    Metric("cost", "cost", "{:.2f}", chart="cost a day"),
     Metric("uncontrolled_cost"),
     Metric(
         "objective_vs_uncontrolled",
@@ -55,17 +55,30 @@ TRAINING = _of(
     ),
     Metric("grid_import_kwh", chart="grid import, kWh a day"),
     Metric("curtailment_kwh"),
+    Metric("peak_import_kw", "peak, kW", "{:.0f}", chart="peak import, kW, mean of the days"),
     Metric("self_consumption"),
     Metric("unmet_kwh", "unmet, kWh", "{:.1f}", chart="energy not served, kWh a day"),
+    Metric("misled_kwh", "of it misled, kWh", "{:.1f}", "of it\nmisled"),
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
         chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
     ),
+    Metric(
+        "eval_vs_uncontrolled",
+        heading="without noise",
+        form="{:.1%}",
+        narrow="without\nnoise",
+        tag="eval/objective_vs_uncontrolled",
+        chart="training weeks without noise, share of uncontrolled",
+    ),
+    Metric("eval_a_day", tag="eval/objective_a_day"),
+    Metric("eval_start_vs_uncontrolled", tag="eval/start_vs_uncontrolled"),
     Metric("time_seconds", tag="time/episode_seconds"),
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),
 )
-"""Of an episode's training days and of its time. Whatever else an episode has is of its agent, in
+"""Of an episode's training days, of the training weeks that `--evaluate_every` runs after it, and
+of its time. Whatever else an episode has is of its agent, in
 TensorBoard under `train/`."""
 
 HELD_OUT = _of(
@@ -76,7 +89,7 @@ HELD_OUT = _of(
         form="{:.1f}",
         chart="CO2 on held-out days, kg a day",
     ),
-    Metric("cost", "cost, {currency}/day", "{:.2f}"),
+    Metric("cost", "cost, {currency}/day", "{:.2f}", chart="cost a day on held-out days"),
     Metric("objective", "objective, a day", "{:.2f}", "objec-\ntive"),
     Metric("vs_best", "against {best}, {unit}/day", "{:+.1f}"),
     Metric(
@@ -87,9 +100,16 @@ HELD_OUT = _of(
         chart="gap closed, uncontrolled 0, optimum 1",
     ),
     Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+    Metric("misled_kwh", "of it misled, kWh/day", "{:.3f}", "of it\nmisled"),
     Metric("self_consumption", "self-consumption", "{:.1%}", "self-con-\nsumption"),
     Metric("curtailed_kwh", "curtailed, kWh/day", "{:.0f}"),
-    Metric("peak_import_kw", "peak import, kW", "{:.0f}", "peak\nkW"),
+    Metric(
+        "peak_import_kw",
+        heading="peak import, kW",
+        form="{:.0f}",
+        narrow="peak\nkW",
+        chart="peak import on held-out days, kW",
+    ),
 )
 """Of a policy on the held-out days, as `sim.evaluate.summarise` works it out."""
 

@@ -127,7 +127,7 @@ FLAGS = [
     (["--name", ""], "--name"),
     (["--name", "caf\udce9"], "caf\\udce9: is no UTF-8 text, as TensorBoard needs; give another"),
     (["--episodes", "3", "--total_episodes", "4"], "--episodes and --total_episodes: give one"),
-    (["--ckpt_path", "nowhere.pt"], "--ckpt_path nowhere.pt: no such file; give last, or"),
+    (["--ckpt_path", "nowhere.pt"], "--ckpt_path nowhere.pt: no such file; give last, best, or"),
     (["--ckpt_path", "https://example.org/a.pt"], "only local files"),
     (["--ckpt_path", "checkpoints/PPO"], "give a file in it, such as checkpoints/PPO/episode_0002"),
     (["--ckpt_path", "checkpoints"], "such as checkpoints/episode_0001.pt"),

@@ -40,7 +40,8 @@ def small(place: Path) -> None:
     """Give the recipe of the lines a small one in the directory they run in."""
     flags = [word.removeprefix("--model.") for word in TINY["PPO"]]
     settings = [f"  {key}: {value}" for key, value in zip(flags[::2], flags[1::2], strict=True)]
-    text = ["agent: PPO", "episodes: 10", "env:", "  num_envs: 4", "model:", *settings]
+    env = ["env:", "  num_envs: 4", "  action: moves"]
+    text = ["agent: PPO", "episodes: 10", *env, "model:", *settings]
     (place / "ppo.yaml").write_text("\n".join(text) + "\n")
 
 
@@ -79,7 +80,7 @@ def check_use(names: dict[str, Any]) -> None:
     assert kinds <= set(info)
     obs, _ = envs.reset(seed=0)
     actions, _ = names["agent"].predict(obs)
-    assert actions.shape == (64, 2)
+    assert actions.shape == (64, 10)
     _, reward, *_, info = envs.step(actions)
     assert reward.shape == (64,)
     assert isinstance(info["co2_kg"], np.ndarray)
@@ -113,7 +114,7 @@ def test_an_agent_is_evaluated_as_the_command_does(
 
 
 def one_by_one(obs: np.ndarray) -> tuple[float, float]:
-    assert obs.shape == (30,)
+    assert obs.shape == (63,)
     return 1.0, 0.0
 
 
@@ -147,10 +148,14 @@ def test_what_may_be_a_policy(inside: None, policy: object, vectorized: bool) ->
         (
             lambda obs: [1.0, 0.0],
             {},
-            r"shape \[2\] for observations \[3, 30\], must be actions "
-            r"\[3, 2\]; vectorized=False gives",
+            r"shape \[2\] for observations \[3, 63\], must be actions "
+            r"\[3, 2\] or \[3, 10\]; vectorized=False gives",
         ),
-        (lambda obs: obs, {"vectorized": False}, r"shape \[30\] for .* must be actions \[2\]$"),
+        (
+            lambda obs: obs,
+            {"vectorized": False},
+            r"shape \[63\] for .* must be actions \[2\] or \[10\]$",
+        ),
         (lambda obs: None, {}, "policy: returned NoneType for"),
         (lambda obs: by_hand(obs) * np.nan, {}, "no finite numbers"),
         (0.5, {}, "float is neither callable"),

@@ -194,10 +194,11 @@ def test_the_first_sentence_compares_with_the_best_reference(
     kg = {name: figures.co2_kg.mean() for name, figures in policies.items()}
     assert kg["rbc_c"] < kg["uncontrolled"] < kg["rbc_b"]
     html = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert (
-        f"{kg['agent'] - kg['rbc_c']:+.1f} kg against the best control without learning, RBC C."
-        in html.replace("−", "-")
-    )
+    more = kg["agent"] - kg["rbc_c"]
+    assert more > 0
+    first = html.partition("<p>")[2].partition("</b>")[0]
+    assert first.startswith("<b>Use RBC C: it is simpler, and PPO emits less in 0 of 3")
+    assert first.endswith(f", {more:.1f} kg a day more in the mean.")
     assert "Of the site's data: turned away 0.0 and clipped 0.0 kWh a day." in html
 
 
@@ -268,7 +269,8 @@ def test_each_run_is_judged_by_its_own_objective(
         assert row[2:4] == [f"{own.co2_kg:.1f}", f"{own.cost:.2f}"]
     text = html.replace("\u2212", "-")
     cost, difference = (shown["money"]["runs"][0][key] for key in ("mean", "vs_best"))
-    assert f"costs {cost:.2f} EUR a day, {difference:+.2f} EUR against the best control" in text
+    assert f"costs {cost:.2f} EUR a day" in text
+    assert f"{abs(difference):.2f} EUR a day" in text
     assert "Cost of each held-out stretch" in html
 
 
@@ -385,6 +387,47 @@ def test_a_strangers_text_stays_text(made: Made) -> None:
 
 
 # --- fewer runs, other sites ---------------------------------------------------------------------
+
+
+def test_rules_alone_are_shown_as_runs_are_without_learning(
+    report: Callable[..., Outcome], place: Path, tmp_path: Path
+) -> None:
+    output, figures = tmp_path / "rules.html", tmp_path / "figures"
+    words = ["rbc_b", "cheap", "--env.site", "village", "--output", output, "--figures", figures]
+    outcome = report(*words)
+    assert outcome.code == 0
+    assert f"{output}: 2 rules, " in outcome.out
+    assert {file.stem for file in figures.iterdir()} == {
+        "held_out",
+        *(f"{what}_{name}" for what in ("stretches", "difference", "day") for name in words[:2]),
+    }
+    html = output.read_text(encoding="utf-8")
+    assert "<h3>Learning curves" not in html
+    assert "<h2>Training" not in html
+    assert "co2lightning test cheap --env.site village" in html
+    (site,) = embedded(html)["sites"]
+    assert not site["runs"]
+    first, second = site["rules"]
+    assert [first["title"], second["title"]] == ["RBC B", "cheap hours"]
+    assert np.nanmax(np.abs(np.array(first["heat"]["ev_kw"], dtype=float))) == 0.0
+    assert np.nanmax(np.abs(np.array(second["heat"]["ev_kw"], dtype=float))) > 0.0
+    (reference,) = (one for one in site["policies"] if one["key"] == "cheap")
+    for key in ("a_day", "mean", "vs_best", "share", "schedule"):
+        assert second[key] == reference[key]
+
+
+def test_a_rule_stands_beside_runs_on_each_of_their_sites(
+    report: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    output = tmp_path / "both.html"
+    outcome = report("PPO", "A2C", "rbc_a", "--output", output)
+    assert outcome.code == 0
+    assert "2 runs, 1 rule, " in outcome.out
+    html = output.read_text(encoding="utf-8")
+    sites = embedded(html)["sites"]
+    assert [[one["key"] for one in site["rules"]] for site in sites] == [["rbc_a"]] * 2
+    assert [[one["key"] for one in site["runs"]] for site in sites] == [["PPO"], ["A2C"]]
+    assert "co2lightning test PPO; co2lightning test rbc_a --env.site village" in html
 
 
 def test_one_run_alone(report: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -49,6 +49,24 @@ def choose(page: Any, chart: str, select: int, value: str) -> None:
     )
 
 
+def test_rules_without_runs_are_drawn(chrome: Any, place: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = ["rbc_b", "cheap", "--env.site", str(place / "village")]
+    assert main(["report", *words, "--output", str(tmp_path / "report.html")]) == 0
+    show(chrome, tmp_path, 1200)
+    drawn = {
+        chart: chrome.execute_script(
+            f"return document.querySelector('[data-chart={chart}]').querySelectorAll('svg').length"
+        )
+        for chart in ("intervals", "stretches", "explorer", "heat")
+    }
+    assert drawn["stretches"] >= 2
+    assert drawn["heat"] >= 2
+    assert all(drawn.values()), drawn
+    assert not chrome.execute_script("return document.querySelectorAll('[data-chart=learning]')")
+    choose(chrome, "explorer", 1, "0")
+    assert chrome.get_log("browser") == []
+
+
 def test_every_chart_is_drawn_and_nothing_is_fetched(page: Any) -> None:
     messages = [json.loads(row["message"])["message"] for row in page.get_log("performance")]
     fetched = [

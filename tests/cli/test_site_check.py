@@ -80,8 +80,13 @@ BATTERY = (
 
 
 @pytest.mark.parametrize("name", KG_A_DAY)
-def test_the_published_figures_come_out(command: Command, name: str) -> None:
-    told = as_json(command("site", "check", str(SITES / name), "--json"))
+def test_the_published_figures_come_out(command: Command, place: Path, name: str) -> None:
+    """Without what a provider forecast, which changes the rules that look ahead."""
+    shutil.copytree(SITES / name, place / name)
+    (place / name / "forecasts.csv.gz").unlink(missing_ok=True)
+    true = ("--env.announced", "false")
+    told = as_json(command("site", "check", name, "--json", *true))
+    assert (told["known_ahead"], told["provider"]) == ({}, {})
     policies = told["policies"]
     assert list(policies) == list(KG_A_DAY[name])
     kg = {policy: own["co2_kg_per_day"] for policy, own in policies.items()}
@@ -113,6 +118,14 @@ def test_what_a_workplace_holds(command: Command) -> None:
         pytest.approx(row, rel=0.03) for row in ((0.25, 0.035, 0.039), (1, 0.053, 0.062))
     ]
     assert [row[0] for row in off] == [0.25, 1.0, 6.0, 24.0]
+    # The provider reaches 165 min; at its word it is worse than the site's own, beside it it helps.
+    rows = {row["lead_h"]: row for row in told["provider"]["carbon_kg_per_kwh"]}
+    assert list(rows) == [0.25, 1.0, 2.0]
+    for lead, word, alone in ((0.25, 0.054, 0.035), (1.0, 0.068, 0.053)):
+        row = rows[lead]
+        assert (row["provider"], row["own"]) == pytest.approx((word, alone), rel=0.03)
+        assert row["both"] < row["own"] < min(row["persistence"], row["provider"])
+        assert row["share"] == 1.0
     first = told["stretches"][0]
     assert (first["begin"], first["days"], first["hours"]) == ("2019-05-15", 7, 168)
     assert (told["battery"], told["pv"], told["load"]) == (None, None, None)
@@ -171,6 +184,45 @@ def test_costs_stand_beside_co2_and_what_is_settled_is_named(command: Command, p
         assert cells == ["kg/day", "EUR/day", against]
     outcome = command("site", "check", "shop", *by_cost, "--figures", "drawn")
     assert outcome.code == 0
+    price = of_cost["price"]
+    assert (price["currency"], price["lowest_hour"], price["highest_hour"]) == ("EUR", 18, 0)
+    told = (
+        "0.25 EUR/kWh in the mean, 0.1 to 0.3; least from 18:00, 0.1, most from 00:00, 0.3; export"
+    )
+    assert told in " ".join(outcome.out.split())
+
+
+def test_what_is_known_before_its_time_is_told(command: Command, place: Path) -> None:
+    folder = write_site(place / "shop", currency="EUR")
+    plain = as_json(command("site", "check", "shop", "--json"))
+    with (folder / "site.yaml").open("a") as file:
+        file.write('known_ahead: {price_per_kwh: "13:00"}\n')
+    rows = [
+        f"2025-03-0{day}T00:00Z,2025-03-0{day}T{hour:02d}:{minute}Z,{hour}"
+        for day in range(1, 7)
+        for hour in range(24)
+        for minute in ("00", "15", "30", "45")
+    ]
+    (folder / "forecasts.csv").write_text("\n".join(["issued,time,pv_kw", *rows]) + "\n")
+    told = as_json(command("site", "check", "shop", "--json"))
+    assert told["known_ahead"] == {"price_per_kwh": "13:00"}
+    assert [row["lead_h"] for row in told["provider"]["pv_kw"]] == [0.25, 1.0, 2.0, 6.0]
+    price = {row["lead_h"]: row["own"] for row in told["forecasts"]["price_per_kwh"]}
+    assert (
+        price[0.25] < 0.01 * max(row["own"] for row in plain["forecasts"]["price_per_kwh"]) + 0.01
+    )
+    shown = " ".join(command("site", "check", "shop").out.split())
+    assert "known ahead price_per_kwh of tomorrow from 13:00 on" in shown
+    assert "at its word" in shown
+    (folder / "forecasts.csv").write_text(
+        "issued,time,pv_kw\n2025-03-02T00:00Z,2025-03-01T00:00Z,1"
+    )
+    outcome = command("site", "check", "shop")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(
+        "error: forecasts.csv: row 2, column issued: 2025-03-02T00:00Z is after"
+    )
+    assert len(outcome.err.splitlines()) == 1
 
 
 def test_carbon_that_never_changes_has_no_cleanest_hour(command: Command, village: Path) -> None:

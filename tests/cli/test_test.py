@@ -15,6 +15,7 @@ from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim import kept
 from co2lightning.sim.evaluate import TITLES, Summary
 from co2lightning.sim.optimum import Best
+from co2lightning.sim.worlds import PERTURBATIONS
 from conftest import tree
 from small_site import HELD_OUT, write_site
 
@@ -34,7 +35,7 @@ def test_json_is_all_that_standard_output_gets(capsys: pytest.CaptureFixture[str
     assert {key: data[key] for key in ("site", "agent", "action", "episode")} == {
         "site": "village",
         "agent": "PPO",
-        "action": "direct",
+        "action": "moves",
         "episode": 2,
     }
     assert [(s["begin"], s["days"]) for s in data["stretches"]] == [(day, 1) for day in HELD_OUT]
@@ -58,7 +59,26 @@ def test_the_table_names_every_policy_and_the_episode(capsys: pytest.CaptureFixt
     for text in ("episode 2", "3 held-out days of village", "RBC A", "optimum (LP)", *HELD_OUT):
         assert text in out
     assert "±" not in out, "three days are too few for an interval"
-    assert "correction" not in out
+
+
+def test_a_rule_stands_first_among_its_like(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["rbc_b", "--env.site", "village"]
+    assert main([*words, "--json", "--steps", str(tmp_path / "steps.csv")]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["site"], data["rule"]) == ("village", "rbc_b")
+    names = ["rbc_b", "uncontrolled", "rbc_a", "cheap", "rbc_c", "optimum"]
+    assert list(data["policies"]) == list(data["summary"]) == names
+    assert "agent" not in data
+    with (tmp_path / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["policy"] for row in rows)) == names
+    assert main(["PPO", "--json"]) == 0
+    beside = json.loads(capsys.readouterr().out)
+    assert data["policies"]["rbc_b"] == beside["policies"]["rbc_b"]
+    assert main(words) == 0
+    assert "RBC B, on 3 held-out days of village" in capsys.readouterr().out
 
 
 def with_prices(directory: Path) -> Path:
@@ -112,18 +132,6 @@ def another_run(directory: Path, change: dict[str, Any]) -> list[str]:
     run.save_checkpoint(checkpoint, episode=1, metrics={})
     run.end_session("completed")
     return ["night", "--checkpoints.dir", str(directory)]
-
-
-def test_the_table_says_that_actions_are_corrections(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = another_run(tmp_path, {"hyper_parameters": {"action": "correction"}})
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert "PPO as a correction of RBC B, episode 1" in out
-    assert "PPO, correction of RBC B" in out
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["action"] == "correction"
 
 
 def test_an_older_episode_and_its_scalars(
@@ -216,6 +224,8 @@ def test_a_bound_that_is_none_is_a_defect(
         (["PPO", "--jsn"], "--jsn"),
         (["PPO", "--ckpt_path", "none.pt"], "none.pt"),
         (["PPO", "--env.site", "nowhere"], "nowhere"),
+        (["rbc_c"], "test rbc_c: a rule needs a site, such as --env.site iquitos"),
+        (["PPO", "--env.objective", "cost"], "PPO is settled by what it was trained for"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
@@ -230,7 +240,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], said: str) -> None:
     [
         ({"run": None}, "not an episode"),
         ({"run": {"agent": "os.system"}}, "not an episode"),
-        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "trained on 3 observ"),
+        ({"hyper_parameters": {"observation_dim": 3, "action_dim": 1}}, "not of this version's"),
         ({"state_dict": {}}, "not of this version's PPO"),
     ],
 )
@@ -325,3 +335,31 @@ def test_mpc_stands_beside_the_rules_and_is_kept(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr()
     assert "MPC" not in printed.err
     assert "MPC" in printed.out
+
+
+def test_what_knowledge_is_worth_and_what_is_left_when_perturbed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["PPO", "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert "perturbed" not in before
+    assert main(["PPO", "--json", "--perturb"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    perturbed = data.pop("perturbed")
+    assert data == before
+    assert set(data["knowledge"]) <= {"forecast"}, "nothing is announced in the village"
+    assert list(perturbed) == list(PERTURBATIONS)
+    for told in perturbed.values():
+        assert list(told) == list(data["summary"])
+        for policy, figures in told.items():
+            share = data["summary"][policy]["gap_closed"]
+            left = figures["gain_left"]
+            assert (left is None) == (share <= 0.0)
+            assert left is None or left == pytest.approx(figures["gap_closed"] / share, abs=1e-4)
+        assert told["optimum"]["gap_closed"] == 1.0
+    usual, own = perturbed["usual_price"], data["summary"]
+    assert usual["rbc_b"]["gap_closed"] == own["rbc_b"]["gap_closed"]
+    assert main(["PPO", "--perturb"]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in ("as it is", "PV 20 % lower", "carbon expected as usual"))
+    assert out.count("With a perfect forecast, gap closed: PPO") == len(data["knowledge"])

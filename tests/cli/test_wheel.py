@@ -51,6 +51,7 @@ def check_trained(output: str, directory: Path) -> None:
         "episode_0001.pt",
         "history.json",
         "metadata.json",
+        "start.pt",
     ]
     assert list(directory.glob("lightning_logs/PPO/events.out.tfevents.*"))
 

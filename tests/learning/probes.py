@@ -117,6 +117,7 @@ for _probe in (
     gym.register(f"probe/{_probe.__name__}-v0", entry_point=_probe, max_episode_steps=HORIZON)
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "APG": {"hidden": (32,)},
     "A2C": {"n_steps": 8, "learning_rate": 1e-2, "log_std_init": -1.0, "hidden": (32,)},
     "PPO": {
         "n_epochs": 10,

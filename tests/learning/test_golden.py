@@ -13,7 +13,10 @@ import pytest
 from probes import SETTINGS
 
 from co2lightning.agents import AGENTS, agent_class
+from co2lightning.sim.days import SiteDays
 from co2lightning.sim.foreign import GymEnvironment
+from co2lightning.sim.interface import Environment
+from small_site import random_site
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 EPISODES = 20
@@ -21,10 +24,13 @@ EPISODES = 20
 
 def losses(name: str) -> list[float]:
     """Return the mean loss of each of 20 episodes on a probe that needs everything."""
-    env = GymEnvironment("probe/ActionFollowsObservation-v0", num_envs=4)
+    env: Environment = GymEnvironment("probe/ActionFollowsObservation-v0", num_envs=4)
+    if name == "APG":  # which needs a site
+        env = SiteDays(random_site(3, days=4), 4, action="moves")
     options = {**SETTINGS[name], "seed": 3, "learning_rate": 1e-3}
     if name == "SAC":
         options["learning_starts"] = 0
+    options["observation_names"] = env.observation_names
     agent = agent_class(name)(env.observation_dim, env.action_dim, **options)
     found: list[float] = []
 

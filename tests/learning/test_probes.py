@@ -8,7 +8,8 @@ from probes import VALUE_EPISODES, choice, train, value
 from co2lightning.agents import AGENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:lightning")
-every_agent = pytest.mark.parametrize("name", AGENTS)
+# APG descends through a site's physics, which these have not: see tests/unit/test_apg.py.
+every_agent = pytest.mark.parametrize("name", [name for name in AGENTS if name != "APG"])
 
 
 @every_agent

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from co2lightning.control.moves import ACTIONS
 from co2lightning.control.rules import RULES, Rule, uncontrolled
 from co2lightning.control.state import SiteModel, State
 from co2lightning.sim.objective import priced_model
@@ -60,10 +61,13 @@ def sites(draw: st.DrawFn, most: float = 0.98) -> Site:
     return random_site(seed, days=days, step_minutes=step_minutes, **(given | equipment))
 
 
-def random_actions(site: Site, seed: int, batch: int = 1) -> Tensor:
-    """Actions [P, B, 2]: in between, at the ends, and beyond them."""
+widths = st.sampled_from(sorted(ACTIONS.values()))
+
+
+def random_actions(site: Site, seed: int, batch: int = 1, width: int = 2) -> Tensor:
+    """Actions [P, B, A]: in between, at the ends, and beyond them."""
     rng = np.random.default_rng(seed)
-    shape = (site.n_steps, batch, 2)
+    shape = (site.n_steps, batch, width)
     actions = rng.uniform(-1.2, 1.2, shape)
     extreme = rng.random(shape) < 0.3
     return torch.tensor(np.where(extreme, np.sign(actions), actions), dtype=torch.float32)
@@ -123,16 +127,20 @@ def check_balance(site: Site, run: Played) -> None:
 
 
 @several
-@given(site=sites(), seed=seeds, soc=st.floats(0.05, 0.9))
-def test_every_step_balances_and_stays_within_bounds(site: Site, seed: int, soc: float) -> None:
-    check_balance(site, play(site, random_actions(site, seed), soc, torch.float32))
+@given(site=sites(), seed=seeds, soc=st.floats(0.05, 0.9), width=widths)
+def test_every_step_balances_and_stays_within_bounds(
+    site: Site, seed: int, soc: float, width: int
+) -> None:
+    check_balance(site, play(site, random_actions(site, seed, width=width), soc, torch.float32))
 
 
+@pytest.mark.parametrize("width", ACTIONS.values(), ids=ACTIONS)
 @pytest.mark.parametrize("equipment", sorted(EQUIPMENT))
-def test_every_step_balances_whatever_is_there(equipment: str) -> None:
+def test_every_step_balances_whatever_is_there(equipment: str, width: int) -> None:
     parts = {"sockets": 4, "grid_kw": 9.0} | EQUIPMENT[equipment]
     site = random_site(7, step_minutes=60, days=3, **parts)
-    check_balance(site, play(site, random_actions(site, 1), 0.5, torch.float32))
+    actions = random_actions(site, 1, width=width)
+    check_balance(site, play(site, actions, 0.5, torch.float32))
 
 
 def test_every_step_balances_with_a_thousand_sockets() -> None:
@@ -163,10 +171,12 @@ def test_no_vehicle_goes_before_one_with_less_laxity(
 
 
 @several
-@given(site=sites(most=1.3), seed=seeds)
-def test_no_policy_leaves_more_unserved_than_charging_on_arrival(site: Site, seed: int) -> None:
+@given(site=sites(most=1.3), seed=seeds, width=widths)
+def test_no_policy_leaves_more_unserved_than_charging_on_arrival(
+    site: Site, seed: int, width: int
+) -> None:
     """Some sites ask for more than a window allows: that much is missing under every policy."""
-    own = play(site, random_actions(site, seed), dtype=torch.float32)
+    own = play(site, random_actions(site, seed, width=width), dtype=torch.float32)
     idle = dataclasses.replace(site, import_limit_kw=np.full(site.n_steps, 1e6))
     on_arrival = play(idle, constant(site, 1.0, 0.0), dtype=torch.float32)
     unmet, unavoidable = (run.figures("unmet_kwh") for run in (own, on_arrival))

@@ -252,7 +252,7 @@ def test_what_an_episode_of_sac_adds_to_the_disk_does_not_grow(
         run.path(episode).stat().st_size + run.replay_path(episode).stat().st_size
         for episode in range(2, N + 1)
     ]
-    assert max(sizes) - min(sizes) < 200  # digits of figures, not transitions
+    assert max(sizes) - min(sizes) < 400  # figures, where evaluated some more; not transitions
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ def train(run: TrainingCheckpoint, count: int, best: int = 0) -> TrainingCheckpo
         run.recover()
         first = run.get_next_episode()
         run.begin_session(start_episode=first, device="cpu", info={"agent": "PPO"})
+        if first == 1:
+            run.save_start({"weights": torch.zeros(10)})
         for episode in range(first, first + count):
             run.save_checkpoint(
                 {"weights": torch.full((10,), float(episode))},

@@ -20,7 +20,7 @@ from conftest import Outcome
 from forged import seal_content, unseal
 
 Path_ = tuple[Any, ...]
-GOLDEN = Path(__file__).parents[1] / "golden" / "0.2.0"
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.3.0"
 SECONDS = 10.0  # of the processor, on a machine with other work; hostile files took minutes
 
 

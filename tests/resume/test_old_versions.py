@@ -1,6 +1,7 @@
 """Runs that older versions of the project wrote verify, load and go on; tests/golden/make.py.
 
-Those of 0.1.0 were trained on days that stand alone: they are shown and checked, no more.
+Those on a site as 0.1.0 had it, whose days stand alone, and as 0.2.0 had it, whose observations
+have no names, are shown and checked, no more.
 """
 
 import json
@@ -23,7 +24,7 @@ from forged import seal_content, unseal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = sorted(path.parent for path in GOLDEN.glob("*/*/history.json"))
-ENDED = [path for path in RUNS if path.parent.name == "0.1.0"]
+ENDED = [path for path in RUNS if path.parent.name in ("0.1.0", "0.2.0")]
 GOING_ON = [path for path in RUNS if path not in ENDED]
 AGENTS = {"A2C", "SAC", "PPO"}
 
@@ -83,11 +84,20 @@ def test_it_goes_on(
         assert pieces[3]["began"] == len(pieces[1]["rows"]) + len(pieces[2]["rows"])
 
 
-STAND_ALONE = "trained by version 0.1.0 on days that stand alone"
+WHY = {
+    "0.1.0": (
+        "trained by version 0.1.0 on days that stand alone",
+        "now a site's time goes on from day to day",
+    ),
+    "0.2.0": (
+        "trained by version 0.2.0 on observations without names",
+        "now a site's forecast is observed by name",
+    ),
+}
 
 
 @each(ENDED)
-def test_a_run_on_days_that_stand_alone_is_shown_and_checked(
+def test_a_run_on_a_site_as_it_was_is_shown_and_checked(
     golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
 ) -> None:
     check_history(str(run.directory), 2)
@@ -101,9 +111,10 @@ def test_a_run_on_days_that_stand_alone_is_shown_and_checked(
 
 
 @each(ENDED)
-def test_a_run_on_days_that_stand_alone_is_not_used(
+def test_a_run_on_a_site_as_it_was_is_not_used(
     golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
 ) -> None:
+    trained, now = WHY[golden.parent.name]
     name, file = golden.name, f"checkpoints/{golden.name}/episode_0002.pt"
     for words in (
         ("fit", "--model", name, "--ckpt_path", "last"),
@@ -115,14 +126,13 @@ def test_a_run_on_days_that_stand_alone_is_not_used(
         outcome = command(*words)
         assert (outcome.code, outcome.out) == (2, ""), words
         assert outcome.err == (
-            f"error: {file}: {STAND_ALONE}; now a site's time goes on from day to day; train "
-            f"anew: co2lightning fit --model {name}\n"
+            f"error: {file}: {trained}; {now}; train anew: co2lightning fit --model {name}\n"
         )
-    with pytest.raises(UserError, match=STAND_ALONE):
+    with pytest.raises(UserError, match=trained):
         getattr(co2lightning, name).load_from_checkpoint(run.path(2))
     outcome = command("report", "--output", "report.html")
     assert outcome.code == 2
-    assert f"{name}: {STAND_ALONE}, left out" in outcome.err
+    assert f"{name}: {trained}, left out" in outcome.err
     assert tree(run.directory) == tree(golden)
 
 
@@ -163,16 +173,21 @@ def test_a_run_on_a_site_says_by_which_version(place: Path, versions: Any) -> No
         co2lightning.PPO.load_from_checkpoint("odd.pt")
 
 
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0"])
 def test_a_run_on_a_gymnasium_environment_goes_on(
-    place: Path, command: Callable[..., Outcome]
+    place: Path, command: Callable[..., Outcome], version: str
 ) -> None:
-    """What version 0.1.0 trained on no site is what it was."""
+    """What older versions trained on no site is what it was."""
     words = ("--env.id", "Pendulum-v1", "--env.num_envs", "2", *TINY["PPO"], "--episodes", "1")
     assert command("fit", "--model", "PPO", *words).code == 0
     file = Path("checkpoints/PPO/episode_0001.pt")
     content, record = unseal(file)
-    content["run"]["versions"]["co2lightning"] = "0.1.0"
-    del content["hyper_parameters"]["step_minutes"], content["run"]["config"]["env.hours"]
+    content["run"]["versions"]["co2lightning"] = version
+    made, config = content["hyper_parameters"], content["run"]["config"]
+    del made["observation_names"], config["env.action"]
+    made["action"] = config["model.action"] = "direct"
+    if version == "0.1.0":
+        del made["step_minutes"], config["env.hours"]
     Path("old.pt").write_bytes(seal_content(content, record))
     assert co2lightning.PPO.load_from_checkpoint("old.pt").step_minutes == 15
     outcome = command("fit", "--ckpt_path", "old.pt", "--name", "on", "--episodes", "1")

@@ -112,17 +112,18 @@ def test_a_step_follows_the_mean_of_the_gradients(
     place: Path, command: Callable[..., Outcome]
 ) -> None:
     """The same step, taken in this process for both ranks; then another number is refused."""
-    train(place, "A2C", "--model.n_steps", "0", "--episodes", "1")
+    train(place, "A2C", "--model.n_steps", "0", "--model.start", "even", "--episodes", "1")
     content = TrainingCheckpoint.read("checkpoints/A2C/episode_0001.pt")
 
     class Second(A2C):
         global_rank = 1
 
-    env = make_environment(num_envs=4, hindsight=True)
+    env = make_environment(num_envs=4, hindsight=True, action="moves")
     gradients: list[list[torch.Tensor]] = []
     reward: list[float] = []
     for kind in (Second, A2C):
         agent = kind(**content["hyper_parameters"])
+        agent.train_on(env)
         (rollout,) = RolloutDataset(env, agent).play()
         loss, _ = agent.loss(rollout)
         gradients.append(list(torch.autograd.grad(loss, list(agent.parameters()))))

@@ -20,7 +20,7 @@ from co2lightning.settings.parser import complete, parse_flags
 from co2lightning.sim.days import SiteDays
 from co2lightning.sim.schedule import play
 from co2lightning.site.load import load_site
-from co2lightning.train.board import LAYOUT, day_image, write_references
+from co2lightning.train.board import day_image, layout, write_references
 from co2lightning.train.fit import run_fit
 from small_site import write_site
 
@@ -107,19 +107,29 @@ def test_a_figure_shows_what_the_policies_did(village: Path) -> None:
     assert (images[0] != images[1]).any(axis=2).mean() > 0.02
 
 
-def test_the_layout_stands_once_and_names_tags_that_there_are(village: Path) -> None:
-    train("PPO", 1)
+@pytest.mark.parametrize("currency", [None, "EUR"])
+def test_the_layout_stands_once_and_names_tags_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, currency: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_site(tmp_path / "village", currency=currency)
+    train("PPO", 1, evaluate_every=1)
     train("PPO", 1, ckpt_path="last")
     assert main(["test", "PPO", "--json"]) == 0
     reader = events("PPO")
     (event,) = reader.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == list(LAYOUT)
+    found = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in found.category] == list(layout(priced=True))
     tags = {tag for run in ("PPO", "PPO/test") for tag in events(run).Tags()["scalars"]}
-    for category in layout.category:
-        for chart in category.chart:
-            (pattern,) = chart.multiline.tag
-            assert pattern.strip("^$") in tags
+    shown = {
+        pattern.strip("^$")
+        for category in found.category
+        for chart in category.chart
+        for pattern in chart.multiline.tag
+    }
+    assert shown <= tags
+    assert "test/peak_import_kw" in shown
+    assert {"site/cost", "test/cost"} <= shown if currency else not shown & {"site/cost"}
 
 
 def test_an_environment_that_is_no_site_has_neither(

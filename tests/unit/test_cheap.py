@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from co2lightning.control.forecast import cheaper, forecast, to_come
+from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import VEHICLES, Choice, Rule, Window, rbc_c, uncontrolled, words
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import Trace, run, start
-from co2lightning.sim.search import outlook_of
 from co2lightning.site.model import Site
 from hand_site import battery, hand_site
 from small_site import random_site

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from co2lightning.control.rules import RULES, Rule, rbc_b
+from co2lightning.control.outlook import outlook_of
+from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import SiteModel, State
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.evaluate import evaluate, summarise, violations
+from co2lightning.sim.evaluate import RULE_NAMES, beside, evaluate, summarise, violations
+from co2lightning.sim.mpc_stretches import play_mpc
 from co2lightning.sim.optimum import optimum, tail_objective
 from co2lightning.sim.schedule import through
 from co2lightning.site.model import Objective, Site
-from small_site import random_site, small_site
+from small_site import random_site, real, small_site
 
 COST = Objective(co2=0.0, cost=1.0)
 DAYS, MINUTES = 6, 60
@@ -105,6 +107,17 @@ def test_no_policy_passes_the_bound_whatever_the_prices(
         assert owed == pytest.approx(0.0, abs=float(found.tolerance.max()))
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.sampled_from(range(len(EQUIPMENT))))
+def test_a_plan_there_is_whatever_the_prices(seed: int, kind: str, part: int) -> None:
+    """Of what is expected it leaves nothing unserved that could be, and passes no bound."""
+    site = priced(seed, kind, **EQUIPMENT[part])
+    found = beside(evaluate(None, site), site, "mpc", play_mpc(site, jobs=1))
+    assert violations(found) == []
+    assert found.policies["mpc"].unmet_kwh.max() < 1e-3
+    assert all(np.isfinite(column).all() for column in found.policies["mpc"])
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_rewards_are_of_order_one_and_numbers_whatever_the_prices(seed: int, kind: str) -> None:
@@ -127,7 +140,7 @@ def test_with_price_in_proportion_to_carbon_every_decision_stays(factor: float) 
     site = random_site(3, days=DAYS, step_minutes=MINUTES, held_out=(1, 3))
     money = replace(site, price_per_kwh=factor * site.carbon_kg_per_kwh, objective=COST)
     of_co2, of_cost = evaluate(None, site), evaluate(None, money)
-    for name in RULES:
+    for name in RULE_NAMES:
         for ours, theirs in zip(of_co2.schedules[name], of_cost.schedules[name], strict=True):
             np.testing.assert_array_equal(ours.battery_kw, theirs.battery_kw)
             np.testing.assert_array_equal(ours.ev_kw, theirs.ev_kw)
@@ -142,6 +155,13 @@ def test_with_price_in_proportion_to_carbon_every_decision_stays(factor: float) 
         ours, theirs = a.step(action), b.step(action)
         torch.testing.assert_close(ours.obs, theirs.obs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.reward, theirs.reward, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_cheaper_is_so_in_any_currency() -> None:
+    site = replace(real("caltech-2019"), provided={})
+    money = replace(site, price_per_kwh=3.0 * site.carbon_kg_per_kwh, objective=COST)
+    ours, theirs = outlook_of(site), outlook_of(money)
+    assert torch.equal(ours.cheaper, theirs.cheaper)
 
 
 def test_with_co2_as_the_objective_prices_change_nothing_but_what_it_costs() -> None:

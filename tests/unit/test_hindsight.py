@@ -63,7 +63,7 @@ def at_the_rules(env: SiteDays, day: int) -> None:
     site, place = env.site, int(env.site.day_bounds[day])
     begun = start(env.model, site, np.array([0]), site.battery.soc_min if site.battery else 0.0)
     _, at = run(env.model, rbc_b, begun, place)
-    several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at))
+    several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at.parts))
     env.begin(torch.full((env.num_envs,), day), several.soc)
     env.go_on(several, torch.zeros(0, 3, env.num_envs))
 
@@ -90,7 +90,7 @@ def unit_kg(site: Site) -> float:
 
 
 def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None:
-    """What is stored or charged more than the rule has counts half the mean intensity."""
+    """What is stored or charged more than the rule has counts half, 0.8 of the mean intensity."""
     site, rule = shipped(), through(shipped(), rbc_b)
     env, rewards = days(), play(0.5, 7)[0]
     begun = start(env.model, site, PLACES, 0.5)
@@ -103,9 +103,34 @@ def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None
     within = np.stack([np.arange(place, place + T) for place in PLACES], axis=1)
     saved_kg = rule.co2_kg[within] - own.co2_kg.numpy()
     more_kwh = (own.credited_kw.numpy() - rule.credited_kw[within]) * site.step_h
-    expected = saved_kg + 0.5 * mean_per_kwh(site)[0] * more_kwh
+    expected = saved_kg + 0.8 * mean_per_kwh(site)[0] * more_kwh
     np.testing.assert_allclose(rewards, expected / unit_kg(site), atol=1e-6)
     assert 0.01 < rewards.sum(0).abs().min() < rewards.sum(0).abs().max() < 3.0
+
+
+@pytest.mark.parametrize("gamma", [0.95, 1.0])
+def test_who_discounts_gains_nothing_by_storing_early(gamma: float) -> None:
+    """Between two ways, what counts is their discounted CO2 and what they leave in the end."""
+    site, env = shipped(), SiteDays(shipped(), 4)
+    env.discount = gamma
+    weight = gamma ** np.arange(T)[:, None]
+    begun = torch.full((4,), 0.5)
+    returns, left = [], []
+    for seed in (1, 2):
+        rewards, _ = play_on(env, env.begin(CHOSEN, begun), seed)
+        generator = torch.Generator().manual_seed(seed)
+
+        def same(model: object, state: object, generator: torch.Generator = generator) -> Tensor:
+            return torch.rand(4, 2, generator=generator) * 2 - 1
+
+        own, at = run(env.model, same, start(env.model, site, PLACES, 0.5), T)
+        assert site.battery
+        kept_kwh = at.soc * site.battery.capacity_kwh / site.battery.charge_efficiency
+        kept_kwh = 0.5 * kept_kwh - 0.8 * at.owed_kw.sum(1) * site.step_h
+        returns.append((weight * (rewards.numpy() * unit_kg(site) + own.co2_kg.numpy())).sum(0))
+        left.append(gamma**T * mean_per_kwh(site)[0] * kept_kwh.numpy())
+    np.testing.assert_allclose(returns[1] - returns[0], left[1] - left[0], atol=0.02)
+    assert abs(left[1] - left[0]).max() > 0.3
 
 
 def scaled(site: Site, factor: float) -> Site:
@@ -119,6 +144,7 @@ def scaled(site: Site, factor: float) -> Site:
             capacity_kwh=factor * battery.capacity_kwh,
             power_kw=factor * battery.power_kw,
         ),
+        sockets=tuple(dataclasses.replace(s, max_kw=factor * s.max_kw) for s in site.sockets),
         pv_kw=factor * site.pv_kw,
         load_kw=factor * site.load_kw,
         import_limit_kw=factor * site.import_limit_kw,

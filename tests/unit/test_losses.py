@@ -141,7 +141,7 @@ def test_sac_keeps_what_a_cut_led_to_and_bootstraps_from_it() -> None:
         silence(network)
     with torch.no_grad():
         agent.target.biases[-1].fill_(8.0)
-    agent.train_on(cast(Any, SimpleNamespace(may_reset=False, rule_features=())))
+    agent.train_on(cast(Any, SimpleNamespace(may_reset=False, observation_names=())))
     agent.update_generator = torch.Generator().manual_seed(1)
     update = next(iter(agent.minibatches(cut_rollout())))
     assert not update.batch.terminated.any()

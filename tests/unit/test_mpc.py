@@ -13,7 +13,7 @@ from co2lightning.sim.mpc_stretches import play_mpc
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import Trace, play, run, start
 from co2lightning.site.load import load_site
-from co2lightning.site.model import Battery, Site
+from co2lightning.site.model import Battery, Objective, Site
 from hand_site import Row, battery, hand_site, random_site
 
 DAYS, HOURS = 21, np.arange(24)
@@ -117,6 +117,85 @@ def test_a_battery_that_may_not_charge_from_the_grid_does_not() -> None:
     assert (trace.grid_kw[charging] <= 1e-5).all()
 
 
+# --- prices --------------------------------------------------------------------------------------
+
+
+def priced(site: Site, price: object, credit: object = 0.0) -> Site:
+    """The site with prices of each hour, settled by what it costs."""
+    series = [np.tile(np.broadcast_to(hours, 24), DAYS) for hours in (price, credit)]  # pyright: ignore[reportArgumentType,reportCallIssue]
+    own, export = (values.astype(float) for values in series)
+    objective = Objective(co2=0.0, cost=1.0)
+    return replace(site, price_per_kwh=own, export_price_per_kwh=export, objective=objective)
+
+
+def test_where_import_is_paid_for_it_takes_what_the_site_can_use() -> None:
+    """And no more: the battery has room for 4 kWh, the vehicle for 7."""
+    price = np.where(HOURS == 13, -0.4, np.where(HOURS == 12, -0.1, 0.3))
+    site = periodic(
+        rows=[(0, 8, 18, 7.0, 5.0)],
+        load_kw=np.where(HOURS == 20, 4.0, 0.0),
+        pv_kw=np.where(HOURS == 13, 3.0, 0.0),
+        battery=battery(4.0),
+    )
+    trace = go(priced(site, price), 14 * 24, 24, soc=0.0)
+    vehicle_kw = np.where(HOURS == 13, 5.0, np.where(HOURS == 12, 2.0, 0.0))
+    assert trace.ev_kw[:, 0].numpy() == pytest.approx(vehicle_kw, abs=1e-5)
+    battery_kw = np.where(HOURS == 13, 4.0, np.where(HOURS == 20, -4.0, 0.0))
+    assert trace.battery_kw[:, 0].numpy() == pytest.approx(battery_kw, abs=1e-5)
+
+
+def test_a_full_battery_makes_room_for_what_is_paid_for() -> None:
+    """A surplus that is thrown away costs nothing, a kWh then taken earns."""
+    site = periodic(0.5, pv_kw=np.where(HOURS == 10, 1.0, 0.0), battery=battery(4.0))
+    trace = go(priced(site, np.where(HOURS == 11, -0.9, 0.1)), 14 * 24 + 10, 2, soc=1.0)
+    assert trace.battery_kw[:, 0].numpy() == pytest.approx([-4.0, 4.0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("credit", "begins"), [(0.3, 14), (0.0, 12)])
+def test_a_surplus_is_sold_where_that_earns_more_than_it_saves(credit: float, begins: int) -> None:
+    site = periodic(rows=[(0, 12, 16, 5.0, 5.0)], pv_kw=np.where(HOURS == 12, 5.0, 0.0))
+    price = np.where(HOURS == 14, 0.1, 0.3)
+    trace = go(priced(site, price, np.where(HOURS == 12, credit, 0.0)), 14 * 24 + 12, 4)
+    expected = [5.0 if hour == begins else 0.0 for hour in range(12, 16)]
+    assert trace.ev_kw[:, 0].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_battery_sells_at_the_dearest_hour_where_that_earns_the_price() -> None:
+    price = np.where(HOURS == 3, 0.1, np.where(HOURS == 20, 0.9, 0.4))
+    site = periodic(load_kw=1.0, battery=battery(4.0, efficiency=0.95))
+    bought_kw = go(priced(site, price, price), 14 * 24, 24, soc=0.0).battery_kw[:, 0].numpy()
+    assert bought_kw[3] == pytest.approx(4.0 / 0.95, abs=1e-4)
+    assert bought_kw[20] == pytest.approx(-4.0 * 0.95, abs=1e-4)
+    saved_kw = go(priced(site, price), 14 * 24, 24, soc=0.0).battery_kw[:, 0].numpy()
+    assert saved_kw.min() >= -1.0 - 1e-5
+
+
+@pytest.mark.parametrize("price", [0.0, -0.2, 0.3])
+@pytest.mark.parametrize("credit", [0.0, None, -0.1])
+def test_prices_that_never_change_leave_nothing_undone(price: float, credit: float | None) -> None:
+    site = periodic(
+        rows=[(0, 8, 12, 15.0, 5.0)], load_kw=2.0, pv_kw=3.0 * (HOURS > 9), battery=battery()
+    )
+    trace = go(priced(site, price, max(price, 0.0) if credit is None else credit), 14 * 24, 24)
+    assert trace.unmet_kw.sum() == 0.0
+    assert trace.ev_kw.sum().item() == pytest.approx(15.0, abs=1e-4)
+    assert trace.grid_kw.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [0.25, 3.0, 40_000.0])
+def test_with_price_in_proportion_to_carbon_every_plan_stays(factor: float) -> None:
+    site = random_site(3, steps=24 * 8, battery=battery(9.0, 4.0, 0.9), stretches=[(6, 8)])
+    price, objective = factor * site.carbon_kg_per_kwh, Objective(co2=0.0, cost=1.0)
+    money = replace(site, price_per_kwh=price, objective=objective)
+    ours, theirs = (go(each, 6 * 24, 48) for each in (site, money))
+    assert ours.battery_kw.abs().sum() > 0.0
+    for name in ("ev_kw", "battery_kw"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-6)
+
+
+# --- on any site ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_the_site_vehicles_leave_served_and_two_runs_are_one(seed: int) -> None:
     site = random_site(seed, steps=24 * 8, stretches=[(6, 8)])
@@ -145,6 +224,13 @@ def test_nothing_after_the_step_and_nothing_held_out_is_known(step_minutes: int)
         pv_kw=rng.uniform(0, 9, a_day * 16),
         stretches=[(8, 9), (12, 13)],
     )
+    price = rng.uniform(-0.3, 0.5, site.n_steps)
+    site = replace(
+        site,
+        price_per_kwh=price,
+        export_price_per_kwh=0.5 * price.clip(0.0),
+        objective=Objective(co2=0.3, cost=1.0),
+    )
     begin, steps = 8 * a_day, a_day // 4
     now = begin + steps - 1
     later = ~site.training_steps & (np.arange(site.n_steps) > now)
@@ -155,7 +241,10 @@ def test_nothing_after_the_step_and_nothing_held_out_is_known(step_minutes: int)
         site,
         **{
             name: np.where(later, 7.0 + 3.0 * getattr(site, name), getattr(site, name))
-            for name in ("carbon_kg_per_kwh", "load_kw", "pv_kw", "import_limit_kw")
+            for name in (
+                *("carbon_kg_per_kwh", "load_kw", "pv_kw", "import_limit_kw"),
+                *("price_per_kwh", "export_price_per_kwh"),
+            )
         },
         sessions=replace(
             sessions,
@@ -235,7 +324,7 @@ def test_side_by_side_it_is_the_same(tmp_path: Path) -> None:
     [("iquitos", 0.95), (SITES / "caltech-2019", 0.43), (SITES / "citylearn-5", 0.87)],
 )
 def test_what_it_reaches(name: str | Path, gap: float) -> None:
-    site = load_site(name, {})
+    site = load_site(name, announced=False)
     evaluation = beside(evaluate(None, site), site, "mpc", play_mpc(site))
     closed = summarise(evaluation)["mpc"].gap_closed
     assert closed is not None

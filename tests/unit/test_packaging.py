@@ -245,15 +245,20 @@ def test_the_two_pages_lead_to_each_other_and_show_the_same_first_steps() -> Non
 def test_the_readmes_results_are_the_committed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table is what the command beside it prints of them; README.es.md has its references."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    results = json.loads((ROOT / "docs/results.json").read_text(encoding="utf-8"))
-    assert results["command"].partition(" --site")[0] in README
-    assert import_module("learning").table(results) in README
-    kg = {name: f"{row['co2_kg']:.1f}" for name, row in results["references"].items()}
-    shown = (
+    results = json.loads((ROOT / "docs/sites.json").read_text(encoding="utf-8"))
+    (shown,) = [words for words in readme_commands() if "benchmarks/sites.py" in words]
+    places = shown[shown.index("--sites") + 1].split(",")
+    shown[shown.index("--sites") + 1] = ",".join(place.rpartition("/")[2] for place in places)
+    assert results["command"].partition(" --jobs")[0] in " ".join(shown)
+    assert import_module("sites").table(results) in README
+    references = results["sites"]["iquitos"]["references"]
+    kg = {name: f"{row['a_day']:.1f}" for name, row in references.items()}
+    said = (
         "sin control {uncontrolled}, RBC A {rbc_a}, RBC B {rbc_b}, RBC C {rbc_c}, óptimo {optimum}"
     )
-    assert shown.format(**kg) in SPANISH
-    assert f"closes {100 * results['references']['rbc_b']['gap_closed']:.1f} % of the gap" in README
+    assert said.format(**kg) in SPANISH
+    closed = {name: f"{100 * references[name]['gap_closed']:.1f} %" for name in ("rbc_b", "rbc_c")}
+    assert "closes {rbc_b} of the gap on `iquitos`, RBC C {rbc_c}".format(**closed) in README
 
 
 def test_the_functions_that_the_equations_name_exist() -> None:
@@ -268,25 +273,16 @@ def test_the_functions_that_the_equations_name_exist() -> None:
         assert re.search(rf"(def|class) {name}\b|^    {name}: ", "".join(home), re.M), (owner, name)
 
 
-LIBRARY = ["stable-baselines", "stable-baselines-sac", "stable-baselines-site"]
-
-
-@pytest.mark.parametrize("file", LIBRARY)
+@pytest.mark.parametrize("file", ["stable-baselines", "stable-baselines-sac"])
 def test_the_learning_logs_tables_beside_another_library_are_the_committed_ones(file: str) -> None:
     page = (ROOT / "docs/learning.md").read_text(encoding="utf-8")
     results = json.loads((ROOT / f"docs/{file}.json").read_text(encoding="utf-8"))
     assert results["command"] in page
-    if file == "stable-baselines":  # measured again since
-        results["site"] = {"SAC": results["site"]["SAC"]}
-    for library in ("Stable-Baselines3", "co2lightning"):
-        for agent, entry in results.get("pendulum", {}).items():
+    for agent, entry in results["pendulum"].items():
+        for library in ("Stable-Baselines3", "co2lightning"):
             steps = [run["steps"] for run in entry[library]]
             seeds = ", ".join(f"{n:,}" for n in steps)
             assert f"| {agent} | {library} | {statistics.median(steps):,} | {seeds} |" in page
-        for agent, entry in results.get("site", {}).items():
-            kg = [run["episodes"]["10"]["co2_kg"] for run in entry[library]]
-            seeds = ", ".join(f"{n:.1f}" for n in kg)
-            assert f"| {agent} | {library} | {statistics.median(kg):.1f} | {seeds} |" in page
 
 
 def homes() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.cli import main
-from co2lightning.control.observation import FEATURES, HIGHEST
+from co2lightning.control.observation import HIGHEST, NAMES
 from co2lightning.sim.evaluate import TITLES, evaluate
 from co2lightning.site.load import load_site
 from small_site import H, write_site
@@ -58,6 +58,7 @@ def test_the_rows_are_the_day_that_test_evaluates(trained: Path, capsys: Run) ->
     assert co2_kg.sum() == pytest.approx(own.co2_kg[0] - own.settlement[0], abs=1e-4)
     told = "2025-03-02: PPO after episode 2 emits {:.1f} kg CO2, what is left at the end settled; uncontrolled {:.1f}, RBC A {:.1f}, RBC B {:.1f}, cheap hours {:.1f}, RBC C {:.1f}, optimum (LP) {:.1f}"  # noqa: E501
     said = printed.err.splitlines()[-1]
+    told += f"; by the meter peak {grid_kw.max():.1f} kW"
     assert said == told.format(*(f.co2_kg[0] for f in evaluation.policies.values()))
 
 
@@ -77,6 +78,8 @@ def test_costs_are_a_column_where_there_are_prices(
     said = printed.err.splitlines()[-1]
     assert "PPO after episode 1 costs " in said
     assert " EUR, what is left at the end settled; uncontrolled " in said
+    assert f"; by the meter peak {grid_kw.max():.1f} kW, " in said
+    assert said.endswith(" kg CO2")
 
 
 def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
@@ -91,7 +94,7 @@ def test_files_and_a_training_day(tmp_path: Path, capsys: Run) -> None:
     assert header == COLUMNS
     assert times[0] == "2025-03-03T00:00:00+00:00"
     header, _, values = rows_of(seen.read_text())
-    assert header == ["time", *(feature.name for feature in FEATURES)]
+    assert header == ["time", *NAMES]
     assert np.abs(values).max() <= HIGHEST
     assert values.std(axis=0).max() > 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schedule.csv", "seen.csv"]
@@ -187,7 +190,8 @@ def test_steps_are_those_of_the_series(tmp_path: Path, capsys: Run) -> None:
     assert [row[0][11:16] for row in rows] == [f"{hour:02d}:00" for hour in range(24)]
 
 
-def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
+@pytest.mark.parametrize("action", ["powers", "moves"])
+def test_the_tables_are_those_of_the_environment(trained: Path, action: str) -> None:
     """What `predict` writes as seen is what an environment would have shown."""
     from co2lightning.agents.ppo import PPO
     from co2lightning.commands.predict import predict
@@ -195,10 +199,12 @@ def test_the_tables_are_those_of_the_environment(trained: Path) -> None:
     from co2lightning.sim.schedule import start_soc
 
     site = load_site(trained / "village")
-    agent = PPO(SiteDays.observation_dim, SiteDays.action_dim, seed=3)
+    env = SiteDays(site, 1, action=action)
+    names = NAMES[::-1] if action == "moves" else NAMES[3:]
+    env.show(names)
+    agent = PPO(len(names), env.action_dim, seed=3, observation_names=names)
     day = int(site.stretches[1, 0])
     found, seen = predict(agent, site, day)
-    env = SiteDays(site, 1)
     obs = env.begin(torch.tensor([day]), torch.tensor([start_soc(site)]))
     for step in range(96):
         assert obs[0].tolist() == pytest.approx(seen[step].tolist(), abs=1e-5)

@@ -15,7 +15,7 @@ class Counter:
     """Observation: steps so far and a copy's number; the first copy ends every 4 steps."""
 
     num_envs, observation_dim, action_dim, horizon, step_minutes = 3, 2, 1, 10, 15
-    rule_features: tuple[int, ...] = ()
+    observation_names: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> None:
         self.device = device
@@ -51,7 +51,7 @@ def agent(segment: int, gain: float = 1.0) -> SimpleNamespace:
         draw_noise=lambda horizon, num_envs: (
             torch.arange(horizon * num_envs).view(horizon, num_envs, 1) / 100.0
         ),
-        environment_action=lambda obs, output: output + obs[:, 1:],
+        environment_action=lambda output: output + torch.arange(3.0).unsqueeze(1),
         explore=lambda obs, noise: obs[:, :1] * weight + noise,
     )
 

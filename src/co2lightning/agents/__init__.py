@@ -10,7 +10,7 @@ from co2lightning.errors import UserError, show
 if TYPE_CHECKING:
     from co2lightning.agents.agent import Agent
 
-AGENTS = ("A2C", "SAC", "PPO")
+AGENTS = ("A2C", "SAC", "PPO", "APG")
 """The fixed set of names; a checkpoint or a recipe can ask for no other class."""
 
 

@@ -5,7 +5,7 @@ Shapes: n steps of a segment, B environments, O features, A actions.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +20,6 @@ from co2lightning.agents import agent_class
 from co2lightning.agents.load import agent_of, not_finite, restore_agent, stored_settings
 from co2lightning.agents.networks import ACTIVATIONS, MLP
 from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, WIDTH, setting
-from co2lightning.control.observation import RULE_FEATURES
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
 from co2lightning.learn.dataset import Rollout, RolloutDataset
@@ -47,6 +46,7 @@ class Agent(pl.LightningModule):
         seed: Seed of the run; every draw follows from (seed, episode, rank).
         hindsight_dim: K, what only critics observe; set by the environment.
         step_minutes: Length of a step; set by the environment.
+        observation_names: Of the features, in their order; () of what has none.
         settings: Those of `Settings`.
     """
 
@@ -55,7 +55,6 @@ class Agent(pl.LightningModule):
         """What can be set of every agent.
 
         Args:
-            action: direct, or correction: what is added to the action of the rule RBC B.
             learning_rate: Of Adam, at episode 1.
             anneal_episodes: Episodes over which the learning rate shrinks; 0 keeps it.
             anneal_to: Share of the learning rate that is left after them.
@@ -63,10 +62,11 @@ class Agent(pl.LightningModule):
             hidden: Width of each hidden layer, of actor and critic alike.
             activation: tanh, relu or silu.
             reward_scale: Factor on rewards before they reach a critic.
+            start: Where a policy that weighs moves begins: corner, the best one in training weeks;
+                even, all weigh alike.
             compile: Compiled updates and rollouts; auto: in runs that repay some 30 s of compiling.
         """
 
-        action: Literal["direct", "correction"] = "direct"
         learning_rate: float = setting(3e-4, POSITIVE)
         anneal_episodes: int = setting(0, COUNT_OR_NONE)
         anneal_to: float = setting(0.1, SHARE)
@@ -74,10 +74,11 @@ class Agent(pl.LightningModule):
         hidden: tuple[int, ...] = setting((64, 64), WIDTH)
         activation: str = setting("tanh", ACTIVATIONS)
         reward_scale: float = setting(1.0, POSITIVE)
+        start: Literal["corner", "even"] = "corner"
         compile: bool | Literal["auto"] = "auto"
 
     settings: Settings
-    fixed_settings = ("hidden", "activation", "log_std_init")
+    fixed_settings = ("hidden", "activation", "log_std_init", "start")
     """What a resume cannot change: it is in the weights."""
 
     def __init__(
@@ -87,6 +88,7 @@ class Agent(pl.LightningModule):
         seed: int = 0,
         hindsight_dim: int = 0,
         step_minutes: int = NOMINAL_STEP_MINUTES,
+        observation_names: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -95,6 +97,7 @@ class Agent(pl.LightningModule):
         self.seed = seed
         self.hindsight_dim = hindsight_dim
         self.step_minutes = step_minutes
+        self.observation_names = tuple(observation_names)
         self.settings = self.Settings(**settings)
         self.save_hyperparameters(self.hyperparameters())  # for the loggers
         self.automatic_optimization = False
@@ -108,8 +111,9 @@ class Agent(pl.LightningModule):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, which a checkpoint holds."""
-        sizes = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
-        return {key: getattr(self, key) for key in sizes} | vars(self.settings)
+        given = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
+        names = {"observation_names": self.observation_names}
+        return {key: getattr(self, key) for key in given} | names | vars(self.settings)
 
     # What settings give per 15 minutes, for the environment's step: one recipe fits every site.
 
@@ -150,9 +154,14 @@ class Agent(pl.LightningModule):
         """Return the number of updates in an episode."""
         raise NotImplementedError
 
+    descends = Descent
+    """Takes the steps."""
+
     # -- acting ---------------------------------------------------------------------------------
 
     actor: MLP
+    first_action = 0.8, 0.8
+    """What the two moves of a corner begin with: 0.93 of five, so that noise starts near it."""
     squashed = False
     """Whether tanh keeps the policy's output in (-1, 1)."""
 
@@ -168,20 +177,24 @@ class Agent(pl.LightningModule):
         """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
         return obs[..., : self.observation_dim]
 
-    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor:
-        """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A].
-
-        "direct" takes the output as it is. "correction" adds it to what the rule RBC B would do,
-        which the observation holds: residual policy learning, Johannink et al. 2019.
-        """
-        if self.settings.action == "correction":
-            assert RULE_FEATURES[1] == RULE_FEATURES[0] + 1
-            output = output + obs[..., RULE_FEATURES[0] : RULE_FEATURES[1] + 1]
+    def environment_action(self, output: Tensor) -> Tensor:
+        """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A]."""
         return output.clamp(-1.0, 1.0)
 
     def act(self, obs: Tensor) -> Tensor:
         """Return the deterministic action [..., A] in [-1, 1] for obs [..., O]."""
-        return self.environment_action(obs, self.policy_mean(obs))
+        return self.environment_action(self.policy_mean(obs))
+
+    @torch.no_grad()
+    def begin_at(self, action: Sequence[float]) -> None:
+        """Let a fresh policy begin with an action [A] in (-1, 1), nearly the same in all states.
+
+        `co2lightning.fit` does so on a site whose moves are weighed, with
+        `sim.search.corner_of(site).action(*agent.first_action)`.
+        """
+        mean = torch.tensor(action)
+        bias = self.actor.last[1][: self.action_dim]
+        bias.copy_(mean.atanh() if self.squashed else mean)
 
     @property
     def acts_in_a_graph(self) -> bool:
@@ -231,13 +244,12 @@ class Agent(pl.LightningModule):
         """Take up what earlier episodes added to a replay buffer; agents without one ignore it."""
 
     def train_on(self, env: Environment) -> None:
-        """Set the environment the next `Trainer.fit` plays.
-
-        Raises:
-            UserError: The action is a correction of a rule that this environment does not have.
-        """
-        if self.settings.action == "correction" and not env.rule_features:
-            raise UserError("--model.action correction: only a site has the rule it corrects")
+        """Set the environment the next `Trainer.fit` plays."""
+        if not self.observation_names:
+            self.observation_names = env.observation_names
+        elif env.observation_names != self.observation_names:
+            env.show(self.observation_names)
+        env.discount = self.per_step(self.settings.gamma)
         self.env = env
 
     def train_dataloader(self) -> RolloutDataset:
@@ -258,7 +270,7 @@ class Agent(pl.LightningModule):
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""
         self.world_size = self.trainer.world_size
-        self.descent = Descent(
+        self.descent = self.descends(
             self,
             self.trainer.optimizers[0],
             max_norm=getattr(self.settings, "max_grad_norm", None),
@@ -290,6 +302,10 @@ class Agent(pl.LightningModule):
     def between_segments(self) -> None:
         """Do nothing; a callback may put in its place what raises, to end training."""
 
+    def evaluated(self) -> dict[str, float]:
+        """Return nothing; a run puts in its place what evaluates the policy as it is by now."""
+        return {}
+
     def note(self, name: str, figure: Tensor) -> None:
         """Note a figure of a segment beside the loss's; the episode's is their mean."""
         self._notes.setdefault(name, []).append(figure)
@@ -317,7 +333,9 @@ class Agent(pl.LightningModule):
             "time/env_steps_per_second": env_steps * self.world_size / seconds,
         }
         self._check_finite(metrics)
-        self.metrics = metrics
+        if found := self.evaluated():
+            self._check_finite(found)
+        self.metrics = metrics | found
         for logger in self.loggers:
             logger.log_metrics(self.metrics, step=self.episode)
             if isinstance(logger, TensorBoardLogger):
@@ -407,5 +425,5 @@ class Agent(pl.LightningModule):
             action = self.act(batch)
         else:
             noise = torch.randn(len(batch), self.action_dim, device=self.device)
-            action = self.environment_action(batch, self.explore(batch, noise))
+            action = self.environment_action(self.explore(batch, noise))
         return action.reshape(*tensor.shape[:-1], -1).cpu().numpy(), None

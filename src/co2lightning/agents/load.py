@@ -7,18 +7,18 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.ranges import COUNT, COUNT_OR_NONE, SEED, Kind, check_types, kinds_of
-from co2lightning.control.observation import observe
+from co2lightning.control.moves import ACTIONS
+from co2lightning.control.observation import NAMES, as_rule, give
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.runs.ledger import MAX_EPISODES, parse_count
-from co2lightning.sim.days import SiteDays
 from co2lightning.sim.interface import NOMINAL_STEP_MINUTES
 from co2lightning.sim.scales import observer_of
 from co2lightning.site.model import Site
@@ -35,24 +35,27 @@ SIZES = {
 """What an environment sets of an agent, and what that counts."""
 _UNSAID = dict.fromkeys(SIZES, 0) | {"step_minutes": NOMINAL_STEP_MINUTES}  # in older files
 _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each other
+_NAMED = (0, 3)  # that from which observations have names
+_GONE = "action"  # a setting of versions before that: how the two numbers were read
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
     """Return an agent's deterministic policy in the form of a rule."""
-    observer = observer_of(site, agent.device)
-    return lambda model, state: agent.act(observe(observer, model, state))
+    who = type(agent).__name__
+    observer = give(observer_of(site, agent.device), agent.observation_names, who)
+    return as_rule(observer, agent.act)
 
 
 def agent_of(content: dict[str, Any], origin: str | Path) -> str:
     """Return the name of the agent whose episode a checkpoint's content is.
 
     Raises:
-        UserError: It is not that of an episode of this project, or of one on a site whose days
-            stood alone; `origin` names its file.
+        UserError: It is not that of an episode of this project, or of one on a site as an older
+            version had it; `origin` names its file.
     """
     kinds = dict.fromkeys(("run", "state_dict", "hyper_parameters", "counters", "loops"), dict)
     try:
-        parse_count(content, "episode", least=1, most=MAX_EPISODES)
+        parse_count(content, "episode", most=MAX_EPISODES)  # 0: what a run began with
         for key, kind in {**kinds, "optimizer_states": list}.items():
             if not isinstance(content.get(key), kind):
                 raise ValueError(f"{key} is no {kind.__name__}")
@@ -64,7 +67,7 @@ def agent_of(content: dict[str, Any], origin: str | Path) -> str:
             f"{origin}: not an episode of co2lightning ({error}); give one such as episode_0004.pt"
         ) from None
     agent = check_agent(run.get("agent"), f"{origin}: agent")
-    if version := before_time_went_on(run):
+    if outdated := outdated_on_site(run):
         place = Path(origin).parent
         name = "" if place.parent.name == "archive" else place.name
         flags = {"model": agent, "env.site": run["config"].get("env.site"), "name": name}
@@ -75,14 +78,21 @@ def agent_of(content: dict[str, Any], origin: str | Path) -> str:
             if isinstance(value, str) and value not in ("", usual.get(key))
         ]
         raise UserError(
-            f"{origin}: trained by version {version} on days that stand alone; now a site's time "
-            f"goes on from day to day; train anew: co2lightning fit {' '.join(given)}"
+            f"{origin}: {outdated.trained}; {outdated.now}; train anew: co2lightning fit "
+            f"{' '.join(given)}"
         )
     return agent
 
 
-def before_time_went_on(run: Mapping[str, Any]) -> str | None:
-    """Return the version that trained a run on a site whose days stood alone; None of others.
+class Outdated(NamedTuple):
+    """Why what an older version trained cannot act on a site any more."""
+
+    trained: str  # by which version on what
+    now: str  # what is so instead
+
+
+def outdated_on_site(run: Mapping[str, Any]) -> Outdated | None:
+    """Return why a run on a site as an older version had it cannot be used; None of others.
 
     Args:
         run: What a checkpoint or metadata.json says of the run.
@@ -92,9 +102,17 @@ def before_time_went_on(run: Mapping[str, Any]) -> str | None:
     versions = run.get("versions")
     said = versions.get("co2lightning") if isinstance(versions, dict) else None
     found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
-    if not found:
-        return "unknown"
-    return None if (int(found[1]), int(found[2])) >= _TIME_GOES_ON else found.string[:20]
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    by = f"trained by version {found.string[:20] if found else 'unknown'}"
+    if version < _TIME_GOES_ON:
+        return Outdated(
+            f"{by} on days that stand alone", "now a site's time goes on from day to day"
+        )
+    if version < _NAMED:
+        return Outdated(
+            f"{by} on observations without names", "now a site's forecast is observed by name"
+        )
+    return None
 
 
 def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
@@ -104,10 +122,11 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
         UserError: It is nothing that an agent can be made of; `origin` names the file.
     """
     kinds: dict[str, Kind] = dict.fromkeys(SIZES, (int, COUNT_OR_NONE))
-    kinds["step_minutes"] = int, COUNT
+    kinds |= {"step_minutes": (int, COUNT), "observation_names": (tuple[str, ...], None)}
     settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
-    return check_types(content["hyper_parameters"], kinds, str(origin))
+    stored = {key: value for key, value in content["hyper_parameters"].items() if key != _GONE}
+    return check_types(stored, kinds, str(origin))
 
 
 def restore_agent(
@@ -167,8 +186,13 @@ def load_agent(content: dict[str, Any], origin: str | Path) -> Agent:
     Raises:
         UserError: As `restore_agent`.
     """
-    sizes = {"observation_dim": SiteDays.observation_dim, "action_dim": SiteDays.action_dim}
-    return restore_agent(content, origin, environment=("a site", sizes)).eval()
+    learner = restore_agent(content, origin).eval()
+    known, given = learner.observation_dim, len(learner.observation_names or NAMES)
+    if known != given:
+        raise UserError(f"{origin}: trained on {known} observations, those of its site are {given}")
+    if learner.action_dim not in ACTIONS.values():
+        raise UserError(f"{origin}: trained on {learner.action_dim} actions, a site has 2 or 10")
+    return learner
 
 
 def adam_state(content: dict[str, Any], weights: Iterable[Tensor]) -> dict[int, Any]:

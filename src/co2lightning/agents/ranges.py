@@ -109,7 +109,7 @@ def _fits(value: object, wanted: Any) -> bool:
         weights = value.items() if isinstance(value, dict) else [(None, None)]
         return all(type(k) is str and type(v) in (int, float) for k, v in weights)
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(type(part) is int for part in value)
+        return isinstance(value, list | tuple) and all(type(part) is inner[0] for part in value)
     return type(value) in ((int, float) if wanted is float else (wanted,))
 
 
@@ -129,6 +129,8 @@ def in_words(wanted: Any) -> str:
         return " or ".join(dict.fromkeys(map(in_words, inner)))
     if origin is Literal:
         return " or ".join(str(choice) for choice in inner)
+    if origin is tuple and inner[0] is str:
+        return "a list of texts"
     if origin in (tuple, list) and inner[0] is int:
         return "a list of whole numbers, such as [64, 64]"
     if origin is dict:

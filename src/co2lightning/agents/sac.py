@@ -38,7 +38,7 @@ class SAC(Agent):
         Args:
             train_freq: Steps of 15 minutes between two rounds of updates.
             gradient_steps: Updates in a round.
-            learning_starts: Transitions acted at random before the first update.
+            learning_starts: Transitions before the first update, acted by the fresh policy.
             buffer_size: Transitions the replay buffer holds.
             batch_size: Transitions of a minibatch.
             learning_rate: Of Adam for actor, critics and temperature, at episode 1.
@@ -46,6 +46,7 @@ class SAC(Agent):
             ent_coef_init: First temperature.
             target_entropy: Entropy the temperature aims for, in nats; null is minus the number of
                 actions.
+            log_std_init: Logarithm of the first standard deviation of an action before tanh.
         """
 
         train_freq: int = setting(4, COUNT)
@@ -56,6 +57,7 @@ class SAC(Agent):
         tau: float = setting(0.005, Range(0, 1, above=True))
         ent_coef_init: float = setting(1.0, POSITIVE)
         target_entropy: float | None = None
+        log_std_init: float = setting(0.0, Range(-10, 2))
         hidden: tuple[int, ...] = setting((256, 256), WIDTH)
         activation: str = setting("relu", ACTIVATIONS)
 
@@ -66,6 +68,7 @@ class SAC(Agent):
         shape = self.shape_of_networks()
         n_seen, n_actions = self.observation_dim + self.hindsight_dim, self.action_dim
         self.actor = MLP(self.observation_dim, n_out=2 * n_actions, output_gain=0.01, **shape)
+        nn.init.constant_(self.actor.last[1][n_actions:], self.settings.log_std_init)
         self.critic = TwinCritic(n_seen + n_actions, **shape)
         self.target = TwinCritic(n_seen + n_actions, **shape)
         self.target.load_state_dict(self.critic.state_dict())
@@ -84,13 +87,7 @@ class SAC(Agent):
         return min(self.in_steps(self.settings.train_freq), horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        if self.env_steps < self.settings.learning_starts:
-            return torch.erf(noise / math.sqrt(2.0))  # uniform in (-1, 1)
         return squashed_gaussian(self.actor(self.policy_obs(obs)), noise)[0]
-
-    @property
-    def acts_in_a_graph(self) -> bool:
-        return super().acts_in_a_graph and self.env_steps >= self.settings.learning_starts
 
     def loss(self, update: Update, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.

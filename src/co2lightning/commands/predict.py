@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
-from co2lightning.control.observation import FEATURES, observe
+from co2lightning.commands.run import (
+    check_bound,
+    is_rule,
+    open_run,
+    run_parser,
+    site_of_rules,
+    unseen,
+)
+from co2lightning.control.moves import moves_of
+from co2lightning.control.observation import NAMES, as_rule, give, observe
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
@@ -27,7 +35,6 @@ from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, 
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
-from co2lightning.site.load import load_site
 from co2lightning.site.model import Floats, Site
 from co2lightning.terminal import say
 
@@ -44,16 +51,12 @@ def main(argv: Sequence[str]) -> int:
         "time: local, the beginning of the step. ev_kw, battery_kw (charging positive), grid_kw "
         "(at the meter, import positive; what is negative finds no use): means over the step. "
         "soc: 0-1, at its end. co2_kg: of the import. unmet_kwh: owed to vehicles that then leave. "
+        "misled_kwh, where drivers announce: of it what is due to that. "
         "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
         name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_argument(
-        "--env.objective",
-        dest="objective",
-        metavar="WHAT",
-        help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
-    )
+    parser.add_objective()
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    acting = _rule(arguments) or _run(arguments)
+    acting = _acting(arguments)
     site, facts = acting.site, acting.facts
     if arguments.day:
         try:
@@ -98,7 +101,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        features = {feature.name: seen[:, i] for i, feature in enumerate(FEATURES)}
+        policy = acting.policy
+        names = NAMES if isinstance(policy, str) else policy.observation_names
+        features = {name: seen[:, i] for i, name in enumerate(names)}
         write_atomic(observations, _csv(site, begin, features).encode())
     settled = settled_in(evaluation_data(found))
     came_to = {name: settled.written(of.settled[0]) for name, of in found.policies.items()}
@@ -109,10 +114,16 @@ def main(argv: Sequence[str]) -> int:
         "cost": f"costs {came_to['agent']}{unit}",
         "objective": f"has an objective of {came_to['agent']}",
     }[settled.key]
+    own = found.policies["agent"]
+    beside = [f"peak {own.peak_import_kw[0]:.1f} kW"]
+    if settled.key != "cost" and found.currency is not None:
+        beside.append(f"cost {own.cost[0]:.2f} {found.currency}".strip())
+    if settled.key != "co2_kg":
+        beside.append(f"{own.co2_kg[0]:.1f} kg CO2")
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
         f"{site.days[day]}{until}: {acting.who} "
-        f"{own_words}, what is left at the end settled; {told}",
+        f"{own_words}, what is left at the end settled; {told}; by the meter {', '.join(beside)}",
         err=True,
     )
     return check_bound(violations(found))
@@ -127,25 +138,12 @@ class _Acting(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of a run
 
 
-def _run(arguments: argparse.Namespace) -> _Acting:
-    if arguments.objective is not None:
-        raise UserError(f"--env.objective: {arguments.name} is settled by what it was trained for")
+def _acting(arguments: argparse.Namespace) -> _Acting:
+    name = arguments.name
+    if is_rule(name, arguments):
+        return _Acting(name, TITLES[name], site_of_rules([name], arguments), {})
     agent, episode, site, _, _, facts = open_run(arguments)
     return _Acting(agent, f"{type(agent).__name__} after episode {episode}", site, facts)
-
-
-def _rule(arguments: argparse.Namespace) -> _Acting | None:
-    """Return the rule that was asked for; None where it is a run."""
-    name = arguments.name
-    if name not in RULE_NAMES or arguments.ckpt_path or (Path(arguments.directory) / name).is_dir():
-        return None
-    if arguments.site is None:
-        raise UserError(f"predict {name}: a rule needs a site, such as --env.site iquitos")
-    site = load_site(arguments.site, objective=arguments.objective or "co2")
-    if name == "cheap" and not len(site.sessions.arrival):
-        raise UserError(f"predict cheap: no vehicle comes to {site.name} for it to charge")
-    say(*site.notes, err=True)
-    return _Acting(name, TITLES[name], site, {})
 
 
 def predict(
@@ -168,13 +166,14 @@ def predict(
     rule = rules_of(stretch, keep=keep)[policy] if isinstance(policy, str) else None
     device = torch.device("cpu") if isinstance(policy, str) else policy.device
     observer = observer_of(site, device)
+    if isinstance(policy, Agent):
+        observer = give(observer, policy.observation_names, type(policy).__name__)
+        rule = as_rule(observer, policy.act)
     seen: list[Tensor] = []
 
     def watched(model: SiteModel, state: State) -> Tensor | Powers:
-        seen.append(observe(observer, model, state))
-        if isinstance(policy, Agent):
-            return policy.act(seen[-1])
         assert rule is not None
+        seen.append(observe(observer, model, state, moves_of(observer.moves, model, state)))
         return rule(model, state)
 
     found = evaluate(watched, stretch, device=device, keep=keep)

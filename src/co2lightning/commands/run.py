@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, show
 from co2lightning.places import local
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.terminal import say
@@ -52,9 +53,36 @@ class Parser(argparse.ArgumentParser):
             help="where the runs are [default: checkpoints]",
         )
 
+    def add_objective(self) -> None:
+        """Add the flag that says what a rule is settled by, as `objective`."""
+        self.add_argument(
+            "--env.objective",
+            dest="objective",
+            metavar="WHAT",
+            help="what a rule settles: co2, cost, or weights [default: co2]; a run has its own",
+        )
+
     def add_site(self, help: str) -> None:
-        """Add the flag that takes another site than a run's own, as `site`."""
+        """Add the flags that take another site than a run's own, as `site`, `announced`."""
         self.add_argument("--env.site", dest="site", metavar="SITE", help=help)
+        self.add_announced("the run's, or true")
+
+    def add_announced(self, default: str) -> None:
+        """Add the flag that says what is known of vehicles, as `announced`, None if not given."""
+        self.add_argument(
+            "--env.announced",
+            dest="announced",
+            type=_truth,
+            metavar="true|false",
+            help="of vehicles what drivers announce is known, where the sessions tell it; false: "
+            f"the truth [default: {default}]",
+        )
+
+
+def _truth(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{show(word)}: must be true or false")
+    return word == "true"
 
 
 class _Place(argparse.Action):
@@ -76,10 +104,41 @@ def run_parser(
     parser.hint = f"such as: {example}"
     parser.set_defaults(command=command)
     parser.add_argument("name", metavar="NAME", help=name)
-    parser.add_place("--ckpt_path", help="an episode file [default: the run's newest]")
+    parser.add_place("--ckpt_path", help="last, best, or an episode file [default: last]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
     return parser
+
+
+def is_rule(name: str, arguments: argparse.Namespace) -> bool:
+    """Return whether a name that a command was given is that of a rule; a run's comes first."""
+    if getattr(arguments, "ckpt_path", None) or (Path(arguments.directory) / name).is_dir():
+        return False
+    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+
+    return name in RULE_NAMES
+
+
+def site_of_rules(names: Sequence[str], arguments: argparse.Namespace) -> Site:
+    """Load the site that a command was asked for, where rules act without a run.
+
+    Raises:
+        UserError: No site was named, it cannot be read, or a rule has nothing to do there.
+    """
+    from co2lightning.site.load import load_site
+
+    said = f"{arguments.command} {' '.join(names)}"
+    if arguments.site is None:
+        raise UserError(f"{said}: a rule needs a site, such as --env.site iquitos")
+    site = load_site(
+        arguments.site,
+        objective=arguments.objective or "co2",
+        announced=arguments.announced is not False,
+    )
+    if "cheap" in names and not len(site.sessions.arrival):
+        raise UserError(f"{said}: no vehicle comes to {site.name} for cheap to charge")
+    say(*site.notes, err=True)
+    return site
 
 
 class _Trained(NamedTuple):
@@ -107,11 +166,15 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
     config = checkpoint["run"].get("config", {})
+    refuse_objective(arguments, arguments.name)
     wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
+    announced = config.get("env.announced") is not False
+    if arguments.announced is not None:
+        announced = arguments.announced
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
-        site = load_site(wanted, objective=objective)
+        site = load_site(wanted, objective=objective, announced=announced)
     say(*site.notes, err=True)
     if site.sha256 != described.get("sha256"):
         say(
@@ -121,6 +184,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
             err=True,
         )
     return _Trained(agent, int(checkpoint["episode"]), site, path, run, checkpoint["run"])
+
+
+def refuse_objective(arguments: argparse.Namespace, name: str) -> None:
+    """Raise a UserError if a run shall be settled by something: it has what it was trained for."""
+    if getattr(arguments, "objective", None) is not None:
+        raise UserError(f"--env.objective: {name} is settled by what it was trained for")
 
 
 def unseen(facts: dict[str, Any], site: Site) -> Site:
@@ -136,7 +205,11 @@ def unseen(facts: dict[str, Any], site: Site) -> Site:
 def _read(run: TrainingCheckpoint, arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Return the checkpoint that was asked for and its path."""
     given = arguments.ckpt_path
-    if given not in (None, "last"):
+    if given == "best" and run.episodes():
+        checkpoint, path, remarks = run.load_best_checkpoint()
+        say(*remarks, err=True)
+        return checkpoint, path
+    if given not in (None, "last", "best"):
         return TrainingCheckpoint.read(given), Path(given)
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:

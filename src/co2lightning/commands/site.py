@@ -66,6 +66,7 @@ def _check(argv: Sequence[str]) -> int:
         metavar="WHAT",
         help="what is settled: co2, cost, or weights such as '{co2: 1, cost: 0.2}' [default: co2]",
     )
+    parser.add_announced("true")
     options = parser.parse_args(list(argv))
     figures = check_output_directory("--figures", options.figures)
     given = {key: getattr(options, key) for key in _WHAT_IF}
@@ -73,7 +74,7 @@ def _check(argv: Sequence[str]) -> int:
     # Only now: torch takes seconds, a mistyped flag should not.
     from co2lightning.site.load import load_site
 
-    site = load_site(options.site, changes, options.objective)
+    site = load_site(options.site, changes, options.objective, options.announced is not False)
     from co2lightning.report.comparison import comparison_tables, evaluation_data
     from co2lightning.report.site import describe, draw_site, site_table
     from co2lightning.report.tables import in_terminal

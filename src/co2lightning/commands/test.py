@@ -1,28 +1,47 @@
-"""`co2lightning test`: a run on held-out stretches, beside the rules and the optimum."""
+"""`co2lightning test`: a run or a rule on held-out stretches, beside the rules and the optimum."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from co2lightning.agents.load import policy_of
-from co2lightning.commands.run import check_bound, open_run, run_parser, unseen
+from co2lightning.commands.run import (
+    check_bound,
+    is_rule,
+    open_run,
+    run_parser,
+    site_of_rules,
+    unseen,
+)
+from co2lightning.control.moves import kind_of
 from co2lightning.places import check_output
-from co2lightning.report.comparison import comparison_tables, evaluation_data
+from co2lightning.report.comparison import (
+    comparison_tables,
+    evaluation_data,
+    knowledge_data,
+    perturbed_data,
+    verdict,
+)
 from co2lightning.report.steps import steps_of
 from co2lightning.report.tables import in_terminal
 from co2lightning.runs.files import write_atomic
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
+    RULE_NAMES,
+    TITLES,
     Evaluation,
     beside,
+    elsewhere,
     evaluate,
     summarise,
     violations,
 )
+from co2lightning.sim.worlds import knowing, perturbed
 from co2lightning.site.model import Site
 from co2lightning.terminal import say, show_tables
 
@@ -31,20 +50,28 @@ def main(argv: list[str]) -> int:
     """Run `co2lightning test` and return its exit code.
 
     Raises:
-        UserError: There is no such run, the file is no episode, the site cannot be read.
+        UserError: There is no such run or rule, the file is no episode, the site cannot be read.
     """
     parser = run_parser(
         "test",
-        "Evaluate a run's newest episode on the held-out weeks, beside the rules and the optimum: "
-        "CO2 in kg a day, energy in kWh a day, power in kW.",
+        "Evaluate a run's newest episode, or a rule, on the held-out weeks, beside the rules and "
+        "the optimum: CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
+        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
+    parser.add_objective()
     parser.add_argument("--json", action="store_true", help="data on standard output")
     parser.add_argument(
         "--mpc",
         action="store_true",
         help="beside them model predictive control: a plan of the next day in every step; a second "
         "or more for each day, once",
+    )
+    parser.add_argument(
+        "--perturb",
+        action="store_true",
+        help="below them what of the gain is left where held-out days go otherwise: departures an "
+        "hour off, vehicles and PV 20 %% more and less, the price expected as usual",
     )
     parser.add_place(
         "--steps",
@@ -59,39 +86,59 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     steps = check_output("--steps", arguments.steps)
-    own_logs = Path(arguments.logs) / arguments.name
-    TrainingCheckpoint(Path(arguments.directory) / arguments.name, logs=own_logs)  # or refuse
-    agent, episode, site, path, run, facts = open_run(arguments)
-    site = unseen(facts, site)
-    keep = Path(arguments.directory) / "references"
-    evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+    name, keep = arguments.name, Path(arguments.directory) / "references"
+    if is_rule(name, arguments):
+        trained, site, agent = None, site_of_rules([name], arguments), None
+        evaluation = _first(evaluate(None, site, keep=keep), name)
+        who, title, told = "", TITLES[name], {"rule": name}
+    else:
+        TrainingCheckpoint(Path(arguments.directory) / name, logs=Path(arguments.logs) / name)
+        trained = open_run(arguments)
+        agent, site = trained.agent, unseen(trained.facts, trained.site)
+        evaluation = evaluate(policy_of(agent, site), site, device=agent.device, keep=keep)
+        who = type(agent).__name__
+        title = f"{who}, episode {trained.episode}"
+        action = kind_of(agent.action_dim)
+        told = {"agent": who, "action": action, "episode": trained.episode}
     if arguments.mpc:
         evaluation = _with_mpc(evaluation, site, keep)
     if steps:
-        write_atomic(steps, steps_of(site, evaluation, type(agent).__name__).encode())
+        write_atomic(steps, steps_of(site, evaluation, who).encode())
     data = evaluation_data(evaluation)
+
+    def in_worlds(worlds: dict[str, Site]) -> dict[str, Evaluation]:
+        """Return rules and agent in other worlds of the site."""
+        found: dict[str, Evaluation] = {}
+        for key, world in worlds.items():
+            found[key] = elsewhere(evaluation, world, keep)
+            if agent:
+                found[key] = evaluate(policy_of(agent, world), world, found[key], agent.device)
+        return found
+
+    data["knowledge"] = knowledge_data(data, in_worlds(knowing(site)))
+    if arguments.perturb:
+        data["perturbed"] = perturbed_data(data, in_worlds(perturbed(site)))
     if arguments.json:
-        told = {
-            "site": site.name,
-            "agent": type(agent).__name__,
-            "action": agent.settings.action,
-            "episode": episode,
-        }
-        say(json.dumps(told | data, allow_nan=False))
+        say(json.dumps({"site": site.name, **told, **data}, allow_nan=False))
     else:
-        name, correction = type(agent).__name__, agent.settings.action == "correction"
-        who = name + (" as a correction of RBC B" if correction else "")
-        own = name + (", correction of RBC B" if correction else "")
-        tables, below = comparison_tables(data, site.name, f"{who}, episode {episode}", own)
+        tables, below = comparison_tables(data, site.name, title, who)
         show_tables(*map(in_terminal, tables), width=110)  # squeezed it loses its numbers
-        say(*below)
+        say(*below, verdict(data, "agent" if trained else name, who or TITLES[name]))
     logs = Path(arguments.logs)
-    if path.parent.resolve() == run.directory.resolve() and (logs / run.name).is_dir():
+    if trained and trained.path.parent.resolve() == trained.run.directory.resolve():
         try:
-            _write_scalars(logs, evaluation, episode, run)
+            if (logs / name).is_dir():
+                _write_scalars(logs, evaluation, trained.episode, trained.run)
         except OSError as error:  # perhaps others' files, which one may only read
             say(f"{logs}: {error.strerror}; TensorBoard does not get these figures", err=True)
     return check_bound(violations(evaluation))
+
+
+def _first(evaluation: Evaluation, name: str) -> Evaluation:
+    """Put one of an evaluation's policies before the others."""
+    policies = {name: evaluation.policies[name], **evaluation.policies}
+    schedules = {name: evaluation.schedules[name], **evaluation.schedules}
+    return replace(evaluation, policies=policies, schedules=schedules)
 
 
 def _with_mpc(evaluation: Evaluation, site: Site, keep: Path) -> Evaluation:

@@ -1,31 +1,38 @@
 """What a controller knows at the beginning of a step, and nothing it could not know.
 
-Measured now: PV, load, intensity, battery, vehicles plugged in. Remembered: PV of this day so far
-and of yesterday. Learned from the training days only: the usual PV of the season, the usual load
-and the usual intensity by time of day, which serve as forecasts.
+Measured now: PV, load, price, battery, vehicles plugged in. Expected: what the site's forecast says
+of the next 24 hours, see `forecast`. The price is what the objective makes of an imported kWh, its
+CO2 unless it was set otherwise.
 
 Every feature is measured in kW, kWh or what its unit says, and given to the policy in units of its
-own spread on this site: (value - shift) / scale. So a network sees numbers of order one on a site
+own spread on this site: (value - centre) / spread. So a network sees numbers of order one on a site
 of any size, and a 0 of whatever belongs to a part that the site has not.
 
-Shapes: P steps of the site, B at once, O = 30 features.
+Shapes: P steps of the site, L leads of a day, B at once, O features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from co2lightning.control.forecast import clock, slots, usual
-from co2lightning.control.rules import after_solar_kw, solar_share
-from co2lightning.control.state import SiteModel, State
-from co2lightning.site.model import DAY_H, Floats, Ints, Site
-
-_Bools = NDArray[np.bool_]
-_Days = NDArray[np.datetime64]
+from co2lightning.control.forecast import (
+    clock,
+    forecast,
+    mean_of_last,
+    slots,
+    steps_per_lead,
+    untouched,
+    usual,
+)
+from co2lightning.control.moves import Moves, MoveTables, move_tables, moves_of, powers_of
+from co2lightning.control.outlook import Outlook
+from co2lightning.control.rules import Rule
+from co2lightning.control.state import Powers, SiteModel, State
+from co2lightning.errors import UserError, show
+from co2lightning.site.model import DAY_H, Floats, Site
 
 
 class _Feature(NamedTuple):
@@ -35,279 +42,346 @@ class _Feature(NamedTuple):
     part: str = ""  # of a site; without it the feature is a constant 0
 
 
-# Known from the clock, the meter's history and the training days; a table row per step.
+_PRICE_H = 2, 6, 24
+_MEAN_H = 2, 6, 24
+_NET_H = 1, 2, 4, 8, 24
+_SPARE_H = 2, 8, 24  # of them
+_WAIT_H = 1.0, 4.0, 10.0
+
+
+def _price_features() -> list[_Feature]:
+    unit, names = "per kWh", list[_Feature]()
+    for what in ("mean", "lowest", "highest"):
+        for hours in _PRICE_H:
+            meaning = f"{what} price expected in the next {hours} h - now"
+            names.append(_Feature(f"price_{what}_{hours}_h", meaning, unit))
+    for hours in _PRICE_H:
+        meaning = f"share of the next {hours} h expected to be cheaper than now"
+        names.append(_Feature(f"price_cheaper_{hours}_h", meaning, "-"))
+    return names
+
+
+def _mean_features(signal: str, meaning: str) -> list[_Feature]:
+    return [
+        _Feature(signal, f"{meaning} now", "kW"),
+        _Feature(f"{signal}_unusual", f"{meaning} now - usual at this time", "kW"),
+        *(
+            _Feature(f"{signal}_{hours}_h", f"{meaning} expected in the next {hours} h - now", "kW")
+            for hours in _MEAN_H
+        ),
+    ]
+
+
+# Known from the clock, the meters, their past and the forecast; a table row per step.
 _EXOGENOUS = (
     _Feature("hour_sin", "sine of the time of day", "-"),
     _Feature("hour_cos", "cosine of the time of day", "-"),
     _Feature("half_day_sin", "sine of twice the time of day", "-"),
     _Feature("half_day_cos", "cosine of twice the time of day", "-"),
     _Feature("weekend", "1 on Saturday and Sunday", "-"),
-    _Feature("pv", "PV power now", "kW"),
-    _Feature("load", "building load now", "kW"),
     _Feature("import_limit", "what may be imported now", "kW"),
-    _Feature("carbon", "intensity now", "kg/kWh"),
-    _Feature("carbon_next_hour", "usual intensity of the next hour - now", "kg/kWh"),
-    _Feature("carbon_next_3_h", "usual intensity of the next 3 hours - now", "kg/kWh"),
-    _Feature("carbon_next_6_h", "usual intensity of the next 6 hours - now", "kg/kWh"),
-    _Feature("carbon_peak_ahead", "highest usual intensity of the next 24 h - now", "kg/kWh"),
-    _Feature("pv_recent", "PV of the last hour / usual PV of it, 1 at night", "-"),
-    _Feature("pv_outlook", "PV of this day so far / usual PV of it", "-"),
-    _Feature("surplus_ahead", "PV above load expected in the next 24 h", "kWh"),
-    _Feature("deficit_ahead", "load above PV expected in the next 24 h", "kWh"),
+    _Feature("price", "what an imported kWh adds to the objective now", "per kWh"),
+    _Feature("price_unusual", "price now - usual at this time", "per kWh"),
+    _Feature("price_last_day", "price now - mean of the last 24 h", "per kWh"),
+    *_price_features(),
+    _Feature("credit", "what an exported kWh takes off the objective now", "per kWh"),
+    *_mean_features("pv", "PV power"),
+    *_mean_features("load", "building load"),
+    *(
+        _Feature(f"surplus_{h}_h", f"PV above load expected in the next {h} h", "kWh")
+        for h in _NET_H
+    ),
+    *(
+        _Feature(f"deficit_{h}_h", f"load above PV expected in the next {h} h", "kWh")
+        for h in _NET_H
+    ),
 )
 # The state of the site.
 _ENDOGENOUS = (
     _Feature("soc", "battery state of charge", "0-1", "battery"),
     _Feature("charge_limit", "power the battery can take", "kW", "battery"),
     _Feature("discharge_limit", "power the battery can give", "kW", "battery"),
-    _Feature("must", "EV power the shield demands", "kW", "sockets"),
-    _Feature("could", "EV power the vehicles can take", "kW", "sockets"),
+    *(
+        _Feature(f"room_{h}_h", f"surplus_{h}_h - room in the battery", "kWh", "battery")
+        for h in _SPARE_H
+    ),
+    *(
+        _Feature(f"store_{h}_h", f"energy in the battery - deficit_{h}_h", "kWh", "battery")
+        for h in _SPARE_H
+    ),
+    _Feature("spare_surplus", "surplus_24_h - owed - room in the battery", "kWh"),
+    _Feature("spare_store", "energy in the battery - deficit_24_h - owed", "kWh"),
     _Feature("surplus", "PV - load - must", "kW"),
     _Feature("owed", "energy owed to the vehicles present", "kWh", "sockets"),
-    _Feature("owed_2_h", "part of it that cannot wait 2 hours", "kWh", "sockets"),
-    _Feature("owed_5_h", "part of it that cannot wait 5 hours", "kWh", "sockets"),
-    _Feature("spare_surplus", "surplus_ahead - owed - room in the battery", "kWh"),
-    _Feature("spare_store", "energy in the battery - deficit_ahead - owed", "kWh"),
-    _Feature("rule_ev", "EV action of solar-following", "action", "sockets"),
-    _Feature("rule_battery", "battery action of greedy after it", "action", "battery"),
+    *(
+        _Feature(f"owed_{h:g}_h", f"share of it that cannot wait {h:g} h", "0-1", "sockets")
+        for h in _WAIT_H
+    ),
+    _Feature("must", "EV power the shield demands", "kW", "sockets"),
+    _Feature("solar", "EV power that charges from the surplus", "kW", "sockets"),
+    _Feature("cheap", "EV power that charges in cheap hours, sun counted as free", "kW", "sockets"),
+    _Feature("could", "EV power the vehicles can take", "kW", "sockets"),
+    _Feature("cheap_price", "EV power that charges in hours cheap without sun", "kW", "sockets"),
 )
 FEATURES: tuple[_Feature, ...] = _EXOGENOUS + _ENDOGENOUS
-RULE_FEATURES = (len(FEATURES) - 2, len(FEATURES) - 1)
-"""Where RBC B's own action [2] stands in an observation."""
+NAMES = tuple(feature.name for feature in FEATURES)
 
 HIGHEST = 10.0
 """The largest an observed feature gets: what is beyond, a step in a thousand, is clamped."""
 
-_AHEAD = slice(len(_EXOGENOUS) - 2, None)  # surplus_ahead, deficit_ahead
-_SEASON_DAYS = 20
-_WAIT_H = 2.0, 5.0  # of owed_2_h, owed_5_h
+_LITTLE = 0.1  # of a socket's power
 _RARE = 0.999  # this share of the steps shall not be clamped
 _ROUNDING = 1e-9  # relative, of sums over a long series
+_SAME = 1e-6  # what is cheaper by less is not
 _ROWS_AT_ONCE = 4096
 
 
 class Observer(NamedTuple):
     """The tables `observe` looks things up in, on the model's device."""
 
-    exogenous: Tensor  # [len(_EXOGENOUS) + 2, P + 1], each step at its place in the model's tables
+    moves: MoveTables
+    exogenous: Tensor  # [len(_EXOGENOUS) + 6, P + 1], each step at its place in the model's tables
     scale: Tensor  # [O, 1] from kW and shares to features as they are observed
     shift: Tensor  # [O, 1]
     high: Tensor  # [O, 1]
-    wait_steps: Tensor  # [2, 1, 1] of "cannot wait 2 hours" and "5 hours"
+    wait_steps: Tensor  # [3, 1, 1] of "cannot wait 1 hour", 4 and 10 hours
+    little_kw: Tensor  # 0-dim, what hardly counts as owed: shares of it mean little
     centre: tuple[float, ...]  # O, in the features' units: observed is (value - centre) / spread
     spread: tuple[float, ...]  # O, in the features' units; 0 of what is always observed as 0
+    chosen: Tensor | None = None  # of all features those that are given, in their order; None: all
 
 
 Record = Callable[[Callable[[State], None]], None]
 """Shows the states that a site comes to when it is run in several ways, on the CPU."""
 
 
-def build_observer(
-    site: Site, model: SiteModel, record: Record, device: torch.device | str = "cpu"
-) -> Observer:
-    """Build the feature tables of a site.
+def build_observer(site: Site, model: SiteModel, outlook: Outlook, record: Record) -> Observer:
+    """Build the feature tables of a site, on the CPU.
 
     Args:
         site: The site.
-        model: Its model, on the CPU.
+        model: Its model.
+        outlook: What its moves expect.
         record: What the spread of the state's features is found with.
-        device: Where the tables go.
     """
     exogenous, step_h, dtype = _exogenous_features(site), site.step_h, torch.float32
-    ahead_kw = exogenous[_AHEAD] * [[1.0 / step_h], [-1.0 / step_h]]
-    table = np.pad(np.concatenate([exogenous, ahead_kw]), ((0, 0), (0, 1)), mode="edge")
     units = {f.name: step_h if f.unit == "kWh" else 1.0 for f in FEATURES}
     units |= dict.fromkeys((f.name for f in _EXOGENOUS), 1.0)
     units |= {"discharge_limit": -1.0, "surplus": -1.0}
-    units |= {f"owed_{hours:g}_h": step_h * step_h / hours for hours in _WAIT_H}
-    units |= {"rule_ev": -2.0, "rule_battery": -1.0 / float(model.battery_kw)}
+    units |= {f"owed_{hours:g}_h": step_h / hours for hours in _WAIT_H}
     unit = np.array(list(units.values()))
+    power_kw = max((sockets.max_kw for sockets in site.sockets), default=1.0)
 
     def column(values: object) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).unsqueeze(1)
 
     plain = Observer(
-        exogenous=torch.as_tensor(table, dtype=dtype),
+        moves=move_tables(site, model, outlook),
+        exogenous=_table(site, exogenous),
         scale=column(unit),
         shift=column(np.zeros_like(unit)),
         high=column(np.full_like(unit, np.inf)),
         wait_steps=torch.tensor([[[hours / step_h]] for hours in _WAIT_H], dtype=dtype),
+        little_kw=torch.tensor(_LITTLE * power_kw, dtype=dtype),
         centre=(),
         spread=(),
     )
     seen: list[Tensor] = []
-    record(lambda state: seen.append(observe(plain, model, state).T[len(_EXOGENOUS) :]))
+
+    def see(state: State) -> None:
+        features = observe(plain, model, state, moves_of(plain.moves, model, state))
+        seen.append(features.T[len(_EXOGENOUS) :])
+
+    record(see)
     states = torch.cat(seen, dim=1).double().numpy()
-    parts = [centre_and_spread(exogenous[:, site.training_steps]), centre_and_spread(states)]
+    clear = untouched(site)
+    parts = [centre_and_spread(row[clear] for row in exogenous), centre_and_spread(states)]
     centre, spread = np.concatenate(parts, axis=1)
-    high, rule = np.full_like(unit, HIGHEST), list(RULE_FEATURES)
-    centre[rule], spread[rule], high[rule] = [1.0, 0.0], 1.0, 1.0  # -2 x share - 1 is the action
     absent = {"battery": site.battery is None, "sockets": not site.sockets}
     spread[[absent.get(f.part, False) for f in FEATURES]] = 0.0
     gain = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
-    centre_of_action = np.where(np.isin(np.arange(len(unit)), rule), 0.0, centre)
-    return Observer(
-        exogenous=plain.exogenous.to(device),
-        scale=column(unit * gain).to(device),
-        shift=column(-centre * gain).to(device),
-        high=column(high).to(device),
-        wait_steps=plain.wait_steps.to(device),
-        centre=tuple(centre_of_action.tolist()),
+    return plain._replace(
+        scale=column(unit * gain),
+        shift=column(-centre * gain),
+        high=column(np.full_like(unit, HIGHEST)),
+        centre=tuple(centre.tolist()),
         spread=tuple(spread.tolist()),
     )
 
 
-def centre_and_spread(values: Floats) -> Floats:
-    """Return the mean of each feature [F, M] and what it is divided by, [2, F].
+def in_world(observer: Observer, site: Site, model: SiteModel, outlook: Outlook) -> Observer:
+    """Return the observer of a site that looks things up in another world of it, on the CPU.
+
+    What it measures in and which moves have a weight stay the site's own.
+
+    Args:
+        observer: Of the site itself.
+        site: The other world.
+        model: That world's.
+        outlook: That world's.
+    """
+    moves = move_tables(site, model, outlook)._replace(mask=observer.moves.mask)
+    return observer._replace(moves=moves, exogenous=_table(site, _exogenous_features(site)))
+
+
+def _table(site: Site, exogenous: Sequence[Floats]) -> Tensor:
+    """Return what `Observer` looks up of the exogenous features, each [P]."""
+    row = {feature.name: values for feature, values in zip(_EXOGENOUS, exogenous, strict=True)}
+    ahead_kw = [row[f"surplus_{hours}_h"] / site.step_h for hours in _SPARE_H]
+    ahead_kw += [-row[f"deficit_{hours}_h"] / site.step_h for hours in _SPARE_H]
+    table = np.vstack([*exogenous, *ahead_kw], dtype=np.float32, casting="same_kind")
+    return torch.as_tensor(np.pad(table, ((0, 0), (0, 1)), mode="edge"))
+
+
+def give(observer: Observer, names: Sequence[str], who: str = "the agent") -> Observer:
+    """Return the observer that gives the features of these names, in this order.
+
+    Args:
+        observer: One that gives all.
+        names: Of features; () are all.
+        who: Was trained on them; begins the message.
+
+    Raises:
+        UserError: No site gives one of them.
+    """
+    if not names or tuple(names) == NAMES:
+        return observer
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(
+            f"{who}: trained on the observation {show(unknown[0])}, which this version does not "
+            "give; train anew"
+        )
+    return observer._replace(
+        chosen=torch.tensor([NAMES.index(n) for n in names], device=observer.scale.device)
+    )
+
+
+def centre_and_spread(values: Iterable[Floats]) -> Floats:
+    """Return the mean of each of F features, each [M], and what it is divided by, [2, F].
 
     That is its standard deviation, or more where it has a long tail, so that no more than a step
     in a thousand is clamped; 0 of a feature that hardly changes.
     """
-    centre = values.mean(axis=1)
-    away = np.abs(values - centre[:, None])
-    spread = np.maximum(values.std(axis=1), np.quantile(away, _RARE, axis=1) / HIGHEST)
-    spread[spread < 1e-4 * np.abs(values).max(axis=1)] = 0.0
-    return np.stack([centre, spread])
+    found: list[tuple[float, float]] = []
+    for feature in values:
+        centre = feature.mean()
+        tail = np.quantile(np.abs(feature - centre), _RARE) / HIGHEST
+        spread = max(feature.std(), tail)
+        found.append((centre, spread if spread >= 1e-4 * np.abs(feature).max() else 0.0))
+    return np.array(found).T
 
 
-def observe(observer: Observer, model: SiteModel, state: State) -> Tensor:
+def observe(observer: Observer, model: SiteModel, state: State, moves: Moves) -> Tensor:
     """Return the observations [B, O] of a state, each feature within its bounds."""
     # Features come first until the end: [B] rows are quick to stack, scale and clamp.
     table = observer.exogenous.index_select(1, state.place)
-    exogenous, ahead_kw = table.split_with_sizes([len(_EXOGENOUS), 2])
+    exogenous, ahead_kw = table.split_with_sizes([len(_EXOGENOUS), 2 * len(_SPARE_H)])
     owed_kw = state.owed_kw.sum(1)
-    # A vehicle with laxity 0 cannot wait for any of its energy, one with 2 h can for all.
+    # Surplus - room in the battery; energy in the battery - deficit.
+    spare_kw = ahead_kw.unflatten(0, (2, -1)) - state.reach_kw.unsqueeze(1)
+    # A vehicle with laxity 0 cannot wait for any of its energy, one with 4 h can for all.
     hurry = (observer.wait_steps - state.laxity).relu()
     features = torch.vstack(
         [
             exogenous,
             state.soc,
             state.limits_kw,
-            state.must_total_kw,
-            state.could_total_kw,
+            spare_kw.flatten(0, 1),
+            spare_kw[:, -1] - owed_kw,
             state.need_kw,
             owed_kw,
-            (hurry * state.owed_kw).sum(2),  # owed_2_h, owed_5_h
-            # Surplus - owed - room in the battery; energy in the battery - deficit - owed.
-            ahead_kw - state.reach_kw - owed_kw,
-            solar_share(model, state),
-            after_solar_kw(model, state),
+            (hurry * state.owed_kw).sum(2) / (owed_kw + observer.little_kw),
+            moves.socket_kw.sum(2),
         ]
     )
     scaled = torch.addcmul(observer.shift, observer.scale, features)
-    return scaled.clamp(-observer.high, observer.high).T
+    bounded = scaled.clamp(-observer.high, observer.high)
+    if observer.chosen is not None:
+        bounded = bounded.index_select(0, observer.chosen)
+    return bounded.T
+
+
+def as_rule(observer: Observer, act: Callable[[Tensor], Tensor]) -> Rule:
+    """Return what acts on observations [B, O], with actions [B, A], in the form of a rule."""
+
+    def rule(model: SiteModel, state: State) -> Tensor | Powers:
+        moves = moves_of(observer.moves, model, state)
+        action = act(observe(observer, model, state, moves))
+        return powers_of(observer.moves, model, state, moves, action)
+
+    return rule
 
 
 # --- what is known beforehand --------------------------------------------------------------------
 
 
-def _exogenous_features(site: Site) -> Floats:
-    """Return [len(_EXOGENOUS), P]; a step's column uses measurements up to that step only."""
-    step_h, a_day = site.step_h, site.steps(DAY_H)
-    # Beyond the series, for a day, the clock goes on.
-    local = clock(site, a_day)
-    days, day = np.unique(local.astype("datetime64[D]"), return_inverse=True)
-    slot, weekend = slots(site, a_day)
-
-    n = site.n_steps
-    known = site.training_steps
-    carbon = site.import_price  # or the price, where that is to be made small
-    usual_carbon = usual(site, carbon, weekends=False, steps_more=a_day)
-    usual_load_kw = usual(site, site.load_kw, weekends=True, steps_more=a_day)
-    usual_pv_kw = _seasonal(site.pv_kw, known, slot, day, days)
-
-    def beyond_now(expected: Floats) -> Floats:
-        change = expected - carbon  # of a constant intensity nothing but rounding
-        return np.where(np.abs(change) > _ROUNDING * np.abs(usual_carbon).max(), change, 0.0)
-
-    def carbon_ahead(hours: float) -> Floats:
-        steps = site.steps(hours)
-        until = np.concatenate([[0.0], usual_carbon.cumsum()])
-        return beyond_now((until[steps + 1 : steps + 1 + n] - until[1 : 1 + n]) / steps)
-
-    ahead = np.lib.stride_tricks.sliding_window_view(usual_carbon[1:], a_day)
-
-    # Yesterday counts a little (weather persists), today counts by what the sun has shown so far.
-    today = day[:n]
-    pv_day = np.bincount(today, site.pv_kw, len(days))
-    usual_day = np.bincount(today, usual_pv_kw[:n], len(days))
-    ratio = np.ones(len(days))
-    ratio[1:] = np.where(usual_day[:-1] > 0, pv_day[:-1] / np.maximum(usual_day[:-1], 1e-6), 1.0)
-    prior = 1.0 + 0.3 * (np.clip(ratio, 0.0, 4.0) - 1.0)
-    whole_day = np.bincount(day, usual_pv_kw, len(days))
-    weight = (0.1 * whole_day + 1e-6)[today]
-    so_far, usual_so_far = (
-        _since_midnight(site.pv_kw, today),
-        _since_midnight(usual_pv_kw[:n], today),
-    )
-    outlook = (so_far + weight * prior[today]) / (usual_so_far + weight)
-
-    hour_kw, usual_hour_kw = (_last_hour(kw, site.steps(1.0)) for kw in (site.pv_kw, usual_pv_kw))
-    daylight = usual_hour_kw[:n] > 0.02 * max(float(usual_pv_kw.max()), 1e-6)
-    recent = np.where(daylight, hour_kw / np.maximum(usual_hour_kw[:n], 1e-6), 1.0)
-
-    since_midnight = (site.local - site.local.astype("datetime64[D]")).astype("timedelta64[m]")
-    hour = since_midnight.astype(np.int64) / 60
-    angle = 2 * np.pi * (hour + step_h / 2) / DAY_H
-    return np.stack(
-        [
-            np.sin(angle),
-            np.cos(angle),
-            np.sin(2 * angle),
-            np.cos(2 * angle),
-            weekend[:n].astype(np.float64),
-            site.pv_kw,
-            site.load_kw,
-            site.import_limit_kw,
-            carbon,
-            carbon_ahead(1.0),
-            carbon_ahead(3.0),
-            carbon_ahead(6.0),
-            beyond_now(ahead[:n].max(axis=1)),
-            recent,
-            outlook,
-            *(step_h * _expected_ahead(outlook, usual_pv_kw, usual_load_kw, a_day)),
-        ]
-    )
+def _exogenous_features(site: Site) -> list[Floats]:
+    """Return len(_EXOGENOUS) of [P]; a step's value uses what is known at that step only."""
+    _, weekend = slots(site)
+    local = clock(site)
+    since_midnight = (local - local.astype("datetime64[D]")).astype("timedelta64[m]")
+    angle = 2 * np.pi * (since_midnight.astype(np.int64) / 60 + site.step_h / 2) / DAY_H
+    return [
+        np.sin(angle),
+        np.cos(angle),
+        np.sin(2 * angle),
+        np.cos(2 * angle),
+        weekend.astype(np.float64),
+        site.import_limit_kw,
+        *_price(site),
+        site.export_credit,
+        *_power(site, "pv_kw", weekends=False),
+        *_power(site, "load_kw", weekends=True),
+        *_net(site),
+    ]
 
 
-def _seasonal(values: Floats, known: _Bools, slot: Ints, day: Ints, days: _Days) -> Floats:
-    """Return the mean of the known steps of each slot on the days of that season, like `slot`."""
-    n, shape = len(values), (len(days), int(slot.max()) + 1)
-    place = (day[:n] * shape[1] + slot[:n])[known]
-    sums = np.bincount(place, values[known], shape[0] * shape[1]).reshape(shape)
-    counts = np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape)
-    ordinal = (days - days.astype("datetime64[Y]")).astype(np.float64)
-    distance = np.abs(ordinal[:, None] - ordinal[None, :])
-    distance = np.minimum(distance, 365.25 - distance)
-    distance[:, ~counts.any(axis=1)] = np.inf
-    # Where the site has no training day that near, the nearest ones serve.
-    near = distance <= np.maximum(_SEASON_DAYS, distance.min(axis=1, keepdims=True))
-    found = near @ counts
-    usual = np.divide(near @ sums, found, out=np.zeros(shape), where=found > 0)
-    return usual[day, slot]
+def _leads(site: Site, hours: float) -> int:
+    """Return how many leads of the forecast these hours are, at least one."""
+    return max(1, round(site.steps(hours) / steps_per_lead(site)))
 
 
-def _since_midnight(values: Floats, day: Ints) -> Floats:
-    """Return the sums [n] of each step and those before it on the same day."""
-    until = values.cumsum()
-    first = np.flatnonzero(np.diff(day, prepend=-1))
-    return until - (until - values)[first][np.searchsorted(first, np.arange(len(day)), "right") - 1]
+def _price(site: Site) -> list[Floats]:
+    now = site.import_price
+    expected = forecast(site, "import_price")[:, : _leads(site, DAY_H)]
+    changes = [
+        now - usual(site, now, weekends=False),
+        now - mean_of_last(now, site.steps(DAY_H)),
+    ]
+    within = [expected[:, : _leads(site, hours)] for hours in _PRICE_H]
+    changes += [ahead.mean(axis=1) - now for ahead in within]
+    changes += [ahead.min(axis=1) - now for ahead in within]
+    changes += [ahead.max(axis=1) - now for ahead in within]
+    cheaper = [(ahead < now[:, None] - _SAME).mean(axis=1) for ahead in within]
+    return [now, *(_plain(site, change, now) for change in changes), *cheaper]
 
 
-def _last_hour(power_kw: Floats, steps: int) -> Floats:
-    """Return the mean of each step and those of the hour before its end."""
-    padded = np.pad(power_kw, (steps - 1, 0), mode="edge")
-    return np.lib.stride_tricks.sliding_window_view(padded, steps).mean(axis=1)
+def _power(site: Site, signal: str, *, weekends: bool) -> list[Floats]:
+    now = getattr(site, signal)
+    expected = forecast(site, signal)
+    changes = [now - usual(site, now, weekends)]
+    changes += [expected[:, : _leads(site, hours)].mean(axis=1) - now for hours in _MEAN_H]
+    return [now, *(_plain(site, change, now) for change in changes)]
 
 
-def _expected_ahead(outlook: Floats, pv_kw: Floats, load_kw: Floats, steps: int) -> Floats:
-    """Return surplus and deficit [2, n] in kW, added up over the steps after each."""
-    window = np.lib.stride_tricks.sliding_window_view
-    pv_ahead, load_ahead = window(pv_kw[1:], steps), window(load_kw[1:], steps)
-    found = np.empty((2, len(outlook)))
-    for first in range(0, len(outlook), _ROWS_AT_ONCE):
-        rows = slice(first, min(first + _ROWS_AT_ONCE, len(outlook)))
-        net_kw = outlook[rows, None] * pv_ahead[rows] - load_ahead[rows]
-        found[:, rows] = np.maximum(net_kw, 0.0).sum(axis=1), np.maximum(-net_kw, 0.0).sum(axis=1)
-    return found
+def _plain(site: Site, change: Floats, now: Floats) -> Floats:
+    """Return a change without what is nothing but rounding, as of a constant signal."""
+    most = np.abs(now[site.training_steps]).max(initial=0.0)
+    return np.where(np.abs(change) > _ROUNDING * most, change, 0.0)
+
+
+def _net(site: Site) -> list[Floats]:
+    """Return surplus and deficit expected in the next hours in kWh, each [P]."""
+    load_kw, pv_kw = forecast(site, "load_kw"), forecast(site, "pv_kw")
+    lead_h = steps_per_lead(site) * site.step_h
+    found = np.empty((2, len(_NET_H), site.n_steps))
+    for first in range(0, site.n_steps, _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        net_kw = load_kw[rows, : _leads(site, DAY_H)] - np.maximum(
+            pv_kw[rows, : _leads(site, DAY_H)], 0.0
+        )
+        for column, hours in enumerate(_NET_H):
+            ahead = net_kw[:, : _leads(site, hours)]
+            found[0, column, rows] = lead_h * np.maximum(-ahead, 0.0).sum(axis=1)
+            found[1, column, rows] = lead_h * np.maximum(ahead, 0.0).sum(axis=1)
+    return list(found.reshape(-1, site.n_steps))

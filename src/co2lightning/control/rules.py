@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from co2lightning.control.outlook import Outlook
 from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
-from co2lightning.control.state import Powers, SiteModel, State
+from co2lightning.control.state import Powers, SiteModel, State, within
 
 Rule = Callable[[SiteModel, State], Tensor | Powers]
 
@@ -43,8 +44,13 @@ def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
     return -(others_kw / model.battery_kw).clamp(-1.0, 1.0)
 
 
-def uncontrolled(model: SiteModel, state: State) -> Tensor:
-    """Charge on arrival, leave the battery idle: the site without any control."""
+def uncontrolled(model: SiteModel, state: State) -> Tensor | Powers:
+    """Charge on arrival, leave the battery idle: the site without any control.
+
+    Who charges on arrival asks nobody, so it does so whatever drivers announce.
+    """
+    if state.true_kw is not None:
+        return Powers(state.power_kw, torch.zeros_like(state.soc), as_told=False)
     return torch.stack([torch.ones_like(state.soc), torch.zeros_like(state.soc)], dim=1)
 
 
@@ -64,29 +70,49 @@ def rbc_b(model: SiteModel, state: State) -> Tensor:
 def cheap_powers_kw(cheaper: Tensor, state: State) -> Tensor:
     """Return the power [B, C] of vehicles of which each charges in the cheap hours of its stay.
 
-    What it is owed beyond what the steps of its stay can give that are expected to be cheaper than
-    this one; the last step partial.
-
     Args:
-        cheaper: [P + 1, n + 1] how many of the next 0, 1, ... n steps those are, at each place;
-            what lies beyond them counts as dearer.
+        cheaper: As `Outlook` has it.
     """
     of_stay = cheaper.index_select(0, state.place)
-    later = (state.later_kw / state.power_kw).round().long()
-    steps = of_stay.gather(1, later.clamp(max=cheaper.shape[1] - 1))
-    return (state.owed_kw - state.power_kw * steps).clamp(state.must_kw, state.could_kw)
+    steps = of_stay.gather(1, steps_left(state.later_kw, state.power_kw, cheaper.shape[1]))
+    return beyond_cheaper_kw(state, steps)
+
+
+def steps_left(later_kw: Tensor, power_kw: Tensor, known: int) -> Tensor:
+    """Return how many steps [B, C] of each stay follow this one, of which so many are known."""
+    return (later_kw / power_kw).round().long().clamp(max=known - 1)
+
+
+def beyond_cheaper_kw(state: State, steps: Tensor) -> Tensor:
+    """Return what each vehicle is owed beyond what cheaper steps can give; the last step partial.
+
+    Args:
+        steps: [..., B, C] how many of its stay are expected to be cheaper than this one.
+
+    Returns:
+        [..., B, C] in kW.
+    """
+    return within(state.owed_kw - state.power_kw * steps, state.must_kw, state.could_kw)
+
+
+def solar_powers_kw(
+    model: SiteModel,
+    state: State,
+    least_kw: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Return the powers [B, C] of vehicles that take the surplus, those of least laxity first.
+
+    Args:
+        least_kw: [B, C] what each gets in any case, by default must.
+        order: The sockets [B, C] by laxity, where that is known already.
+    """
+    least_total_kw = state.must_total_kw if least_kw is None else least_kw.sum(1)
+    ev_kw = (-state.net_kw).clamp(least_total_kw, state.could_total_kw)
+    return dispatch(model, state, ev_kw, least_kw=least_kw, order=order)
 
 
 # --- what a search chooses -----------------------------------------------------------------------
-
-
-class Outlook(NamedTuple):
-    """What is known of each place and expected of the steps after it."""
-
-    slot: Tensor  # [P + 1] step of the day by the clock on the wall
-    slots: int  # of a day
-    cheaper: Tensor  # [P + 1, n + 1] how many of the next 0, 1, ... n steps cost less
-    cheaper_or_sun: Tensor  # likewise, if a step whose PV exceeds the load costs nothing
 
 
 class Window(NamedTuple):
@@ -141,11 +167,9 @@ def _vehicles_kw(vehicles: str, outlook: Outlook, model: SiteModel, state: State
     """Return the power [B, C] of vehicles that charge from the sun, in cheap hours, or both."""
     if vehicles == "cheap":
         return cheap_powers_kw(outlook.cheaper, state)
-    least_kw = state.must_kw
-    if vehicles == "solar_cheap":
-        least_kw = cheap_powers_kw(outlook.cheaper_or_sun, state)
-    ev_kw = (-state.net_kw).clamp(least_kw.sum(1), state.could_total_kw)
-    return dispatch(model, state, ev_kw, least_kw=least_kw)
+    if vehicles == "solar":
+        return solar_powers_kw(model, state)
+    return solar_powers_kw(model, state, cheap_powers_kw(outlook.cheaper_or_sun, state))
 
 
 def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:

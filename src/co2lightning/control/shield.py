@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from co2lightning.control.state import SiteModel, State, laxity_order
+from co2lightning.control.state import SiteModel, State, laxity_order, within
 
 
 def ev_power_kw(state: State, share: Tensor) -> Tensor:
@@ -21,6 +21,7 @@ def dispatch(
     ev_kw: Tensor,
     least_kw: Tensor | None = None,
     most_kw: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Share the EV budget `ev_kw` [B] among the sockets [B, C]: must first, then least laxity.
 
@@ -29,31 +30,42 @@ def dispatch(
     Args:
         least_kw: What each gets at least, by default must; the budget covers it.
         most_kw: What each gets at most, by default could.
+        order: The sockets [B, C] by laxity, where that is known already.
     """
     most_kw = state.could_kw if most_kw is None else most_kw
     least_total_kw = state.must_total_kw if least_kw is None else least_kw.sum(1)
     least_kw = state.must_kw if least_kw is None else least_kw
-    order = laxity_order(model, state.laxity)
+    order = laxity_order(model, state.laxity) if order is None else order
     # What a vehicle goes without, negative: what those up to it could take beyond the budget, at
     # most what it could take itself.
     spare_kw = (least_kw - most_kw).gather(1, order)
     rest_kw = (ev_kw - least_total_kw).unsqueeze(1)
     without_kw = (spare_kw.cumsum(1) + rest_kw).clamp(spare_kw, model.zero)
-    socket_kw = most_kw.scatter_add(1, order, without_kw)
+    if without_kw.requires_grad:  # 0 of who has nothing to spare, whatever the others do
+        without_kw = torch.where(spare_kw < model.zero, without_kw, model.zero)
+    return _with_floor(model, state, most_kw.scatter_add(1, order, without_kw))
+
+
+def _with_floor(model: SiteModel, state: State, socket_kw: Tensor) -> Tensor:
+    """Return powers [B, C] of which those below their socket's least power wait."""
     if model.floor_kw is None:
         return socket_kw
     floor_kw = torch.minimum(state.could_kw, model.floor_kw) - model.tiny
     return torch.where(socket_kw < floor_kw, state.must_kw, socket_kw)
 
 
-def vehicle_powers_kw(model: SiteModel, state: State, wanted_kw: Tensor) -> Tensor:
+def vehicle_powers_kw(
+    model: SiteModel, state: State, wanted_kw: Tensor, order: Tensor | None = None
+) -> Tensor:
     """Return the powers [B, C] of vehicles as near to `wanted_kw` [B, C] as can be.
 
     Where the grid connection is too small they yield by the same order as a budget's.
     """
-    wanted_kw = wanted_kw.clamp(state.must_kw, state.could_kw)
-    ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
-    return dispatch(model, state, ev_kw, most_kw=wanted_kw)
+    wanted_kw = within(wanted_kw, state.must_kw, state.could_kw)
+    if model.ample:
+        return _with_floor(model, state, wanted_kw)
+    ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
+    return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
 
 
 def battery_power_kw(model: SiteModel, state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:

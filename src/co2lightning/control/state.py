@@ -20,6 +20,7 @@ from torch import Tensor
 from co2lightning.site.model import Battery, Floats, Site
 
 _NO_BATTERY = Battery(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+_ROUNDED_UP = 1.0001  # more than a sum of powers in float32 is off by
 _FRACTION_BITS = 10  # of a laxity's step, at least
 _STEPS_AT_ONCE = 1 << 20  # of sessions; bounds the memory of a long year with many sockets
 
@@ -35,6 +36,7 @@ class SiteModel(NamedTuple):
     series: Tensor  # [2 + K, P + 1]: what `State` calls net_kw, room_kw, prices
     metered: Tensor  # [M, P + 1]: what no step looks up, see `sim.objective`
     sockets: Tensor  # [4, P + 1, C]: later kW, session kW, 1.0 if it stays, owed kW
+    truth: Tensor | None  # [2, P + 1, C] later and owed kW in truth; None where `sockets` has them
     floor_kw: Tensor | None  # [C] a socket's least power; None where no socket has one
     soc_bounds: Tensor  # [2, 1] the highest SoC that operation may reach, the lowest
     kw_per_soc: Tensor  # [2, 1] what charges, discharges the battery by 1 within a step
@@ -46,6 +48,7 @@ class SiteModel(NamedTuple):
     step_h: float
     laxity_bits: int  # of the longest stay, in steps
     may_charge_from_grid: bool
+    ample: bool  # whether the connection always has room for whoever stands there, at full power
     # The rest is 0-dim.
     losses: Tensor  # what a kW given takes out of the battery, in kW that charge it again
     battery_kw: Tensor  # rating at the AC side
@@ -65,6 +68,17 @@ class Carry(NamedTuple):
     place: Tensor  # [B] where this step stands in the tables
     soc: Tensor  # [B] 0-1
     owed_kw: Tensor  # [B, C] at the meter: the power that would finish a vehicle within this step
+    true_kw: Tensor | None = None  # [B, C] what truly would, where drivers announce something else
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What there is of it: `Carry(*parts)` is the same again."""
+        return tuple(part for part in self if part is not None)
+
+    @property
+    def truly_owed_kw(self) -> Tensor:
+        """What vehicles would truly take, [B, C]; no controller looks at it."""
+        return self.owed_kw if self.true_kw is None else self.true_kw
 
 
 class State(NamedTuple):
@@ -90,10 +104,11 @@ class State(NamedTuple):
     spread_kw: Tensor  # [B] could - must
     need_kw: Tensor  # [B] load + must - PV
     supply_kw: Tensor  # [B] EV power the grid connection has room for when the battery helps
+    true_kw: Tensor | None  # of `Carry`; of no controller's business
 
     @property
     def carry(self) -> Carry:
-        return Carry(self.place, self.soc, self.owed_kw)
+        return Carry(self.place, self.soc, self.owed_kw, self.true_kw)
 
 
 class Powers(NamedTuple):
@@ -101,6 +116,7 @@ class Powers(NamedTuple):
 
     socket_kw: Tensor  # [B, C]
     battery_kw: Tensor  # [B] at the AC side, charging positive
+    as_told: bool = True  # False: whatever drivers announce, vehicles and shield go by the truth
 
 
 def build_model(
@@ -116,7 +132,7 @@ def build_model(
         prices: What else is to be looked up of a step, each [P].
         metered: What is to be looked up of steps that are done, each [P].
     """
-    sessions, n_steps, step_h = site.sessions, site.n_steps, site.step_h
+    sessions, told, n_steps, step_h = site.sessions, site.sessions_told, site.n_steps, site.step_h
     places, n_columns = n_steps + 1, max(1, len(sessions.used_sockets))
     exact = np.float64 if dtype == torch.float64 else np.float32
     sockets = np.zeros((4, places * n_columns), dtype=exact)
@@ -124,7 +140,13 @@ def build_model(
     max_kw[:] = 1.0  # where no vehicle stands, nothing is owed; this is only divided by
     window = sessions.departure - sessions.arrival
     arrival = sessions.arrival * n_columns + sessions.column
-    arriving_kw[arrival] = sessions.energy_kwh / step_h
+    arriving_kw[arrival] = told.energy_kwh / step_h
+    truth = None
+    if site.told is not None:
+        truth = np.zeros((2, places * n_columns), dtype=exact)
+        truth[1, arrival] = sessions.energy_kwh / step_h
+    stay_told = told.departure - told.arrival
+    standing_kw = np.zeros(places)
     cuts = np.arange(_STEPS_AT_ONCE, int(window.sum()), _STEPS_AT_ONCE)
     for some in np.split(np.arange(len(window)), np.searchsorted(window.cumsum(), cuts)):
         # Where a session stands in a column, step after step of its stay.
@@ -132,8 +154,12 @@ def build_model(
         since = np.arange(int(steps.sum())) - np.repeat(np.cumsum(steps) - steps, steps)
         stay = np.repeat(arrival[some], steps) + since * n_columns
         power_kw = np.repeat(sessions.max_kw[some].astype(exact), steps)
-        later_kw[stay] = power_kw * (np.repeat(steps - 1, steps) - since)
+        # Who said to be gone by now is about to leave.
+        later_kw[stay] = power_kw * np.maximum(np.repeat(stay_told[some] - 1, steps) - since, 0)
+        if truth is not None:
+            truth[0, stay] = power_kw * (np.repeat(steps - 1, steps) - since)
         max_kw[stay] = power_kw
+        standing_kw += np.bincount(stay // n_columns, power_kw, places)
         stays[stay] = since > 0
 
     net_kw = site.load_kw - site.pv_kw
@@ -150,6 +176,7 @@ def build_model(
         series=tensor(np.pad(series, ((0, 0), (0, 1)))),
         metered=tensor(np.pad(afterwards, ((0, 0), (0, 1)))),
         sockets=tensor(sockets.reshape(4, places, n_columns)),
+        truth=None if truth is None else tensor(truth.reshape(2, places, n_columns)),
         floor_kw=tensor(_floor_kw(site, n_columns)) if sessions.min_kw.any() else None,
         soc_bounds=tensor([[battery.soc_max], [battery.least_soc]]),
         kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
@@ -159,8 +186,9 @@ def build_model(
         action_shift=tensor([0.5, 0.0]),
         soc_per_kw=1.0 / charge_kw_per_soc,
         step_h=step_h,
-        laxity_bits=int(window.max(initial=1)).bit_length(),
+        laxity_bits=int(max(window.max(initial=1), stay_told.max(initial=1))).bit_length(),
         may_charge_from_grid=battery.may_charge_from_grid,
+        ample=bool(((series[1] > _ROUNDED_UP * standing_kw[:-1]) | (standing_kw[:-1] == 0)).all()),
         losses=tensor(charge_kw_per_soc / discharge_kw_per_soc),
         battery_kw=tensor(battery.power_kw),
         zero=tensor(0.0),
@@ -176,19 +204,31 @@ def _floor_kw(site: Site, n_columns: int) -> Floats:
     return floor_kw
 
 
-def arrive(model: SiteModel, place: Tensor, soc: Tensor, left_kw: Tensor) -> tuple[State, Tensor]:
+def arrive(
+    model: SiteModel,
+    place: Tensor,
+    soc: Tensor,
+    left_kw: Tensor,
+    true_left_kw: Tensor | None = None,
+) -> tuple[State, Tensor]:
     """Let vehicles leave and arrive before the step at `place` and work out what can be done in it.
 
     Args:
         left_kw: [B, C] what the vehicles of the step before are still owed.
+        true_left_kw: [B, C] what they would truly take, where drivers announce something else.
 
     Returns:
-        The state and what those that left are still owed [B].
+        The state and what those that left are truly still owed [B].
     """
     later_kw, power_kw, stays, arriving_kw = model.sockets.index_select(1, place).unbind(0)
     staying_kw = left_kw * stays
-    unmet_kw = (left_kw - staying_kw).sum(1)
-    carry = Carry(place, soc, staying_kw + arriving_kw)
+    if model.truth is None or true_left_kw is None:
+        unmet_kw, true_kw = (left_kw - staying_kw).sum(1), None
+    else:
+        true_kw = true_left_kw * stays
+        unmet_kw = (true_left_kw - true_kw).sum(1)
+        true_kw = true_kw + model.truth[1].index_select(0, place)
+    carry = Carry(place, soc, staying_kw + arriving_kw, true_kw)
     return _work_out(model, carry, later_kw, power_kw), unmet_kw
 
 
@@ -198,11 +238,20 @@ def restore(model: SiteModel, carry: Carry) -> State:
     return _work_out(model, carry, later_kw, power_kw)
 
 
+def in_truth(model: SiteModel, state: State) -> State:
+    """Return the same state as it is if vehicles do what they will do, not what was announced."""
+    if model.truth is None or state.true_kw is None:
+        return state
+    carry = Carry(state.place, state.soc, state.true_kw, state.true_kw)
+    return _work_out(model, carry, model.truth[0].index_select(0, state.place), state.power_kw)
+
+
 def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor) -> State:
     """Work out what can be done in a step; later and power [B, C] are the sessions' of it."""
-    place, soc, owed_kw = carry
+    place, soc, owed_kw, true_kw = carry
     net_kw, room_kw, *prices = model.series.index_select(1, place).unbind(0)
-    could_kw = torch.minimum(owed_kw, power_kw)
+    # Clamped, not the lesser of two: where they are equal it follows what is owed, as must does.
+    could_kw = owed_kw.clamp(max=power_kw)
     # What the steps after this one cannot deliver at full power must be charged now.
     pressing_kw = owed_kw - later_kw
     must_kw = pressing_kw.clamp(model.zero, could_kw)
@@ -235,7 +284,13 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
         spread_kw=could_total_kw - must_total_kw,
         need_kw=net_kw + must_total_kw,
         supply_kw=room_kw - battery_min_kw,
+        true_kw=true_kw,
     )
+
+
+def within(values: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """Return values clamped; of bounds that are equal `torch.clamp` would lose the gradient."""
+    return torch.minimum(torch.maximum(values, least), most)
 
 
 def laxity_order(model: SiteModel, laxity: Tensor) -> Tensor:
@@ -260,7 +315,7 @@ def laxity_order(model: SiteModel, laxity: Tensor) -> Tensor:
         key |= np.arange(n_sockets, dtype=whole)
         key.sort(axis=1)
         key &= (1 << socket_bits) - 1
-        return torch.as_tensor(key.astype(np.int64))
+        return torch.as_tensor(key).long()
     kind = torch.int64 if long else torch.int32
     key = (laxity * per_step).to(kind) << socket_bits
     key = key | torch.arange(n_sockets, dtype=kind, device=laxity.device)

@@ -4,12 +4,13 @@ Shapes: n steps, B environments, O features, K more that only critics see, A act
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from co2lightning.control.moves import Moves
 from co2lightning.control.state import Carry
 from co2lightning.learn.graphs import NO_COMPILER, as_graph, as_recording, why_not
 from co2lightning.sim.days import SiteDays
@@ -29,7 +30,7 @@ class Actor(Protocol):
     def draw_noise(self, horizon: int, num_envs: int) -> Tensor: ...
     def segment_steps(self, horizon: int) -> int: ...
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor: ...
-    def environment_action(self, obs: Tensor, output: Tensor) -> Tensor: ...
+    def environment_action(self, output: Tensor) -> Tensor: ...
 
 
 _Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
@@ -59,7 +60,7 @@ class Player:
 
     def _policy(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         output = self.agent.explore(obs, noise)
-        return output, self.agent.environment_action(obs, output)
+        return output, self.agent.environment_action(output)
 
     def _one_by_one(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
         """Play one operation after the other."""
@@ -92,30 +93,41 @@ class Player:
         On a GPU the graphs of as many steps as `noise` has are recorded, and replayed as one.
         """
 
-        def advance(carry: Carry, obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        parts = len(env.carry.parts)
+
+        def at() -> tuple[Tensor, ...]:
+            """Return where the windows stand: the parts of a carry, then of what moves would do."""
+            return *env.carry.parts, *(env.moves or ())
+
+        def apart(at: Sequence[Tensor]) -> tuple[Carry, Moves]:
+            return Carry(*at[:parts]), Moves(*at[parts:])
+
+        def advance(at: tuple[Tensor, ...], obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
             output, action = self._policy(obs, noise)
-            following, *made = env.advance(carry, action)
-            return *following, *made, output
+            carry, moves = apart(at)
+            following, then, *made = env.advance(carry, action, moves)
+            return *following.parts, *then, *made, output
 
         def run(*start: Tensor) -> tuple[Tensor, ...]:
-            *carry, obs, noise = start
+            *at, obs, noise = start
             columns: list[tuple[Tensor, ...]] = []
             with torch.inference_mode(quick):
                 for draw in noise.unbind(0):
-                    *carry, obs, reward, past, output = graph(Carry(*carry), obs, draw)
+                    *at, obs, reward, past, output = graph(tuple(at), obs, draw)
                     columns.append((obs, reward, past, output))
-            return *carry, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
+            return *at, obs, *(torch.stack(column) for column in zip(*columns, strict=True))
 
         graph = as_graph(advance, self.agent.device)
         quick = self.agent.device.type == "cpu"  # a recording shall not hold such tensors
         with torch.inference_mode(quick):
-            graph(env.carry, obs, noise[0])
-        replay, recorded = as_recording(run, (*env.carry, obs, noise)), len(noise)
+            graph(at(), obs, noise[0])
+        replay, recorded = as_recording(run, (*at(), obs, noise)), len(noise)
 
         def play(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Step]:
             whole = replay if len(noise) == recorded else run
-            *carry, obs, following, reward, past, output = whole(*env.carry, obs, noise)
-            env.go_on(Carry(*carry), past)
+            *then, obs, following, reward, past, output = whole(*at(), obs, noise)
+            carry, moves = apart(then)
+            env.go_on(carry, past, moves)
             no, yes = torch.zeros_like(reward), torch.ones_like(reward)
             cut = no if env.steps_left else torch.cat([no[1:], yes[:1]])
             return obs, output, Step(following, reward, no, cut, yes)

@@ -33,11 +33,24 @@ def average(values: Tensor) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
+def together(rows: Tensor) -> Tensor:
+    """Return the rows [n, ...] of all ranks [world_size x n, ...], in the ranks' order."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
 def average_all(tensors: list[Tensor]) -> list[Tensor]:
     """Return the mean of each tensor over the ranks, in one message."""
     flat = average(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def from_first(values: Tensor) -> Tensor:
+    """Return rank 0's tensor; the others' has the same shape and is overwritten."""
+    dist.broadcast(values, 0)
+    return values
 
 
 def highest(value: int, device: torch.device) -> int:

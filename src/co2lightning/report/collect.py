@@ -4,7 +4,7 @@ Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,19 +14,35 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import before_time_went_on, load_agent, policy_of
+from co2lightning.agents.load import load_agent, outdated_on_site, policy_of
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.metrics import Settled
-from co2lightning.report.comparison import count_text, evaluation_data, settled_in
-from co2lightning.report.looks import RunLook, run_looks
+from co2lightning.report.comparison import (
+    count_text,
+    evaluation_data,
+    knowledge_data,
+    settled_in,
+)
+from co2lightning.report.looks import RuleLook, RunLook, run_looks
 from co2lightning.report.tables import summarize
+from co2lightning.runs.files import read_file
+from co2lightning.runs.reading import hash_row
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import Evaluation, Summary, evaluate, summarise
+from co2lightning.sim.evaluate import (
+    TITLES,
+    Evaluation,
+    Summary,
+    elsewhere,
+    evaluate,
+    summarise,
+)
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import Schedule, play
+from co2lightning.sim.search import rules_of
+from co2lightning.sim.worlds import knowing
 from co2lightning.site.load import load_site, named_in
 from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
@@ -61,29 +77,59 @@ class HeldOutDay(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class RuleResult:
+    """A rule that is looked at as a run is.
+
+    Attributes:
+        name: The rule's.
+        evaluation: The references, it among them.
+    """
+
+    name: str
+    evaluation: Evaluation
+    heat: _Heat
+
+    @property
+    def policy(self) -> str:
+        """Its name in the evaluation."""
+        return self.name
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name]
+
+    @property
+    def summary(self) -> Summary:
+        """What it reaches on the held-out stretches."""
+        return summarise(self.evaluation)[self.name]
+
+
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """A run with its newest episode on the held-out stretches.
 
     Attributes:
+        policy: Its name in the evaluation.
         row: What `history` tells of it.
         agent: The class that acts.
-        action: How the agent's output is read: "direct", or "correction" of RBC B's action.
         episode: The evaluated episode.
         file: Its file.
         sha256: Of that file.
         trained_on: Name and SHA-256 of the site it was trained on.
         evaluation: The agent beside the references.
+        knowing: Both where more is known, by the names of `worlds.KNOWLEDGE`.
     """
 
     row: dict[str, Any]
     agent: str
-    action: str
     episode: int
     file: Path
     sha256: str
     trained_on: tuple[str, str]
     evaluation: Evaluation
     heat: _Heat
+    knowing: dict[str, Evaluation]
+    policy: str = "agent"
 
     @property
     def name(self) -> str:
@@ -93,8 +139,7 @@ class RunResult:
     def title(self) -> str:
         """The run's name; with its agent where the name does not say it."""
         agent = self.row["agent"]
-        title = self.name if self.name == agent else f"{self.name} ({agent})"
-        return f"{title}, correcting RBC B" if self.action == "correction" else title
+        return self.name if self.name == agent else f"{self.name} ({agent})"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -109,18 +154,34 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class SiteResult:
-    """A site and an objective, its references and the runs evaluated on it."""
+    """A site and an objective, its references, the runs evaluated on it and rules beside them.
+
+    Attributes:
+        knowing: The references where more is known, by the names of `worlds.KNOWLEDGE`.
+    """
 
     site: Site
     references: Evaluation
+    knowing: dict[str, Evaluation]
     runs: list[RunResult]
+    rules: list[RuleResult]
+
+    @property
+    def shown(self) -> list[RunResult | RuleResult]:
+        """What is looked at closely."""
+        return [*self.runs, *self.rules]
 
     @property
     def data(self) -> dict[str, Any]:
         """As `test --json` has it, with a policy for each run, by its title."""
         data = evaluation_data(self.references)
+        data["knowledge"] = knowledge_data(data, self.knowing)
         for run in self.runs:
-            data["policies"][run.title] = evaluation_data(run.evaluation)["policies"]["agent"]
+            own = evaluation_data(run.evaluation)
+            for key in ("policies", "summary"):
+                data[key][run.title] = own[key]["agent"]
+            for world, told in knowledge_data(own, run.knowing).items():
+                data["knowledge"].setdefault(world, {})[run.title] = told["agent"]
         return data
 
     @functools.cached_property
@@ -173,9 +234,10 @@ class SiteResult:
         return values / self.references.hours * DAY_H
 
     @property
-    def looks(self) -> dict[str, RunLook]:
-        """How each run is drawn, by its name."""
-        return run_looks((run.name, run.agent) for run in self.runs)
+    def looks(self) -> dict[str, RunLook | RuleLook]:
+        """How each of those that are shown is drawn, by its name."""
+        looks = run_looks((run.name, run.agent) for run in self.runs)
+        return looks | {rule.name: RuleLook(rule.name) for rule in self.rules}
 
     @property
     def paired(self) -> list[str]:
@@ -197,11 +259,11 @@ class SiteResult:
         return [*battery, *(["ev_kw"] if self.site.n_sockets else [])]
 
     def heat_limit_kw(self, what: str) -> float:
-        """Return the end of the scale of a field of `_Heat`, the same for all runs.
+        """Return the end of the scale of a field of `_Heat`, the same for all that are shown.
 
         A few cells would leave the others without colour, so some lie beyond it.
         """
-        sizes = np.abs(np.concatenate([getattr(run.heat, what).ravel() for run in self.runs]))
+        sizes = np.abs(np.concatenate([getattr(one.heat, what).ravel() for one in self.shown]))
         wanted_kw = max(0.1, float(np.nanpercentile(sizes, 95)))
         power = 10.0 ** np.floor(np.log10(wanted_kw))
         steps = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
@@ -223,6 +285,7 @@ class _Loaded(NamedTuple):
     facts: dict[str, Any]  # what the checkpoint says of the run
     site: str
     objective: Any  # what it was trained on: text or weights
+    announced: bool  # whether of vehicles what drivers announce is known
     path: Path
 
     @property
@@ -236,35 +299,48 @@ class _Loaded(NamedTuple):
 
 def collect(
     runs: Sequence[TrainingCheckpoint],
-    site: str | None,
+    rules: Sequence[str],
+    site: str | Site | None,
+    announced: bool | None,
     echo: Callable[[str], None],
     warn: Callable[[str], None],
     keep: Path,
+    *,
+    best: bool = False,
 ) -> list[SiteResult]:
     """Read and evaluate runs; what is wrong with any of them comes out before the long part.
 
     Args:
         runs: The run directories.
-        site: Evaluate all runs on this site, not on their own.
+        rules: Names of rules to be looked at on the same sites.
+        site: Evaluate all runs on this site, not on their own; where there are none, the rules' as
+            it is loaded.
+        announced: Whether of vehicles what drivers announce is known; None: as each run has it.
         echo: Gets a line for each step of the work.
         warn: Gets a line for whatever a site's reader left out, and for each run that is left out
             or evaluated on another site.
         keep: Directory where the optimum is kept from one command to the next.
+        best: Show of each run the best evaluated episode, not the newest.
 
     Raises:
-        UserError: A run is damaged, a site cannot be read, no run is left to show.
+        UserError: A run is damaged, or was never evaluated where `best` is asked for, a site cannot
+            be read, no run is left to show.
     """
-    loaded = [one for run in runs if (one := _load(run, site, warn))]
-    if not loaded:
+    alone = site if isinstance(site, Site) else None
+    named = None if isinstance(site, Site) else site
+    loaded = [one for run in runs if (one := _load(run, named, announced, warn, best))]
+    if not loaded and alone is None:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
-    sites: dict[tuple[str, str], Site] = {}
-    groups: dict[tuple[str, Objective, bytes], tuple[Site, list[_Loaded]]] = {}
+    sites: dict[tuple[str, str, bool], Site] = {}
+    groups: dict[tuple[str, Objective, bytes, bool], tuple[Site, list[_Loaded]]] = {}
     for one in loaded:
-        wanted = one.site, str(one.objective)
+        wanted = one.site, str(one.objective), one.announced
         if wanted not in sites:
-            with named_in(None if site else one.path):
-                sites[wanted] = load_site(one.site, objective=one.objective)
-            if one.site not in [named for named, _ in list(sites)[:-1]]:
+            with named_in(None if named else one.path):
+                sites[wanted] = load_site(
+                    one.site, objective=one.objective, announced=one.announced
+                )
+            if one.site not in [known for known, *_ in list(sites)[:-1]]:
                 for note in sites[wanted].notes:
                     warn(f"{sites[wanted].name}: {note}")
         found = sites[wanted]
@@ -280,21 +356,38 @@ def collect(
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
             warn(f"{one.run.name}: {remark}")
-        key = found.sha256, found.objective, found.stretches.tobytes()
+        stretches, told = found.stretches.tobytes(), found.told is not None
+        key = found.sha256, found.objective, stretches, told
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
-    for found, members in groups.values():
+    for found, members in [(alone, [])] if alone else groups.values():
         held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
         echo(f"{found.name}: the rules and the optimum in {held_out}")
-        results.append(SiteResult(found, evaluate(None, found, keep=keep), []))
+        references = evaluate(None, found, keep=keep)
+        worlds = knowing(found)
+        told = {name: elsewhere(references, world, keep) for name, world in worlds.items()}
+        results.append(SiteResult(found, references, told, [], []))
+        own = rules_of(found, keep=keep)
+        for name in rules:
+            if name not in own:
+                warn(f"{name}: no vehicle comes to {found.name} for it to charge, left out")
+                continue
+            heat = compare_to_rule(own[name], found)
+            results[-1].rules.append(RuleResult(name, references, heat))
         for one in members:
             echo(f"{one.run.name}: episode {one.episode} there")
-            results[-1].runs.append(_evaluated(one, found, results[-1].references))
+            results[-1].runs.append(_evaluated(one, results[-1], worlds))
     return results
 
 
-def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]) -> _Loaded | None:
-    """Read a run's newest episode, None where it has nothing to show."""
+def _load(
+    run: TrainingCheckpoint,
+    site: str | None,
+    announced: bool | None,
+    warn: Callable[[str], None],
+    best: bool,
+) -> _Loaded | None:
+    """Read a run's newest or best episode, None where it has nothing to show."""
     episodes = run.episodes()
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
@@ -306,12 +399,16 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
             "next resume puts it aside, and naming the other runs leaves this one out"
         )
     path = run.path(checkpoint["episode"])
+    if best:
+        checkpoint, path, remarks = run.load_best_checkpoint()
+        for remark in remarks:
+            warn(remark)
     described = checkpoint.get("run")
     if isinstance(described, dict) and described.get("agent") and not described.get("site"):
         warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
         return None
-    if isinstance(described, dict) and (version := before_time_went_on(described)):
-        warn(f"{run.name}: trained by version {version} on days that stand alone, left out")
+    if isinstance(described, dict) and (outdated := outdated_on_site(described)):
+        warn(f"{run.name}: {outdated.trained}, left out")
         return None
     agent = load_agent(checkpoint, path)
     config = checkpoint["run"].get("config", {})
@@ -319,22 +416,28 @@ def _load(run: TrainingCheckpoint, site: str | None, warn: Callable[[str], None]
     if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
     objective = config.get("env.objective", "co2")
-    return _Loaded(run, agent, checkpoint["episode"], checkpoint["run"], wanted, objective, path)
+    known = config.get("env.announced") is not False if announced is None else announced
+    facts = checkpoint["run"]
+    return _Loaded(run, agent, checkpoint["episode"], facts, wanted, objective, known, path)
 
 
-def _evaluated(one: _Loaded, site: Site, references: Evaluation) -> RunResult:
-    policy, device = policy_of(one.agent, site), one.agent.device
+def _evaluated(one: _Loaded, result: SiteResult, worlds: Mapping[str, Site]) -> RunResult:
+    site, device = result.site, one.agent.device
+    policy = policy_of(one.agent, site)
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
         row=summarize(one.run),
         agent=type(one.agent).__name__,
-        action=one.agent.settings.action,
         episode=one.episode,
         file=one.path,
-        sha256=files[one.path.name],
+        sha256=files.get(one.path.name) or hash_row(read_file(one.path))["sha256"],
         trained_on=one.trained_on,
-        evaluation=evaluate(policy, site, references, device),
+        evaluation=evaluate(policy, site, result.references, device),
         heat=compare_to_rule(policy, site, device),
+        knowing={
+            name: evaluate(policy_of(one.agent, world), world, result.knowing[name], device)
+            for name, world in worlds.items()
+        },
     )
 
 

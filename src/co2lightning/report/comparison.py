@@ -10,15 +10,20 @@ from typing import Any
 import numpy as np
 
 from co2lightning.metrics import Settled, settled_words
-from co2lightning.report.tables import Table, comparison_table, stretches_table
+from co2lightning.report.tables import (
+    Table,
+    comparison_table,
+    perturbed_table,
+    stretches_table,
+)
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
     STRETCHES_FOR_AN_INTERVAL,
     TITLES,
     Evaluation,
-    Figures,
     summarise,
 )
+from co2lightning.sim.worlds import KNOWLEDGE, PERTURBATIONS
 from co2lightning.site.model import DAY_H, Floats
 
 _Data = Mapping[str, Any]
@@ -46,11 +51,16 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
                 else {"cost_per_day": round(float(figures.cost.sum() / days), 6)}
             ),
             "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
+            **(
+                {"misled_kwh_per_day": round(misled_kwh, 6)}
+                if (misled_kwh := summaries[name].misled_kwh) is not None
+                else {}
+            ),
             "peak_kw": round(summaries[name].peak_import_kw, 6),
             "stretches": _by_row(
                 {
                     key: (np.round(column, 6) + 0.0).tolist()  # no zero has a sign
-                    for key, column in _figures_told(evaluation, figures).items()
+                    for key, column in _figures_told(evaluation, name).items()
                 }
             ),
         }
@@ -71,11 +81,58 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _figures_told(evaluation: Evaluation, figures: Figures) -> dict[str, Floats]:
+def knowledge_data(data: _Data, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return what policies come to if they know more, as `knowledge` in what `--json` prints.
+
+    Args:
+        data: Of the site as it is, as `evaluation_data` returns it.
+        found: Per world of `worlds.KNOWLEDGE` the policies there. One in which nobody does
+            otherwise is left out.
+    """
+    worlds = {name: _of_world(data, evaluation) for name, evaluation in found.items()}
+    own = {name: _in_short(data, summary) for name, summary in data["summary"].items()}
+    return {
+        name: told
+        for name, told in worlds.items()
+        if any(figures != own[policy] for policy, figures in told.items())
+    }
+
+
+def perturbed_data(data: _Data, found: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return what policies come to in perturbed worlds, as `perturbed` in what `--json` prints.
+
+    Args:
+        data: Of the site as it is, as `evaluation_data` returns it.
+        found: Per world of `worlds.PERTURBATIONS` the policies there.
+    """
+    worlds = {name: _of_world(data, evaluation) for name, evaluation in found.items()}
+    for told in worlds.values():
+        for policy, figures in told.items():
+            share, before = figures["gap_closed"], data["summary"][policy]["gap_closed"]
+            left = None if share is None or not before or before < 0.0 else share / before
+            figures["gain_left"] = None if left is None else round(left, 6)
+    return worlds
+
+
+def _of_world(data: _Data, evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
+    summaries = {name: of._asdict() for name, of in summarise(evaluation).items()}
+    return {name: _in_short(data, summaries[name]) for name in data["summary"] if name in summaries}
+
+
+def _in_short(data: _Data, summary: _Data) -> dict[str, float | None]:
+    """Return of a policy's summary what is settled, the share of the gap and what is unmet."""
+    keys = settled_in(data).key, "gap_closed", "unmet_kwh"
+    return {key: None if summary[key] is None else round(summary[key], 6) + 0.0 for key in keys}
+
+
+def _figures_told(evaluation: Evaluation, name: str) -> dict[str, Floats]:
     """Return what is told of a policy in each stretch: no cost where there are no prices."""
-    told = figures._asdict()
+    figures = evaluation.policies[name]
+    told = figures._asdict() | {"compared": evaluation.compared(name)}
     if evaluation.currency is None:
         del told["cost"]
+    if not evaluation.announced:
+        del told["misled_kwh"]
     if not evaluation.objective.cost:
         told["settlement_kg"] = figures.settlement
     return told
@@ -127,8 +184,91 @@ def comparison_tables(
             if not name.endswith("_true")  # one line of them is enough
         }
         tables.append(stretches_table(stretches, each, settled, "each"))
+    if "perturbed" in data:
+        first = next(iter(data["summary"]))
+        shown = {name: titles[name] for name in dict.fromkeys((first, data["best"], "rbc_b"))}
+        worlds = {"as it is": data["summary"]}
+        worlds |= {words_of(name, settled): told for name, told in data["perturbed"].items()}
+        tables.append(perturbed_table(worlds, shown, settled))
     found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
+    found += knowledge_lines(data, titles)
     return tables, [*found, *remarks(stretches, data["policies"], titles)]
+
+
+def verdict(data: _Data, name: str, title: str) -> str:
+    """Return what to do, in a sentence: take this policy, or the best rule.
+
+    Args:
+        data: As `evaluation_data` returns it.
+        name: The policy's in it.
+        title: What it is called.
+    """
+    settled, own, best = settled_in(data), data["summary"][name], data["best"]
+    rule = settled.best
+    use_rule = "Leave it uncontrolled" if best == "uncontrolled" else f"Use {rule}"
+    if data["summary"]["optimum"]["gap_closed"] is None:
+        return "Nothing is to be gained: the optimum is less than 0.1 % below uncontrolled."
+    if name == best:
+        return f"{use_rule}: no other rule does better here."
+    verb = {"co2_kg": "emits", "cost": "costs"}.get(settled.key, "comes to")
+    difference, half = own["vs_best"], own["vs_best_interval"]
+    amount = settled.written(abs(difference))
+    if half is not None:
+        told = f"{amount} \N{PLUS-MINUS SIGN} {settled.written(half)} {settled.a_day}"
+        if difference < -half:
+            said = f"Use {title}: it {verb} {told} less than the best simple rule, {rule}"
+        elif difference > half:
+            said = f"{use_rule}: {title} {verb} {told} more"
+        else:
+            sign = "less" if difference < 0 else "more"
+            said = f"{use_rule}: it is as good and simpler; {title} {verb} {told} {sign}"
+    else:
+        rows = (data["policies"][which]["stretches"] for which in (name, best))
+        lower = [a["compared"] < b["compared"] - 1e-6 for a, b in zip(*rows, strict=True)]
+        sign = "less" if difference < 0 else "more"
+        told = f"{amount} {settled.a_day} {sign} in the mean"
+        if all(lower):
+            said = (
+                f"Use {title}: it {verb} less than the best simple rule, {rule}, in each of "
+                f"{count_text(data['stretches'])}, {told}"
+            )
+        else:
+            said = (
+                f"{use_rule}: it is simpler, and {title} {verb} less in {sum(lower)} of "
+                f"{count_text(data['stretches'])}, {told}"
+            )
+    unmet_kwh = own["unmet_kwh"] - data["summary"][best]["unmet_kwh"]
+    more = f"; {title} leaves {unmet_kwh:.2f} kWh a day more unmet, which is counted"
+    return f"{said}{more if unmet_kwh >= 0.005 else ''}."
+
+
+def words_of(perturbation: str, settled: Settled) -> str:
+    """Return what a perturbation is called."""
+    price = {"co2_kg": "carbon", "cost": "price"}.get(settled.key, "carbon and price")
+    return PERTURBATIONS[perturbation].format(price=price)
+
+
+def knowledge_lines(data: _Data, titles: Mapping[str, str]) -> list[str]:
+    """Return what those would come to, who then do otherwise, in a line for each that is known.
+
+    Args:
+        data: As `evaluation_data` returns it, with `knowledge`.
+        titles: Of the policies.
+    """
+    settled, lines = settled_in(data), list[str]()
+    for world, told in data.get("knowledge", {}).items():
+        others = {
+            policy: figures
+            for policy, figures in told.items()
+            if figures != _in_short(data, data["summary"][policy])
+        }
+        key, what = "gap_closed", "gap closed"
+        if any(figures[key] is None for figures in others.values()):
+            key, what = settled.key, settled.a_day
+        form = settled.metric(key).form
+        known = [f"{titles[policy]} {form.format(of[key])}" for policy, of in others.items()]
+        lines.append(f"With {KNOWLEDGE[world]}, {what}: {', '.join(known)}")
+    return lines
 
 
 def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, str]) -> list[str]:
@@ -145,6 +285,17 @@ def remarks(stretches: Sequence[_Data], policies: _Data, titles: Mapping[str, st
     ):
         if kwh := a_day(stretches, key):
             lines.append(f"Served by nobody and in no figure above: {kwh:.2f} {words}")
+    short = [
+        f"{titles[name]} {policy['unmet_kwh_per_day']:.2f}"
+        for name, policy in policies.items()
+        if policy.get("misled_kwh_per_day") and policy["unmet_kwh_per_day"] >= 0.005
+    ]
+    if short:
+        lines.append(
+            "Drivers do other than they announce, so vehicles leave without so many kWh/day: "
+            f"{', '.join(short)}; nothing is emitted for them, so where policies are compared they "
+            "count at the mean price"
+        )
     for name, policy in policies.items():
         if kwh := a_day(policy["stretches"], "over_limit_kwh"):
             lines.append(f"{titles[name]} imports {kwh:.2f} kWh/day beyond the connection's limit")

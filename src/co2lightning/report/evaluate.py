@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.observation import observe
+from co2lightning.control.moves import ACTIONS
+from co2lightning.control.observation import as_rule
 from co2lightning.control.rules import Rule
-from co2lightning.control.state import SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.places import local
 from co2lightning.report.comparison import comparison_tables, evaluation_data
 from co2lightning.report.tables import in_terminal
 from co2lightning.sim import evaluate as held_out
-from co2lightning.sim.days import SiteDays
 from co2lightning.sim.scales import observer_of
 from co2lightning.site.load import load_site
 from co2lightning.site.model import Site
@@ -107,15 +106,15 @@ def _acting(policy: Any) -> Callable[[np.ndarray], Any]:
 def _as_rule(act: Callable[[np.ndarray], Any], site: Site, vectorized: bool) -> Rule:
     observer = observer_of(site)
 
-    def rule(model: SiteModel, state: State) -> Tensor:
-        observations = np.array(observe(observer, model, state).numpy(), order="C")
+    def answer(observed: Tensor) -> Tensor:
+        observations = np.array(observed.numpy(), order="C")
         if vectorized:
             actions = _actions(act(observations), observations)
         else:
             actions = np.stack([_actions(act(row), row) for row in observations])
         return torch.from_numpy(actions)
 
-    return rule
+    return as_rule(observer, answer)
 
 
 def _actions(answer: Any, observed: np.ndarray) -> np.ndarray:
@@ -133,14 +132,15 @@ def _actions(answer: Any, observed: np.ndarray) -> np.ndarray:
         actions = np.array(answer, dtype=np.float32)
     except (TypeError, ValueError):
         actions = None
-    wanted = (*observed.shape[:-1], SiteDays.action_dim)
-    if actions is None or actions.shape != wanted:
+    wanted = [(*observed.shape[:-1], width) for width in ACTIONS.values()]
+    if actions is None or actions.shape not in wanted:
         shape = [] if actions is None else list(actions.shape)
         got = f"shape {shape}" if shape else type(answer).__name__
         one_by_one = "; vectorized=False gives it one observation at a time"
         raise UserError(
             f"policy: returned {got} for observations {list(observed.shape)}, must be actions "
-            f"{list(wanted)}{one_by_one if observed.ndim > 1 else ''}"
+            f"{' or '.join(str(list(one)) for one in wanted)}"
+            f"{one_by_one if observed.ndim > 1 else ''}"
         )
     if not np.isfinite(actions).all():
         raise UserError("policy: returned actions that are no finite numbers; give -1 to 1")

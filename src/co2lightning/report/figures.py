@@ -19,14 +19,19 @@ from co2lightning.metrics import TRAINING
 from co2lightning.report.collect import (
     HOURS,
     SOC_CLASSES,
+    RuleResult,
     RunResult,
     SiteResult,
     soc_band,
 )
 from co2lightning.report.day import STYLE, Drawn, draw_day
-from co2lightning.report.looks import HEAT, LOOKS, RunLook
+from co2lightning.report.looks import HEAT, LOOKS, RuleLook, RunLook
 from co2lightning.sim.evaluate import TITLES, Summary, summarise
 from co2lightning.sim.schedule import start_soc
+
+_Shown = RunResult | RuleResult
+_Look = RunLook | RuleLook
+_Looks = dict[str, _Look]
 
 
 def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
@@ -37,6 +42,8 @@ def draw(results: Sequence[SiteResult]) -> dict[str, bytes]:
         same = [r for r in results if r.site.sha256 == result.site.sha256]
         if len({r.site.objective for r in same}) > 1:
             places[i] += f"-{result.settled.name}"
+        if result.site.told is None and any(r.site.told for r in same):
+            places[i] += "-truth"
     return as_files(
         (name + place, figure)
         for result, place in zip(results, places, strict=True)
@@ -65,12 +72,13 @@ def as_files(figures: Iterable[tuple[str, Figure]]) -> dict[str, bytes]:
 
 def _figures(result: SiteResult) -> Iterator[tuple[str, Figure]]:
     looks = result.looks
-    yield "learning_curves", _learning(result, looks)
+    if result.runs:
+        yield "learning_curves", _learning(result, looks)
     yield "held_out", _intervals(result, looks)
-    for run in result.runs:
-        yield f"stretches_{run.name}", _stretches(result, run, looks[run.name])
-        yield f"difference_{run.name}", _heat(result, run)
-        yield f"day_{run.name}", _day(result, run, looks[run.name])
+    for one in result.shown:
+        yield f"stretches_{one.name}", _stretches(result, one, looks[one.name])
+        yield f"difference_{one.name}", _heat(result, one)
+        yield f"day_{one.name}", _day(result, one, looks[one.name])
 
 
 def _hollow(colour: str) -> dict[str, Any]:
@@ -78,7 +86,7 @@ def _hollow(colour: str) -> dict[str, Any]:
     return {"color": colour, "fillstyle": "none", "mew": 1.5, "ms": 7, "ls": ""}
 
 
-def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
+def _learning(result: SiteResult, looks: _Looks) -> Figure:
     figure = Figure(figsize=(6.3, 3.8))
     axes = figure.add_subplot()
     training, shares = TRAINING[result.share_key], result.shares
@@ -108,7 +116,7 @@ def _learning(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     return figure
 
 
-def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
+def _intervals(result: SiteResult, looks: _Looks) -> Figure:
     rows: list[tuple[str, str, Summary]] = [
         (run.title, looks[run.name].colour, run.summary) for run in result.runs
     ]
@@ -141,18 +149,20 @@ def _intervals(result: SiteResult, looks: dict[str, RunLook]) -> Figure:
     return figure
 
 
-def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
+def _stretches(result: SiteResult, one: _Shown, look: _Look) -> Figure:
     figure = Figure(figsize=(7.2, 2.8))
     axes = figure.add_subplot()
     settled, rival = result.settled, result.references.best
     own, rule, best = (
-        result.a_day(run.evaluation.policies[name].settled) for name in ("agent", rival, "optimum")
+        result.a_day(one.evaluation.policies[name].settled)
+        for name in (one.policy, rival, "optimum")
     )
     days = result.references.days
     at = np.arange(len(days))
     axes.vlines(at, own, rule, color=look.colour, alpha=0.55, lw=1.2)
-    axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=settled.best)
-    axes.plot(at, own, look.marker, color=look.colour, ms=4, label=run.title)
+    if one.policy != rival:
+        axes.plot(at, rule, "o", mfc="w", mec="#1b1f24", ms=4, label=settled.best)
+    axes.plot(at, own, look.marker, color=look.colour, ms=4, label=one.title)
     axes.plot(at, best, "_", color="#1b1f24", ms=8, label=TITLES["optimum"])
     shown = at[:: max(1, -(-len(at) // 7))]
     axes.set_xticks(shown, [days[i] for i in shown])
@@ -163,7 +173,7 @@ def _stretches(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
     return figure
 
 
-def _heat(result: SiteResult, run: RunResult) -> Figure:
+def _heat(result: SiteResult, one: _Shown) -> Figure:
     battery, titles = (
         result.site.battery,
         {"battery_kw": "battery (charging +)", "ev_kw": "EV charging"},
@@ -176,7 +186,7 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
     for axes, what in zip(panels, result.compared, strict=True):
         limit = result.heat_limit_kw(what)
         edges = np.arange(HOURS + 1), 100 * np.arange(first, end + 1) / SOC_CLASSES
-        difference_kw = getattr(run.heat, what)[:, first:end].T
+        difference_kw = getattr(one.heat, what)[:, first:end].T
         mesh = axes.pcolormesh(*edges, difference_kw, cmap=colours, vmin=-limit, vmax=limit)
         mesh.set_rasterized(True)
         figure.colorbar(mesh, ax=axes, label="minus RBC B, kW", extend="both")
@@ -186,18 +196,22 @@ def _heat(result: SiteResult, run: RunResult) -> Figure:
         axes.set(xlabel="local time", facecolor=HEAT["never"])
         axes.grid(False)
     panels[0].set(ylabel="battery SoC, %") if battery else panels[0].set(yticks=[])
-    figure.suptitle(f"{run.title} in its own states;\ngrey: it was never there", fontsize=9)
+    figure.suptitle(f"{one.title} in its own states;\ngrey: it was never there", fontsize=9)
     return figure
 
 
-def _day(result: SiteResult, run: RunResult, look: RunLook) -> Figure:
+def _day(result: SiteResult, one: _Shown, look: _Look) -> Figure:
     figure = Figure(figsize=(6.3, 6.6))
-    day, plans, site = result.typical_day, run.evaluation.schedules, result.site
+    day, plans, site = result.typical_day, one.evaluation.schedules, result.site
     begin = int(site.stretch_bounds[day.stretch, 0])
     policies: list[Drawn] = []
     for title, name, line in (
-        *((TITLES[name], name, LOOKS[name]) for name in ("optimum", result.references.best)),
-        (run.title, "agent", look.line),
+        *(
+            (TITLES[name], name, LOOKS[name])
+            for name in ("optimum", result.references.best)
+            if name != one.policy
+        ),
+        (one.title, one.policy, look.line),
     ):
         plan = plans[name][day.stretch]
         soc = float(plan.soc[day.begin - 1]) if day.begin else start_soc(site)

@@ -11,6 +11,7 @@ AGENTS = {
     "PPO": ("#0072b2", "#56b4e9"),
     "SAC": ("#c2500a", "#ff9a4d"),
     "A2C": ("#008060", "#3ecf9f"),
+    "APG": ("#b3123c", "#ff8095"),
 }
 """Agent -> its colour on white and on black."""
 OTHER = ("#8a6d00", "#e6cf52")
@@ -76,6 +77,32 @@ class RunLook(NamedTuple):
     def mark(self) -> str:
         """The mark's name in the page."""
         return MARKS[self.place % len(MARKS)][0]
+
+
+class RuleLook(NamedTuple):
+    """How a rule is drawn that a report looks at as at a run; as `RunLook`."""
+
+    name: str
+
+    @property
+    def colour(self) -> str:
+        return LOOKS[self.name]["color"]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return LOOKS[self.name]
+
+    @property
+    def marker(self) -> str:
+        return "D"
+
+    @property
+    def classes(self) -> str:
+        return self.name
+
+    @property
+    def mark(self) -> str:
+        return "square"
 
 
 def agent_colour(agent: str) -> str:

@@ -23,13 +23,19 @@ from co2lightning.report import looks
 from co2lightning.report.collect import (
     HOURS,
     SOC_CLASSES,
+    RuleResult,
     RunResult,
     SiteResult,
     soc_band,
 )
-from co2lightning.report.comparison import count_text, remarks
+from co2lightning.report.comparison import (
+    count_text,
+    evaluation_data,
+    knowledge_lines,
+    remarks,
+    verdict,
+)
 from co2lightning.report.day import parts_of
-from co2lightning.report.looks import RunLook
 from co2lightning.report.tables import (
     all_sessions_table,
     comparison_table,
@@ -141,7 +147,8 @@ def _site_data(result: SiteResult) -> dict[str, Any]:
             | _policy_data(name, result, references, name)
             for name in references.policies
         ],
-        "runs": [_run_data(result, run, result.looks[run.name]) for run in result.runs],
+        "runs": [_run_data(result, run) for run in result.runs],
+        "rules": [_shown_data(result, rule) for rule in result.rules],
     }
 
 
@@ -151,23 +158,30 @@ def _minutes(site: Site, steps: slice) -> list[int]:
     return [60 * clock.hour + clock.minute for clock in clocks]
 
 
-def _run_data(result: SiteResult, run: RunResult, look: RunLook) -> dict[str, Any]:
+def _shown_data(result: SiteResult, one: RunResult | RuleResult) -> dict[str, Any]:
+    look = result.looks[one.name]
     return {
-        "key": run.name,
-        "title": run.title,
+        "key": one.name,
+        "title": one.title,
         "look": look.classes,
         "mark": look.mark,
+        **_policy_data(one.policy, result, one.evaluation, one.title),
+        "heat": {
+            **{what: _rounded(getattr(one.heat, what), 2) for what in result.compared},
+            "steps": one.heat.steps.astype(int).tolist(),
+        },
+    }
+
+
+def _run_data(result: SiteResult, run: RunResult) -> dict[str, Any]:
+    return {
+        **_shown_data(result, run),
         "episode": run.episode,
         "curve": [
             [m["episode"], _settled(m, result), _number(m.get(result.share_key), 4)]
             for m in run.metrics
             if m.get("co2_kg") is not None
         ],
-        **_policy_data("agent", result, run.evaluation, run.title),
-        "heat": {
-            **{what: _rounded(getattr(run.heat, what), 2) for what in result.compared},
-            "steps": run.heat.steps.astype(int).tolist(),
-        },
         "sessions": [
             {key: session[key] for key in _SESSION_KEYS} for session in run.row["sessions"]
         ],
@@ -196,7 +210,7 @@ def _policy_data(
         "mean_interval": _number(getattr(summary, f"{key}_interval"), 3),
         "vs_best": _number(summary.vs_best, 3),
         "vs_best_interval": _number(summary.vs_best_interval, 3),
-        "share": _number(result.shares[title], 4),
+        "share": _number(result.shares[name if name in result.shares else title], 4),
     }
 
 
@@ -225,31 +239,26 @@ def _number(value: float | None, digits: int) -> float | None:
 
 
 def _lead(result: SiteResult) -> str:
-    """Return the sentences that say how the best run of a site stands beside the references."""
-    run = min(result.runs, key=lambda run: run.summary.vs_best)
-    best, settled = run.summary, result.settled
-    interval = best.vs_best_interval
-    # An interval over stretches says something only where there are enough to speak of.
-    verdict = ""
-    if interval is not None:
-        verdict = ": better" if best.vs_best < 0 else ": worse"
-        verdict = verdict if abs(best.vs_best) > interval else ": no clear difference"
+    """Return the sentences that say how the best run of a site, or rule, stands beside others."""
+    shown = min(result.runs or result.rules, key=lambda one: one.summary.vs_best)
+    best, settled = shown.summary, result.settled
     closed = ""
     if best.gap_closed is not None:
         share = in_page(HELD_OUT["gap_closed"], best._asdict())
         closed = f" It closes {share} of the gap to the optimum."
     unmet = ""
     if result.site.n_sockets:
-        unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day. {_not_asked(result.references)}"
-    difference = in_page(settled.metric("vs_best"), best._asdict())
+        misled = "" if best.misled_kwh is None else f", of it {best.misled_kwh:.3f} misled"
+        unmet = f" Unmet: {best.unmet_kwh:.3f} kWh a day{misled}. {_not_asked(result.references)}"
     mean = settled.written(getattr(best, settled.key)).replace("-", "\N{MINUS SIGN}")
     unit = escape(f" {settled.unit}" if settled.unit else "")
     told = {"co2_kg": f"emits {mean} kg of CO2", "cost": f"costs {mean}{unit}"}
     told = told.get(settled.key, f"has an objective of {mean}")
+    episode = f" (episode {shown.episode})" if isinstance(shown, RunResult) else ""
+    advice = escape(verdict(evaluation_data(shown.evaluation), shown.policy, shown.title))
     return (
-        f"<p>In {count_text(result.data['stretches'])} of <b>{escape(result.site.name)}</b>, "
-        f"<b>{escape(run.title)}</b> (episode {run.episode}) {told} a day, "
-        f"{difference}{unit} against the best control without learning, {settled.best}{verdict}."
+        f"<p><b>{advice}</b> In {count_text(result.data['stretches'])} of "
+        f"<b>{escape(result.site.name)}</b>, <b>{escape(shown.title)}</b>{episode} {told} a day."
         f"{closed}{unmet}</p>"
     )
 
@@ -286,9 +295,9 @@ def _site(index: int, result: SiteResult) -> str:
     stretches = count_text(data["stretches"])
     held_out = f"{stretches} of {escape(site.name)} (sha256 {site.sha256[:12]})"
     titles = TITLES | {run.title: run.title for run in result.runs}
-    lines = remarks(data["stretches"], data["policies"], titles)
+    lines = knowledge_lines(data, titles)
+    lines += remarks(data["stretches"], data["policies"], titles)
     below = escape(" ".join(f"{line}." for line in lines))
-    tested = " ".join(escape(f"co2lightning test {run.name};") for run in result.runs)[:-1]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in site.notes)
     foreign = "".join(
         f'<p class="warning">{escape(run.name)} was trained on {escape(run.trained_on[0])} '
@@ -299,16 +308,32 @@ def _site(index: int, result: SiteResult) -> str:
     interval = (
         " ± half its 95 % interval (Student's t) over stretches: that of the difference to "
         f"{settled.best}, paired stretch by stretch, is the one that decides; "
-        if result.runs[0].summary.co2_kg_interval is not None
+        if result.shown[0].summary.co2_kg_interval is not None
         else ", without an interval, for which eight stretches are needed, so each is shown below; "
     )
     figure = f'<div class="chart" data-site="{index}" data-chart='
+    misled = "; misled: of it what is due to what drivers announced" if site.told else ""
     what = settled.name[0].upper() + settled.name[1:]
     by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
+    if (read := site.sessions_read) and read.announcements:
+        by += f" Of vehicles {_KNOWN[site.told is not None]} is known."
     meter = "cost" if settled.key == "cost" else "CO2"
     verb = "emit" if settled.key == "co2_kg" else "come to"
     unit = escape(settled.unit or "absolute figures")
     in_unit = escape(f"in {settled.a_day}" if settled.unit else "a day")
+    tested = [run.name for run in result.runs]
+    tested += [f"{rule.name} --env.site {site.name}" for rule in result.rules]
+    tested = " ".join(escape(f"co2lightning test {name};") for name in tested)[:-1]
+    sources = [f"files: {files}"] if files else []
+    sources = "; ".join([*sources, held_out])
+    curves = f"""
+<h3>Learning curves</h3>
+<figure><div class="chart" data-site="{index}" data-chart="learning"></div>
+<figcaption>Lines of runs: each episode's <em>training</em> days, with exploration; the days differ
+from episode to episode. Large marks and straight lines: the <em>held-out</em> stretches, without
+exploration. As a share of what the same days {verb} without control the two can be compared; in
+{unit} only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
+"""
     return f"""
 <section>
 <h2>Site {escape(site.name)}</h2>
@@ -322,28 +347,21 @@ from {site.day_start_h}:00 to {site.day_start_h}:00, of which {stretches}, {days
 <p class="source">Mean a day{interval}each stretch in one go, settled by what the best operation of
 the next two days would cost from the state that is left. {metered_text(settled)}Gap
 closed: share of the way from uncontrolled to the optimum (LP, perfect foresight). Unmet: energy
-not served beyond what charging on arrival also leaves. Self-consumption: share of the PV that found
-a use. {below} The same by
-<code>{tested}</code>; files: {files}; {held_out}.</p>
+not served beyond what charging on arrival also leaves{misled}.
+Self-consumption: share of the PV that found a use. {below} The same by
+<code>{tested}</code>; {sources}.</p>
 {_each_stretch(result)}
 <figure>{figure}"intervals"></div>
 <figcaption>Mean {settled.name} and paired difference to {settled.best}, with 95 % intervals
 where there are eight stretches, from the table above. Uncontrolled is left out of the second where
 it is too far off.
 </figcaption></figure>
-
-<h3>Learning curves</h3>
-<figure>{figure}"learning"></div>
-<figcaption>Lines of runs: each episode's <em>training</em> days, with exploration; the days differ
-from episode to episode. Large marks and straight lines: the <em>held-out</em> stretches, without
-exploration. As a share of what the same days {verb} without control the two can be compared; in
-{unit} only roughly. Source: checkpoints/*/history.json; the table above.</figcaption></figure>
-
+{curves if result.runs else ""}
 <h3>{what} of each held-out stretch</h3>
 <figure>{figure}"stretches"></div>
-<figcaption>Every held-out stretch, settled, {in_unit}: the run, the best reference, {settled.best},
-and the optimum met the same weather, vehicles and battery start. A line joins run and reference.
-Click a stretch to open
+<figcaption>Every held-out stretch, settled, {in_unit}: each controller, the best reference,
+{settled.best}, and the optimum met the same weather, vehicles and battery start. A line joins the
+first two. Click a stretch to open
 it below. Source: as the table.</figcaption></figure>
 
 <h3>Day explorer</h3>
@@ -353,19 +371,19 @@ settled as a whole, its days are not.{" Battery: charging is positive." if site.
 opens on the day with the median CO2 under RBC B. Source: the schedules behind the table; the site's
 series.</figcaption></figure>
 
-<h3>What the run does differently from the rule</h3>
+<h3>What each does differently from RBC B</h3>
 <figure>{figure}"heat"></div>
-<figcaption>Mean power of the run minus what RBC B would do in the very same state, by the hour of
-the local clock{" and the battery's SoC" if site.battery else ""} at the step's beginning, over the
-states the run itself came to in the held-out stretches. Grey: the run was never there. What lies
+<figcaption>Mean power of a controller minus what RBC B would do in the very same state, by the hour
+of the local clock{" and the battery's SoC" if site.battery else ""} at the step's beginning, over
+the states it came to itself in the held-out stretches. Grey: it was never there. What lies
 beyond the scale has the colour of its end; each cell's own figure shows under the pointer.
-Source: the files named under the table, {held_out}.</figcaption></figure>
+Source: as the table.</figcaption></figure>
 </section>"""
 
 
 def _each_stretch(result: SiteResult) -> str:
     """Return a table of the stretches where they are too few for an interval."""
-    if result.runs[0].summary.co2_kg_interval is not None:
+    if result.shown[0].summary.co2_kg_interval is not None:
         return ""
     data, runs = result.data, [run.title for run in result.runs]
     policies = {title: data["policies"][title]["stretches"] for title in runs}
@@ -387,6 +405,9 @@ def _comparison(result: SiteResult) -> str:
     return table_in_page(comparison_table(rows, result.settled))
 
 
+_KNOWN = {True: "what drivers announce", False: "the truth, not what drivers announce,"}
+
+
 def _by(settled: Settled, site: Site) -> str:
     """Return what policies are settled by where a site has prices."""
     if settled.key != "objective":
@@ -397,6 +418,8 @@ def _by(settled: Settled, site: Site) -> str:
 
 def _training(results: Sequence[SiteResult]) -> str:
     runs = [run.row for result in results for run in result.runs]
+    if not runs:
+        return ""
     return f"""
 <section>
 <h2>Training</h2>

@@ -6,6 +6,7 @@ const MOST_COMPARED = 4;  // in the explorer: any controller, a run, the best re
 const explorers = new Map();
 
 const policy = (site, key) => site.policies.find((one) => one.key === key);
+const closely = (site) => [...site.runs, ...site.rules];  // what is looked at closely
 const body = (host, ...before) => {
   const inner = html("div");
   host.append(...before, inner);
@@ -113,10 +114,10 @@ function stretches(host, site) {
   const draw = (now) => {
     width = now;
     const level = (one, at) => one.a_day[at] - (against ? rule.a_day[at] : 0);
-    const all = [rule, best, ...site.runs].flatMap((one) => one.a_day.map((_, at) => level(one, at)));
-    const panels = site.runs.map((run) => {
+    const all = [rule, best, ...closely(site)].flatMap((one) => one.a_day.map((_, at) => level(one, at)));
+    const panels = closely(site).map((run) => {
       const panel = html("div", { class: "panel" });
-      if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
+      if (closely(site).length > 1) panel.append(html("h4", {}, run.title));
       panel.append(legend([
         { text: run.title, look: `mark ${run.look}`, kind: run.mark },
         { text: rule.title, look: `hollow ${rule.look}`, kind: "dot" },
@@ -158,8 +159,9 @@ const named = (stretch) => (stretch.from === stretch.to ? stretch.from : `${stre
 function explorer(host, site) {
   const shown = [...site.runs, ...site.policies], parts = site.parts, step = site.step_h;
   let [at, day] = site.typical_day, width = 0;
-  let chosen = site.runs.reduce((best, run, i) => (run.mean < site.runs[best].mean ? i : best), 0);
-  let run = site.runs[chosen];  // stays in view beside a reference
+  const first = site.runs.length ? site.runs : site.rules;
+  let run = first.reduce((best, one) => (one.mean < best.mean ? one : best));  // stays in view beside a reference
+  let chosen = shown.findIndex((one) => one.key === run.key);
   const [stretchSelect, stretchLabel] = choice("Stretch", site.stretches.map((one, i) => [i, named(one)]), at,
     (value) => open(Number(value), 0));
   const [daySelect, dayLabel] = choice("Day", [], "", (value) => open(at, Number(value)));
@@ -181,7 +183,7 @@ function explorer(host, site) {
     draw(width);
   };
   explorers.set(site, (stretch, key) => {
-    chosen = site.runs.findIndex((one) => one.key === key);
+    chosen = shown.findIndex((one) => one.key === key);
     ownSelect.value = chosen;
     open(stretch, 0);
     host.scrollIntoView({ block: "nearest" });
@@ -192,7 +194,7 @@ function explorer(host, site) {
     const stretch = site.stretches[at], [date, begin, end] = stretch.days[day];
     const own = shown[chosen];
     if (chosen < site.runs.length) run = own;
-    const compared = [...new Set([own, run, policy(site, site.settled.best), policy(site, "optimum")])];
+    const compared = [...new Set([own, shown.find((one) => one.key === run.key), policy(site, site.settled.best), policy(site, "optimum")])];
     const of = (one, what) => one.schedule[at][what].slice(begin, end);
     const series = (what) => stretch[what].slice(begin, end);
     const money = site.settled.key === "cost", unit = money ? site.settled.unit : "kg";
@@ -315,11 +317,11 @@ function heat(host, site) {
     const tint = (value) => ({
       class: value < 0 ? "minus" : "plus", "fill-opacity": Math.min(1, Math.abs(value) / limit).toFixed(3),
     });
-    const wide = width > 720 && site.runs.length > 1, each = wide ? (width - 24) / 2 : width;
+    const wide = width > 720 && closely(site).length > 1, each = wide ? (width - 24) / 2 : width;
     const panels = html("div", { class: wide ? "two" : "" });
-    for (const run of site.runs) {
+    for (const run of closely(site)) {
       const panel = html("div", { class: "panel" });
-      if (site.runs.length > 1) panel.append(html("h4", {}, run.title));
+      if (closely(site).length > 1) panel.append(html("h4", {}, run.title));
       const every = each > 430 ? 3 : 6;
       const area = plot(panel, {
         width: each, height: site.parts.battery ? 280 : 90, name: `${options.find(([key]) => key === what)[1]}: ${run.title} minus RBC B`,

@@ -7,23 +7,25 @@ stretches, H times of the day.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from co2lightning.control.forecast import forecast, steps_per_lead
+from co2lightning.control.forecast import forecast, provided, steps_per_lead
 from co2lightning.metrics import Metric
 from co2lightning.report.comparison import count_text, evaluation_data, settled_in
 from co2lightning.report.looks import FLOWS, LOOKS
 from co2lightning.report.tables import Table
 from co2lightning.sim.evaluate import TITLES, Evaluation
-from co2lightning.site.model import DAY_H, Ints, Site
+from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MANY = 12  # stretches; more are not named one by one
 _LEADS_H = 0.25, 1.0, 6.0, 24.0
+_PROVIDER_LEADS_H = 0.25, 1.0, 2.0, 6.0, 24.0
 _FORECAST = {
     "carbon_kg_per_kwh": ("carbon", " kg/kWh"),
     "price_per_kwh": ("price", ""),
@@ -73,21 +75,40 @@ def describe(site: Site) -> dict[str, Any]:
             "highest_kw": _rounded(load.max()),
         },
         "carbon": _carbon(site),
+        "price": _price(site),
         "sessions": _sessions(site, in_days),
+        "known_ahead": dict(site.known_ahead),
         "forecasts": _forecasts(site),
+        "provider": {signal: _provider(site, signal) for signal in site.provided},
         "remarks": list(site.notes),
     }
 
 
 def _carbon(site: Site) -> dict[str, Any]:
     carbon = site.carbon_kg_per_kwh
-    hour_of = site.local.astype("datetime64[h]").astype(np.int64) % 24
-    by_hour = np.array([carbon[hour_of == hour].mean() for hour in range(24)])
+    return {"mean_kg_per_kwh": _rounded(carbon.mean()), **_by_hour(site, carbon, "kg_per_kwh")}
+
+
+def _price(site: Site) -> dict[str, Any] | None:
+    if (price := site.price_per_kwh) is None:
+        return None
     return {
-        "mean_kg_per_kwh": _rounded(carbon.mean()),
+        "currency": site.currency,
+        "mean_per_kwh": _rounded(price.mean()),
+        "lowest_per_kwh": _rounded(price.min()),
+        "highest_per_kwh": _rounded(price.max()),
+        "mean_export_per_kwh": _rounded(site.money_per_kwh[1].mean()),
+        **_by_hour(site, price, "per_kwh"),
+    }
+
+
+def _by_hour(site: Site, values: Floats, unit: str) -> dict[str, Any]:
+    hour_of = site.local.astype("datetime64[h]").astype(np.int64) % 24
+    by_hour = np.array([values[hour_of == hour].mean() for hour in range(24)])
+    return {
         "lowest_hour": int(by_hour.argmin()),
         "highest_hour": int(by_hour.argmax()),
-        "by_hour_kg_per_kwh": [_rounded(value) for value in by_hour],
+        f"by_hour_{unit}": [_rounded(value) for value in by_hour],
     }
 
 
@@ -101,18 +122,53 @@ def _forecasts(site: Site) -> dict[str, Any]:
     for signal, values in signals.items():
         if values is None or np.ptp(values) == 0.0:
             continue
-        each, rows = steps_per_lead(site), list[dict[str, float]]()
-        expected = forecast(site, signal)
-        for hours in _LEADS_H:
-            lead = -(-site.steps(hours) // each) * each
+        expected, rows = forecast(site, signal), list[dict[str, float]]()
+        for lead in _leads(site, _LEADS_H):
             target = held_out[lead:]
-            own = np.abs(expected[:-lead, lead // each - 1] - values[lead:])[target]
+            own = np.abs(_at(site, expected, lead)[:-lead] - values[lead:])[target]
             same = np.abs(values[:-lead] - values[lead:])[target]
             row = {"lead_h": lead * site.step_h, "own": own.mean(), "persistence": same.mean()}
-            if len(own) and row["lead_h"] not in [known["lead_h"] for known in rows]:
+            if len(own):
                 rows.append({key: _rounded(value) for key, value in row.items()})
         found[signal] = rows
     return found
+
+
+def _provider(site: Site, signal: str) -> list[dict[str, float]]:
+    """Return how far forecasts lie off on the held-out steps of which the provider says something.
+
+    The provider's at its word, the site's own without it, and what comes of both, which is what
+    all go by; known values and steps beyond the provider's reach do not count here.
+    """
+    values, held_out = getattr(site, signal), ~site.training_steps
+    told = replace(site, known_ahead={})
+    both, own = forecast(told, signal), forecast(replace(told, provided={}), signal)
+    rows = list[dict[str, float]]()
+    for lead in _leads(site, _PROVIDER_LEADS_H):
+        said, _ = provided(site, signal, lead)
+        target = held_out[lead:] & ~np.isnan(said[:-lead])
+        tables = {"persistence": values, "provider": said}
+        tables |= {"own": _at(site, own, lead), "both": _at(site, both, lead)}
+        if target.any():
+            row = {"lead_h": lead * site.step_h, "share": target.sum() / held_out[lead:].sum()}
+            row |= {
+                name: np.abs(table[:-lead] - values[lead:])[target].mean()
+                for name, table in tables.items()
+            }
+            rows.append({key: _rounded(value) for key, value in row.items()})
+    return rows
+
+
+def _leads(site: Site, hours: tuple[float, ...]) -> list[int]:
+    """Return how many steps later these leads are, each once."""
+    each = steps_per_lead(site)
+    leads = dict.fromkeys(-(-site.steps(lead) // each) * each for lead in hours)
+    return [lead for lead in leads if lead < site.n_steps]
+
+
+def _at(site: Site, expected: Floats, lead: int) -> Floats:
+    """Return what is expected [P] of so many steps later."""
+    return expected[:, lead // steps_per_lead(site) - 1]
 
 
 def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
@@ -132,9 +188,17 @@ def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
         "admitted_kwh": _rounded(admitted.energy_kwh.sum()),
         "admitted_per_day": _rounded(len(admitted.socket) * in_days),
         "most_at_once": int(_present(site).max()),
+        "announcements": _announcements(site),
         "share_across_midnight": _rounded(read.span_share[0]),
         "share_across_day_start": _rounded(read.span_share[site.day_start_h]),
     }
+
+
+def _announcements(site: Site) -> dict[str, Any] | None:
+    if site.sessions_read is None or (said := site.sessions_read.announcements) is None:
+        return None
+    told = {key: value and _rounded(value) for key, value in said._asdict().items()}
+    return {"known": site.told is not None, **told}
 
 
 def _present(site: Site) -> Ints:
@@ -166,8 +230,11 @@ def site_table(facts: Mapping[str, Any]) -> Table:
         ("load", _load(facts["load"])),
         ("grid", _grid(facts)),
         ("carbon", _carbon_text(facts["carbon"])),
+        *([("price", _price_text(facts["price"]))] if facts["price"] else []),
         *_sessions_rows(facts["sessions"], facts["day_start"]),
+        *_known_rows(facts["known_ahead"]),
         *_forecast_rows(facts["forecasts"]),
+        *_provider_rows(facts["provider"]),
     ]
     rows = [{"what": what, "told": text} for what, text in told]
     return Table((Metric("what"), Metric("told")), rows, title=f"site {facts['site']}")
@@ -184,6 +251,33 @@ def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for row in rows
         )
         yield f"  {name}", told
+
+
+def _known_rows(known_ahead: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    told = [
+        f"{column} {'always' if since == 'always' else f'of tomorrow from {since} on'}"
+        for column, since in known_ahead.items()
+    ]
+    if told:
+        yield "known ahead", ", ".join(told)
+
+
+def _provider_rows(provider: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Tell the mean absolute errors on held-out steps of which the provider says something."""
+    if provider:
+        yield (
+            "provider",
+            "mean error there at its word / of the site's own forecast without it / of both "
+            "together, which is used (of persistence)",
+        )
+    for signal, rows in provider.items():
+        name, unit = _FORECAST[signal]
+        told = ", ".join(
+            f"{row['lead_h']:g} h: {_short(row['provider'])} / {_short(row['own'])} / "
+            f"{_short(row['both'])} ({_short(row['persistence'])}){unit}"
+            for row in rows
+        )
+        yield f"  {name}", told or "says nothing of held-out steps"
 
 
 def _short(value: float) -> str:
@@ -261,6 +355,23 @@ def _carbon_text(carbon: Mapping[str, Any]) -> str:
     )
 
 
+def _price_text(price: Mapping[str, Any]) -> str:
+    by_hour = price["by_hour_per_kwh"]
+    lowest, highest = price["lowest_hour"], price["highest_hour"]
+    text = f"{price['mean_per_kwh']:.4g} {price['currency']}/kWh".replace(" /", " a ")
+    if price["lowest_per_kwh"] == price["highest_per_kwh"]:
+        text += " at every hour"
+    else:
+        text += f" in the mean, {price['lowest_per_kwh']:.4g} to {price['highest_per_kwh']:.4g}"
+    if by_hour[lowest] < by_hour[highest]:
+        text += (
+            f"; least from {lowest:02d}:00, {by_hour[lowest]:.4g}, most from {highest:02d}:00, "
+            f"{by_hour[highest]:.4g}"
+        )
+    earned = price["mean_export_per_kwh"]
+    return f"{text}; export earns {earned:.4g}" if earned else text
+
+
 def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[tuple[str, str]]:
     if sessions is None:
         return [("sessions", "none")]
@@ -280,6 +391,8 @@ def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[t
             f"{sessions['admitted_per_day']:.1f} a day, at most {sessions['most_at_once']} at once",
         )
     )
+    if said := sessions["announcements"]:
+        rows.append(("  announced", _announced(said, sessions["rows"])))
     midnight, boundary = (
         100 * sessions[f"share_across_{hour}"] for hour in ("midnight", "day_start")
     )
@@ -287,6 +400,18 @@ def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[t
     if day_start:
         across += f", {boundary:.1f} % across {day_start:02d}:00"
     return [*rows, ("  across", across)]
+
+
+def _announced(said: Mapping[str, Any], rows: int) -> str:
+    parts = [f"{said['departures']:.0f} departures, {said['energies']:.0f} energies of {rows} rows"]
+    if said["departures"]:
+        parts.append(
+            f"departures {said['departure_off_h']:.2g} h off in the median, "
+            f"{100 * said['departure_late_share']:.0f} % later than the truth"
+        )
+    if said["energies"]:
+        parts.append(f"in the median {said['energy_ratio']:.2g} times what is taken")
+    return "; ".join(parts) + ("" if said["known"] else "; the truth is known here")
 
 
 # --- as figures ----------------------------------------------------------------------------------
@@ -313,6 +438,12 @@ def _usual_day(site: Site) -> Figure:
         (site.load_kw, "load, kW", load, load),
         (site.pv_kw, "PV, kW", pv, FLOWS["pv"][1]),
         (_present(site), "vehicles present", ev, ev),
+        (
+            site.money_per_kwh[0],
+            f"price, {site.currency}/kWh".replace(", /", " of a "),
+            carbon,
+            carbon,
+        ),
         (site.carbon_kg_per_kwh, "carbon, kg/kWh", carbon, carbon),
     ]
     shown = [one for i, one in enumerate(shown, 1) if one[0].any() or i == len(shown)]

@@ -21,6 +21,7 @@ def columns_of(site: Site, plan: Schedule) -> dict[str, Floats]:
         "soc": plan.soc.clip(0.0, 1.0),  # single precision leaves a little below nothing
         "co2_kg": plan.co2_kg,
         "unmet_kwh": plan.unmet_kwh,
+        **({"misled_kwh": plan.misled_kwh} if site.told else {}),
     }
     return columns if site.price_per_kwh is None else columns | {"cost": plan.cost}
 

@@ -24,6 +24,8 @@ _SESSION = (
 )
 _OF = "of "  # begins the key of a column whose heading is a policy's title
 _FIGURES = [metric for metric in TRAINING.values() if metric.heading]
+# Where there are prices; where drivers announce; where it was evaluated.
+_SOME_HAVE = "peak_import_kw", "cost", "misled_kwh", "eval_vs_uncontrolled"
 
 
 def summarize(run: TrainingCheckpoint) -> _Row:
@@ -82,7 +84,10 @@ def runs_table(runs: Iterable[_Row]) -> Table:
         last, best = run["last"], run["best"]
         shown = {"episode": f"last {last.get('episode', '-')}", "number": len(run["sessions"])}
         rows.append({**run, **shown, **_figures(last)})
-        if best:
+        started = best.get("eval_start_vs_uncontrolled")
+        if started is not None and started <= best["eval_vs_uncontrolled"]:
+            rows.append({"episode": "best start", "eval_vs_uncontrolled": started})
+        elif best:
             rows.append({"episode": f"best {best['episode']}", **_figures(best)})
     columns = (
         _RUN,
@@ -95,6 +100,8 @@ def runs_table(runs: Iterable[_Row]) -> Table:
         Metric("status", "status"),
     )
     caption = "of uncontrolled: CO2 as a share of the same days without control"
+    if any(row.get("eval_vs_uncontrolled") is not None for row in rows):
+        caption += "; without noise: what is made small, settled, so in training weeks in one go"
     return Table(columns, rows, caption=caption, whole=("total_episodes", "episode"))
 
 
@@ -156,6 +163,9 @@ def comparison_table(policies: Iterable[_Row], settled: Settled, title: str | No
     ]
     episode = [Metric("episode", "episode", "{}")] if "episode" in rows[0] else []
     known = [m for m in settled.metrics() if any(row.get(m.key) is not None for row in rows)]
+    misled = ""
+    if any(metric.key == "misled_kwh" for metric in known):
+        misled = " Misled: of it, by what drivers announced."
     certain = rows[0].get("co2_kg_interval") is not None
     interval = "± half the 95 % interval over stretches. " if certain else ""
     return Table(
@@ -164,7 +174,7 @@ def comparison_table(policies: Iterable[_Row], settled: Settled, title: str | No
         title,
         caption=f"{interval}Each stretch in one go, settled by what the best operation of the next "
         f"two days would cost. {metered_text(settled)}Gap: from uncontrolled to the optimum. "
-        "Unmet: beyond what charging on arrival leaves.",
+        f"Unmet: beyond what charging on arrival leaves.{misled}",
         boxed=True,
     )
 
@@ -223,6 +233,49 @@ def stretches_table(
     return Table(columns, rows, title, caption, boxed=True, whole=("begin",))
 
 
+def perturbed_table(
+    worlds: Mapping[str, Mapping[str, _Row]], policies: Mapping[str, str], settled: Settled
+) -> Table:
+    """Return what policies come to where held-out days go otherwise than they did.
+
+    Args:
+        worlds: What is otherwise -> per policy what is settled, the share of the gap, how much of
+            that without perturbation is left, what is unmet; the days as they are first.
+        policies: Name -> title of those to show.
+        settled: What they are settled by.
+    """
+    rows, first = list[_Row](), next(iter(policies))
+    for world, told in worlds.items():
+        bounds = {name: told[name][settled.key] for name in ("uncontrolled", "optimum")}
+        shares = {f"gap_{name}": told[name]["gap_closed"] for name in policies}
+        left = {f"left_{name}": told[name].get("gain_left", "") for name in policies}
+        unmet_kwh = told[first]["unmet_kwh"]
+        rows.append({"world": world, **bounds, **shares, **left, "unmet_kwh": unmet_kwh})
+    form = settled.metric(settled.key).form
+    each = [
+        metric
+        for name, title in policies.items()
+        for metric in (
+            Metric(f"gap_{name}", f"{title}, gap closed", "{:.1%}", f"{title}\ngap"),
+            Metric(f"left_{name}", "left", "{:.0%}"),
+        )
+    ]
+    columns = (
+        Metric("world", "held-out days with"),
+        Metric("uncontrolled", "uncontrolled", form, "uncon-\ntrolled"),
+        Metric("optimum", "optimum", form),
+        *each,
+        Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
+    )
+    caption = (
+        f"Settled {settled.name} without control and at best"
+        f"{f' in {settled.unit}' if settled.unit else ''} a day, and share of the way between. "
+        "Left: of that share on the days as they are. What is fitted and chosen is by the training "
+        f"days. Unmet: of {policies[first]}; shares count it as served at the mean price."
+    )
+    return Table(columns, rows, "perturbed", caption, boxed=True, whole=("world",))
+
+
 def _figures(metrics: _Row) -> _Row:
     """Return what is shown of an episode; where nothing is emitted there is no share of it."""
     shown = {metric.key: metrics.get(metric.key) for metric in _FIGURES}
@@ -233,9 +286,9 @@ def _figures(metrics: _Row) -> _Row:
 
 
 def _known(rows: Sequence[_Row]) -> list[Metric]:
-    """Return the figures to show: a cost only where an episode has one."""
-    priced = any(row.get("cost") is not None for row in rows)
-    return [metric for metric in _FIGURES if priced or metric.key != "cost"]
+    """Return the figures to show: some only where an episode has them."""
+    lacking = {key for key in _SOME_HAVE if all(row.get(key) is None for row in rows)}
+    return [metric for metric in _FIGURES if metric.key not in lacking]
 
 
 def _sessions(run: _Row) -> list[_Row]:

@@ -24,7 +24,7 @@ from co2lightning.runs.files import (
     sync_directory,
     write_atomic,
 )
-from co2lightning.runs.ledger import Ledger, parse_record
+from co2lightning.runs.ledger import EPISODE_PATTERN, Ledger, parse_record
 from co2lightning.runs.reading import (
     Layout,
     file_row,
@@ -34,6 +34,7 @@ from co2lightning.runs.reading import (
     read_checked,
     read_ledger,
 )
+from co2lightning.runs.seal import Damaged
 from co2lightning.runs.writer import write_json
 
 ROOM_IN_NAMES = 55  # bytes that an archive's name and its temporary ones add to a run's
@@ -81,6 +82,9 @@ def adopt(layout: Layout, source: Path, logs: Path | None) -> None:
     paths = [*map(other.path, ledger.kept()), *pieces]
     files = {path.relative_to(other.directory).as_posix(): path for path in paths}
     files[other.path(last).name] = source
+    with contextlib.suppress(Damaged, OSError):  # a run of an older version has none
+        read_checked(other, "start", 0, agent=record["agent"])
+        files[other.path(0).name] = other.path(0)
     with _building(layout.directory) as place:
         _share(files, place)
         write_json(Layout(place), ledger, content["run"])
@@ -229,7 +233,7 @@ def _files_in(directory: Path) -> dict[str, Path]:
 
 def _share(files: dict[str, Path], place: Path) -> None:
     """Link files into a directory, or copy them where that cannot be; a run's episodes last."""
-    for name in sorted(files, key=lambda name: ("/" not in name, name)):
+    for name in sorted(files, key=lambda name: (bool(EPISODE_PATTERN.fullmatch(name)), name)):
         if instead_of_file(files[name]):
             continue
         path = place / name

@@ -41,6 +41,8 @@ def verify(layout: Layout) -> list[str]:
         except Damaged as error:
             problems.append(f"{path.name} is damaged ({error.reason})")
     ledger = read_ledger(layout)
+    if started := _check_start(layout, ledger.agent if ledger.episodes else None):
+        problems.append(f"{started.path.name} is damaged ({started.reason})")
     deleted = (n for n, e in ledger.episodes.items() if e.deleted and n not in files)
     problems += [f"{layout.path(number).name} is missing" for number in deleted]
     if stored and not running:
@@ -53,6 +55,17 @@ def verify(layout: Layout) -> list[str]:
     if last > ledger.last and last not in layout.episodes() and not running:
         problems.append(f"metadata.json tells of episode {last}, which is missing")
     return problems
+
+
+def _check_start(layout: Layout, agent: str | None) -> Damaged | None:
+    """Say what is wrong with the file of what a run began with; older runs have none."""
+    path = layout.path(0)
+    try:
+        check_content(path, read_checked(layout, "start", 0, agent=agent)[0])
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        return error
 
 
 def leftovers(layout: Layout) -> list[str]:
@@ -102,6 +115,8 @@ def recover(layout: Layout) -> list[str]:
     if is_filled(layout.directory):
         write_json(layout, ledger)
     bad = {error.path for error in damaged}
+    started = _check_start(layout, ledger.agent if ledger.episodes else None)
+    messages += [_quarantine(layout, started)] if started else []
     for number in needless_pieces(layout, ledger):
         if layout.path(number) not in bad:
             layout.replay_path(number).unlink()
@@ -144,7 +159,7 @@ def _quarantine(layout: Layout, error: Damaged) -> str:
 def _set_aside(layout: Layout) -> list[str]:
     """Move what stands in the place of a file and is none, such as a link, out of the way."""
     files = [layout.history_file, layout.metadata_file]
-    files += [*map(layout.path, layout.episodes()), *map(layout.replay_path, layout.pieces())]
+    files += [*map(layout.path, (0, *layout.episodes())), *map(layout.replay_path, layout.pieces())]
     found = ((path, instead_of_file(path)) for path in files)
     return [_quarantine(layout, Damaged(path, problem)) for path, problem in found if problem]
 

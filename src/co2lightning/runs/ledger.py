@@ -20,18 +20,21 @@ from typing import Any, cast
 from co2lightning.runs.seal import Damaged
 
 EPISODE_PATTERN = re.compile(r"episode_(\d{4,6})\.pt", re.ASCII)
+START_FILE = "start.pt"
 MAX_EPISODES = 999_999  # the digits of a file name
 STATUSES = ("running", "completed", "interrupted", "failed", "killed")
 # Share of what its own days are without control: of the objective where that is not CO2 alone.
 _BEST_METRICS = "objective_vs_uncontrolled", "co2_vs_uncontrolled"
+# The same in the training weeks, without noise: of the policy then, and of what the run began with.
+_EVALUATED, _START = "eval_vs_uncontrolled", "eval_start_vs_uncontrolled"
 
 Row = dict[str, Any]
 _Metrics = dict[str, float | None]
 
 
 def episode_file(episode: int) -> str:
-    """Return the name of an episode's file, which `EPISODE_PATTERN` reads."""
-    return f"episode_{episode:04d}.pt"
+    """Return the name of an episode's file, which `EPISODE_PATTERN` reads; 0 is the start."""
+    return f"episode_{episode:04d}.pt" if episode else START_FILE
 
 
 @dataclass(eq=False)
@@ -91,10 +94,26 @@ class Ledger:
     def last(self) -> int:
         return next(reversed(self.episodes), 0)
 
-    def best(self) -> int | None:
-        """Return the episode with the lowest share of its own days' uncontrolled CO2."""
-        scored = [(score(e.metrics), number) for number, e in self.episodes.items() if e.metrics]
+    def best(self, *, kept: bool = False) -> int | None:
+        """Return the best episode, see `score`; where `kept`, of those that have a file."""
+        some = self.kept() if kept else self.episodes
+        scored = [(score(e.metrics), number) for number, e in some.items() if e.metrics]
         return min(scored)[1] if scored else None
+
+    def evaluated(self) -> list[tuple[float, int]]:
+        """Return the share of uncontrolled and the number of evaluated episodes, the best first.
+
+        Those that have a file; among them 0, what the run began with, as the best was measured
+        with it. Of equals the earlier comes first. Empty where no episode was evaluated.
+        """
+        found: list[tuple[float, int]] = []
+        for number, entry in self.kept().items():
+            if (share := (entry.metrics or {}).get(_EVALUATED)) is not None:
+                found.append((share, number))
+        if found:
+            start = (self.episodes[min(found)[1]].metrics or {}).get(_START)
+            found += [] if start is None else [(start, 0)]
+        return sorted(found)
 
     def kept(self) -> dict[int, Episode]:
         return {number: e for number, e in self.episodes.items() if not e.pruned}
@@ -258,13 +277,17 @@ def rebuild(
 
 
 def score(metrics: _Metrics | None) -> tuple[int, float]:
-    """Rank an episode, lower is better; the reward decides only where the share is unknown."""
+    """Rank an episode, lower is better.
+
+    Evaluated ones come first, by their share of uncontrolled in the training weeks; then by that in
+    the episode's own days; the reward decides only where neither is known.
+    """
     known = metrics or {}
-    for key in _BEST_METRICS:
+    for rank, key in enumerate((_EVALUATED, *_BEST_METRICS)):
         if (share := known.get(key)) is not None:
-            return 0, share
+            return min(rank, 1), share
     reward = known.get("reward")
-    return (1, -reward) if reward is not None else (2, 0.0)
+    return (2, -reward) if reward is not None else (3, 0.0)
 
 
 def parse_history(data: Row) -> Ledger:
@@ -326,7 +349,9 @@ def parse_record(path: Path, record: Row, kind: str) -> int:
     try:
         if record.get("kind") != kind:
             raise ValueError(f"no {kind} file")
-        number = parse_count(record, "episode", least=1, most=MAX_EPISODES)
+        of_start = kind == "start"
+        least, most = (0, 0) if of_start else (1, MAX_EPISODES)
+        number = parse_count(record, "episode", least=least, most=most)
         _parse_text(record, "agent")
         if kind == "episode":
             if not isinstance(record.get("session"), dict):

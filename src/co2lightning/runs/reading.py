@@ -1,6 +1,7 @@
 """What anyone may read of a run, at any time: its files, its history, where it stands.
 
     checkpoints/PPO/episode_0001.pt ...   one per episode, each verifies itself (seal.py)
+    checkpoints/PPO/start.pt              what it began with, verifies itself, too; episode 0
     checkpoints/PPO/replay/               what each episode added to a replay buffer (pieces.py)
     checkpoints/PPO/history.json          every session and every episode (ledger.py)
     checkpoints/PPO/metadata.json         where the run stands
@@ -55,7 +56,7 @@ class Layout:
         self.damaged_directory = directory / "damaged"
 
     def path(self, episode: int) -> Path:
-        """Return where the file of `episode` stands or would stand."""
+        """Return where the file of `episode` stands or would stand; 0 is the start."""
         return self.directory / episode_file(episode)
 
     def replay_path(self, episode: int) -> Path:
@@ -147,13 +148,15 @@ def read_ledger(
 def read_checked(
     layout: Layout, kind: str, number: int, listed: Episode | None = None, agent: str | None = None
 ) -> tuple[bytes, Row]:
-    """Return the bytes and the record of an "episode" or its "replay"; the content is not checked.
+    """Return the bytes and the record of an "episode" or its "replay", or of the "start", 0.
+
+    The content is not checked.
 
     Raises:
         Damaged: It fails its check, is of another episode or agent, or history lists another file.
         FileNotFoundError: There is none.
     """
-    path = layout.path(number) if kind == "episode" else layout.replay_path(number)
+    path = layout.replay_path(number) if kind == "replay" else layout.path(number)
     data, record = read_sealed(path)
     if parse_record(path, record, kind) != number:
         raise Damaged(path, f"it is episode {record['episode']}")
@@ -196,6 +199,41 @@ def load_newest(layout: Layout) -> tuple[int, Row | None, list[Damaged]]:
     return 0, None, damaged
 
 
+def load_best(layout: Layout) -> tuple[Row, Path, list[str]]:
+    """Load the best evaluated episode, or what the run began with if none is better.
+
+    Returns:
+        What was saved, its file, and a line for each thing the user must know.
+
+    Raises:
+        UserError: No episode was evaluated, or none of them has a good file.
+    """
+    ledger, remarks = read_ledger(layout), list[str]()
+    ranking = ledger.evaluated()
+    if not ranking:
+        raise UserError(
+            f"--ckpt_path best: no episode in {layout.directory} was evaluated; fit on a site with "
+            "--evaluate_every 10 evaluates every tenth one; --ckpt_path last takes the newest"
+        )
+    for _, number in ranking:
+        path = layout.path(number)
+        try:
+            content = load_file(path)[0]
+        except UserError as error:  # damaged, or taken away
+            remarks.append(f"{error}; the next best one is taken")
+            continue
+        if not number:
+            remarks.append(
+                f"{layout.name}: no evaluated episode is better than what it started from: "
+                f"{path.name}"
+            )
+        return content, path, remarks
+    raise UserError(
+        f"--ckpt_path best: none of the evaluated episodes in {layout.directory} has a good file; "
+        f"see co2lightning verify {layout.name}"
+    )
+
+
 def load_file(path: Path) -> tuple[Row, Row, bytes]:
     """Load any checkpoint file; returns what was saved, its record and its bytes.
 
@@ -208,8 +246,8 @@ def load_file(path: Path) -> tuple[Row, Row, bytes]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     content = load_content(path, data)
-    if record.get("kind") == "episode":
-        _check_content(path, content, parse_record(path, record, "episode"))
+    if (kind := record.get("kind")) in ("episode", "start"):
+        _check_content(path, content, parse_record(path, record, kind))
     return content, record, data
 
 

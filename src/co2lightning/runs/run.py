@@ -112,6 +112,24 @@ class TrainingCheckpoint(reading.Layout):
             raise UserError(f"{self.directory}: {count}, none of them good; see `verify`")
         return content
 
+    def load_best_checkpoint(self) -> tuple[Row, Path, list[str]]:
+        """Return the best evaluated episode, or what the run began with if none is better.
+
+        Returns:
+            Its content, its file, and a line for each thing the user must know.
+
+        Raises:
+            UserError: No episode was evaluated, or none of them has a good file.
+        """
+        return reading.load_best(self)
+
+    def best_evaluated(self) -> tuple[float, int] | None:
+        """Return the share of uncontrolled and the number of the best evaluated episode.
+
+        0 stands for what the run began with; None where no episode was evaluated. No file is read.
+        """
+        return next(iter(self._ledger().evaluated()), None)
+
     def get_next_episode(self) -> int:
         """Return the episode after the newest good one, 1 for a new run."""
         return 1 + (self._writer.ledger.last if self._writer else reading.load_newest(self)[0])
@@ -208,6 +226,21 @@ class TrainingCheckpoint(reading.Layout):
             self.begin_session(start_episode=episode, device="cpu", info={"agent": self.name})
         assert self._writer is not None
         return self._writer.save(checkpoint, episode, metrics, replay, replay_capacity_episodes)
+
+    def save_start(self, checkpoint: Row) -> Path:
+        """Save what an open session begins a run with, as start.pt, and return its path.
+
+        It is no episode and not counted. An earlier one is replaced.
+
+        Args:
+            checkpoint: As of `save_checkpoint`.
+
+        Raises:
+            OSError: Disk full, no permission.
+            ValueError: The run has episodes, or content that a safe load would refuse.
+        """
+        assert self._writer is not None
+        return self._writer.save_start(checkpoint)
 
     def end_session(self, status: str) -> None:
         """Close the session and write history.json and metadata.json.

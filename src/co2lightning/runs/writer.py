@@ -51,7 +51,7 @@ class Writer:
             (e.session.status for e in reversed(ledger.episodes.values())), None
         )
         ledger.sessions.append(Session(now(), start_episode, device))
-        best = ledger.best()
+        best = ledger.best(kept=True)  # never pruned
         self._best = (score(ledger.episodes[best].metrics), best) if best else None
         self._kept = dict.fromkeys(ledger.kept())  # episodes with a file, ascending
         pruned = (n for n, e in ledger.episodes.items() if e.pruned and not e.deleted)
@@ -66,6 +66,16 @@ class Writer:
         arguments = weakref.ref(self), self._stop
         self._thread = threading.Thread(target=_write_each_second, args=arguments, daemon=True)
         self._thread.start()
+
+    def save_start(self, checkpoint: Row) -> Path:
+        """Save what the run begins with, see `TrainingCheckpoint.save_start`."""
+        if self.ledger.episodes:
+            raise ValueError(f"the run stands at episode {self.ledger.last}")
+        record: Row = {"kind": "start", "agent": self.ledger.agent, "episode": 0}
+        content = {**checkpoint, "episode": 0, "timestamp": now(), "metrics": {}, "run": self.run}
+        path = self._layout.path(0)
+        write_atomic(path, seal_checkpoint(content, record))
+        return path
 
     def save(
         self,

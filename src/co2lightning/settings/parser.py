@@ -33,7 +33,7 @@ from co2lightning.settings.words import INSTEAD, as_flag, closest, one_line, pro
 from co2lightning.sim.days import make_environment
 
 # What belongs to the run; the rest (devices, directories, episodes) to the session.
-_RUN_GROUPS = ("env.", "model.", "seed_everything", "threads")
+_RUN_GROUPS = ("env.", "model.", "seed_everything", "threads", "evaluate_every")
 # What Lightning says about its own flags, shorter.
 _TRAINER_HELP = {
     "accelerator": "auto, cpu or gpu",
@@ -56,6 +56,7 @@ _RANGES = {
     "total_episodes": Range(1, MAX_EPISODES),
     "seed_everything": SEED,
     "threads": Range(1, 1024),
+    "evaluate_every": Range(0, MAX_EPISODES),
     "figures_every": Range(0, MAX_EPISODES),
     "checkpoints.keep_last": COUNT,
     "env.num_envs": Range(1, 1_000_000),
@@ -105,7 +106,7 @@ def _build_parser(agent: str) -> ArgumentParser:
     add = parser.add_argument
     add("--episodes", type=int, default=10, help="so many more episodes")
     add("--total_episodes", type=int | None, help="train until this episode stands")
-    add("--ckpt_path", type=str | None, help="last, or an episode file; training goes on after it")
+    add("--ckpt_path", type=str | None, help="last, best, or an episode file to go on after")
     add("--name", type=str | None, help="the run's name, that of its directory [the agent's]")
     add("--seed_everything", type=int, default=0, help="the run's seed")
     add("--threads", type=int, default=1, help="threads of torch")
@@ -119,6 +120,8 @@ def _build_parser(agent: str) -> ArgumentParser:
     add("--logs.dir", type=str, default="lightning_logs", help="where curves go")
     drawn = "draw a held-out day for TensorBoard after every so many episodes; 0 never"
     add("--figures_every", type=int, default=10, help=drawn)
+    judged = "run the policy without noise after every so many episodes, to know the best; 0 never"
+    add("--evaluate_every", type=int, default=10, help=judged)
     parser.add_function_arguments(make_environment, "env")
     parser.add_class_arguments(agent_class(agent).Settings, "model", instantiate=False)
     own: set[str | int] = set(INSTEAD)

@@ -2,19 +2,20 @@
 
 `SiteDays` is the one simulator. One episode is a window of a day, cut out of a time that goes on.
 
-Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A = 2
+Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A
 actions, O features, K more that only critics see, C columns of sockets.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.observation import FEATURES, RULE_FEATURES, observe
+from co2lightning.control.moves import ACTIONS, Moves, moves_of, powers_of
+from co2lightning.control.observation import NAMES, give, observe
 from co2lightning.control.rules import rbc_b, uncontrolled
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.errors import UserError
@@ -31,6 +32,7 @@ from co2lightning.sim.objective import (
 from co2lightning.sim.physics import Flows, step
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.schedule import start, through
+from co2lightning.sim.starts import starts_of
 from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H, Objective, Site
 
@@ -40,19 +42,23 @@ class _Tables(NamedTuple):
 
     model: SiteModel  # with rewards against RBC B
     hindsight: Tensor  # [P + 1, K]
-    owed_kw: Tensor  # [D, C] to the vehicles at each day's beginning
+    # What the cheap rule, run through the whole series, has at each day's beginning:
+    soc: Tensor  # [D], on the CPU
+    owed_kw: tuple[Tensor, ...]  # [D, C] each, to the vehicles, as `Carry` has it
     # What of these came before each place without control, and what is owed then, [P + 1]:
     uncontrolled_kg: Tensor
     uncontrolled_cost: Tensor
     pv_kwh: Tensor
     owed_kwh: Tensor
     unit: float  # what objectives of a day are measured in
+    kwh_cost: float  # of import at the mean absolute price, in that
 
 
 @functools.lru_cache(maxsize=2)
 @torch.inference_mode(False)  # what it would make can never be trained on
 def _tables(site: Site, device: torch.device) -> _Tables:
-    idle, rule = through(site, uncontrolled), through(site, rbc_b)
+    # Of what is truly owed: nothing is to be won by a wrong announcement.
+    idle, rule = through(site.truth, uncontrolled), through(site, rbc_b)
     training = site.training_steps
     days = training.sum() * site.step_h / DAY_H
     objective = site.objective
@@ -60,6 +66,7 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     of_rule = objective.of(rule.co2_kg, rule.cost)
     model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
     ahead = np.ascontiguousarray(hindsight(site, rule))
+    starts = starts_of(site)
 
     def until(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)
@@ -67,12 +74,14 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     return _Tables(
         model=model,
         hindsight=torch.as_tensor(ahead).to(model.zero),
-        owed_kw=start(model, site, site.day_bounds[:-1], 0.0).owed_kw,
+        soc=torch.as_tensor(starts.soc, dtype=torch.float32),
+        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in starts.owed_kw),
         uncontrolled_kg=until(idle.co2_kg),
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
         owed_kwh=torch.as_tensor(np.append(idle.owed_kw, 0.0) * site.step_h).to(device),
-        unit=unit_a_day(site, a_day),
+        unit=(unit := unit_a_day(site, a_day)),
+        kwh_cost=float(np.abs(site.import_price[training]).mean()) / unit,
     )
 
 
@@ -85,15 +94,15 @@ class SiteDays:
         device: Where the tables and the state live.
         hindsight: Whether observations end with the K features for critics, see `hindsight.py`.
         hours: Length of a window; it begins where a day of the site does.
+        action: What actions are: "powers", A = 2, of vehicles and battery; "moves", what each
+            move weighs, see `control.moves`.
 
     Raises:
         UserError: No window of this length lies in the training days.
     """
 
-    observation_dim = len(FEATURES)
-    action_dim = 2
-    rule_features = RULE_FEATURES
     may_reset = False
+    discount = 1.0
 
     def __init__(
         self,
@@ -102,8 +111,11 @@ class SiteDays:
         device: torch.device | str = "cpu",
         hindsight: bool = False,
         hours: float = DAY_H,
+        action: str = "powers",
     ) -> None:
         self.site = site
+        self.action_dim = ACTIONS[action]
+        self.observation_names, self.observation_dim = NAMES, len(NAMES)
         self.num_envs = num_envs
         self.step_minutes = site.step_minutes
         self.horizon = site.steps(hours)
@@ -111,13 +123,29 @@ class SiteDays:
         self._days = self.horizon * site.step_h / DAY_H
         self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
         self._length = self.horizon  # of the running window, in steps
-        self._past: list[Tensor] = []  # of each step [2, B]: grid kW, unmet kW
+        self._past: list[Tensor] = []  # of each step [2 or 3, B]: see `_past_of`
         self._at: State | Carry | None = None
+        self._moves: Moves | None = None  # of that state
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
         self.tables = _tables(self.site, device)
-        self.model, self.observer = self.tables.model, observer_of(self.site, device)
+        self.model = self.tables.model
+        self.observer = give(observer_of(self.site, device), self.observation_names)
+
+    def show(self, names: tuple[str, ...], who: str = "the agent") -> None:
+        """Observe the features of these names alone, in this order; () are all.
+
+        Args:
+            names: Of features.
+            who: Was trained on them.
+
+        Raises:
+            UserError: The site does not give one of them.
+        """
+        self.observer = give(observer_of(self.site, self.model.device), names, who)
+        self.observation_names = names or NAMES
+        self.observation_dim = len(self.observation_names)
 
     def to(self, device: torch.device) -> None:
         """Move the site's tables; a running window is dropped."""
@@ -128,43 +156,61 @@ class SiteDays:
 
     def reset(self, seed: int) -> Tensor:
         """Begin B training days drawn with `seed`; no day twice before each was drawn once."""
-        return self.begin(*self.draw(seed, self.num_envs))
+        return self.begin(*self.draw(seed, self.num_envs), recorded=True)
 
     def draw(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
-        """Draw training days [count] and their battery starts [count]."""
+        """Draw training days [count] and their battery starts [count].
+
+        Half of the batteries, as the draw has it, begin as the cheap rule has left them there, the
+        others anywhere in the site's start range.
+        """
         # Drawn on the CPU, so that a seed means the same days on every device.
         generator = torch.Generator().manual_seed(seed)
         n_days = len(self._training_days)
         rounds = -(-count // n_days)
         drawn = torch.cat([torch.randperm(n_days, generator=generator) for _ in range(rounds)])
         days = self._training_days[drawn[:count]]
-        share = torch.rand(count, generator=generator)
+        share, coin = torch.rand(2, count, generator=generator)
+        recorded = self.tables.soc[days]
         if (battery := self.site.battery) is None:
-            return days, torch.zeros(count)
+            return days, recorded
         span = battery.start_soc_max - battery.start_soc_min
-        return days, battery.start_soc_min + span * share
+        anew = battery.start_soc_min + span * share
+        return days, torch.where(coin < 0.5, anew, recorded)
 
-    def begin(self, days: Tensor, soc: Tensor, steps: int | None = None) -> Tensor:
+    def begin(
+        self, days: Tensor, soc: Tensor, steps: int | None = None, *, recorded: bool = False
+    ) -> Tensor:
         """Begin given days [B] with given batteries [B]; returns observations [B, O + K].
-
-        Vehicles that stand there owe what charging on arrival has left.
 
         Args:
             days: Indices of the site's days.
             soc: States of charge.
             steps: How long this window is, other than the horizon; it must lie in the series.
+            recorded: Whether vehicles that stand there owe what the cheap rule has left, as in
+                training, or what charging on arrival has, as in evaluation.
         """
-        model = self.model
+        if recorded:
+            return self.begin_at(self.recorded(days, soc), steps)
+        places = self.site.day_bounds[days.cpu().numpy()]
+        return self.begin_at(start(self.model, self.site, places, soc), steps)
+
+    def recorded(self, days: Tensor, soc: Tensor) -> Carry:
+        """Return where days [B] begin with batteries [B] and what the cheap rule has left."""
+        model, places = self.model, torch.as_tensor(self.site.day_bounds[days.cpu().numpy()])
+        owed_kw = (owed[days.to(model.device)] for owed in self.tables.owed_kw)
+        return Carry(places.to(model.device), soc.to(model.zero), *owed_kw)
+
+    def begin_at(self, carry: Carry, steps: int | None = None) -> Tensor:
+        """Begin windows of so many steps; returns observations [B, O + K]."""
         self._length = steps or self.horizon
-        self.place = torch.tensor(self.site.day_bounds)[days.cpu()].to(model.device)
-        owed_kw = self.tables.owed_kw[days.to(model.device)]
-        carry = Carry(self.place, soc.to(model.zero), owed_kw)
-        self._began = carry
-        self._at = state = restore(model, carry)
+        self.place, self._began = carry.place, carry
+        self._at = state = restore(self.model, carry)
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
-        return self._observe(state)
+        obs, self._moves = self._observe(state)
+        return obs
 
     @property
     def state(self) -> State | None:
@@ -178,24 +224,35 @@ class SiteDays:
         """How many steps of the running window are to be played."""
         return self._length - len(self._past) if self._at is not None else 0
 
-    def _observe(self, state: State) -> Tensor:
-        obs = observe(self.observer, self.model, state)
-        if not self.hindsight_dim:
-            return obs
-        ahead = self.tables.hindsight.index_select(0, state.place)
-        return torch.cat([obs, ahead], dim=1)
+    def _observe(self, state: State) -> tuple[Tensor, Moves]:
+        moves = moves_of(self.observer.moves, self.model, state)
+        obs = observe(self.observer, self.model, state, moves)
+        if self.hindsight_dim:
+            ahead = self.tables.hindsight.index_select(0, state.place)
+            obs = torch.cat([obs, ahead], dim=1)
+        return obs, moves
+
+    def _step(self, state: State, moves: Moves | None, action: Tensor) -> tuple[State, Flows]:
+        """Run one step with actions [B, A], whatever they are."""
+        tables, model = self.observer.moves, self.model
+        moves = moves_of(tables, model, state) if moves is None else moves
+        return step(model, state, powers_of(tables, model, state, moves, action), moves.order)
+
+    def _reward(self, state: State, flows: Flows) -> Tensor:
+        return reward(self.model, state, flows, self.discount)
 
     def step(self, action: Tensor) -> Step:
         """Run one step with actions [B, A] in [-1, 1]; the last one of a window truncates it."""
         state = self.state
         if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
-        following, self.flows = step(self.model, state, action)
+        following, self.flows = self._step(state, self._moves, action)
         self._at = following
         self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
-        return Step(self._observe(following), reward(state, self.flows), zeros, truncated, ones)
+        obs, self._moves = self._observe(following)
+        return Step(obs, self._reward(state, self.flows), zeros, truncated, ones)
 
     @property
     def carry(self) -> Carry:
@@ -208,40 +265,50 @@ class SiteDays:
             raise RuntimeError(_NO_DAY)
         return self._at.carry if isinstance(self._at, State) else self._at
 
-    def advance(self, carry: Carry, action: Tensor) -> tuple[Carry, Tensor, Tensor, Tensor]:
+    @property
+    def moves(self) -> Moves | None:
+        """What the moves would do in the next step, for `advance`; None before a window."""
+        return self._moves
+
+    def advance(
+        self, carry: Carry, action: Tensor, moves: Moves | None = None
+    ) -> tuple[Carry, Moves, Tensor, Tensor, Tensor]:
         """Work out a step, a pure function for graphs of one or more of them.
 
         Args:
             carry: What it begins with.
-            action: [B, A] in [-1, 1].
+            action: [B, A].
+            moves: What they would do there, where that is known already.
 
         Returns:
-            The next step's carry, the observations [B, O + K], the rewards [B] and the step's past
-            [2, B], for `go_on`.
+            The next step's carry and moves, the observations [B, O + K], the rewards [B] and the
+            step's past [2 or 3, B], for `go_on`.
         """
         state = restore(self.model, carry)
-        following, flows = step(self.model, state, action)
-        observed, past = self._observe(following), _past_of(flows)
-        return following.carry, observed, reward(state, flows), past
+        following, flows = self._step(state, moves, action)
+        observed, moves = self._observe(following)
+        return following.carry, moves, observed, self._reward(state, flows), _past_of(flows)
 
-    def go_on(self, carry: Carry, past: Tensor) -> None:
-        """Set the window to a carry that `advance` led to, with the past [n, 2, B] of n steps."""
+    def go_on(self, carry: Carry, past: Tensor, moves: Moves | None = None) -> None:
+        """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""
         self._past += past.unbind(0)
-        self._at = carry
+        self._at, self._moves = carry, moves
 
+    @torch.no_grad()
     def totals(self) -> dict[str, Tensor]:
         """Return what the windows [B] added up to so far, and the same time without control.
 
         `co2_kg` and `cost` are the meter's, and what is left undone at the mean intensity and
-        price: the battery below where it began, vehicles owed more than charging on arrival would
-        leave. Nothing is won by putting it off beyond the window's end.
+        price: the battery below where it began, and of what vehicles are owed beyond what charging
+        on arrival would leave, how much more it is than where the windows began. Nothing is won by
+        putting it off beyond the window's end, nor lost by what had been put off before.
         """
         if not self._past:
             raise RuntimeError("no step was made yet")
-        grid_kw, unmet_kw = torch.stack(self._past, dim=1)
+        grid_kw, unmet_kw, *misled_kw = torch.stack(self._past, dim=1)
         co2_kg, cost = metered(self.model, self.place, grid_kw)
         tables, step_h, carry = self.tables, self.site.step_h, self.carry
-        undone_kwh = (carry.owed_kw.sum(1) * step_h - tables.owed_kwh[carry.place]).relu()
+        undone_kwh = self._put_off_kwh(carry) - self._put_off_kwh(self._began)
         if battery := self.site.battery:
             less = (self._began.soc - carry.soc).relu()
             undone_kwh = undone_kwh + less * battery.capacity_kwh / battery.charge_efficiency
@@ -251,11 +318,18 @@ class SiteDays:
             "cost": cost.sum(0) + (undone_kwh * mean_price).to(cost),
             "grid_import_kwh": grid_kw.relu().sum(0) * step_h,
             "curtailed_kwh": (-grid_kw).relu().sum(0) * step_h,
+            "peak_import_kw": grid_kw.relu().amax(0),
             "unmet_kwh": unmet_kw.sum(0) * step_h,
+            **({"misled_kwh": misled_kw[0].sum(0) * step_h} if misled_kw else {}),
             "pv_kwh": self._meanwhile(tables.pv_kwh),
             "uncontrolled_kg": self._meanwhile(tables.uncontrolled_kg),
             "uncontrolled_cost": self._meanwhile(tables.uncontrolled_cost),
         }
+
+    def _put_off_kwh(self, carry: Carry) -> Tensor:
+        """Return what vehicles are owed [B] beyond what charging on arrival would leave."""
+        owed_kwh = carry.truly_owed_kw.sum(1) * self.site.step_h
+        return (owed_kwh - self.tables.owed_kwh[carry.place]).relu()
 
     def _meanwhile(self, until: Tensor) -> Tensor:
         """Return what came about [B] since the windows began, of a sum [P + 1] from the first."""
@@ -270,6 +344,7 @@ class SiteDays:
         totals = self.totals()
         means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
+        peak_kw = day["peak_import_kw"] * self._days  # a window has one, however long it is
         site = self.site
         money = (
             {}
@@ -285,8 +360,10 @@ class SiteDays:
                 day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
             )
             money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
+        misled = {"site/misled_kwh": day["misled_kwh"]} if "misled_kwh" in day else {}
         return {
             **money,
+            **misled,
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
@@ -296,6 +373,7 @@ class SiteDays:
             "site/self_consumption": max(
                 0.0, 1.0 - day["curtailed_kwh"] / max(day["pv_kwh"], 1e-9)
             ),
+            "site/peak_import_kw": peak_kw,
             "site/unmet_kwh": day["unmet_kwh"],
         }
 
@@ -304,8 +382,12 @@ _NO_DAY = "no day is running: call reset() or begin() first"
 
 
 def _past_of(flows: Flows) -> Tensor:
-    """Return [2, B] what a window's totals are made of: grid kW, unmet kW."""
-    return torch.stack([flows.grid_kw, flows.unmet_kw])
+    """Return what a window's totals are made of: grid kW, unmet kW, where drivers announce misled.
+
+    [2, B] or [3, B].
+    """
+    misled_kw = [] if flows.misled_kw is None else [flows.misled_kw]
+    return torch.stack([flows.grid_kw, flows.unmet_kw, *misled_kw]).detach()
 
 
 def _windows(site: Site, horizon: int, hours: float) -> np.ndarray:
@@ -340,6 +422,8 @@ def make_environment(
     hindsight: bool = False,
     id: str | None = None,
     objective: dict[str, float] | str = "co2",
+    action: Literal["powers", "moves"] = "powers",
+    announced: bool = True,
 ) -> Environment:
     """Make the environment an agent trains in.
 
@@ -353,6 +437,10 @@ def make_environment(
             algorithms; an episode is then one horizon of each of its copies.
         objective: What is to be made small: co2, cost where the site has prices, or weights of
             a kg and of a unit of its currency such as {co2: 1, cost: 0.2}.
+        action: What an agent decides on a site: powers of vehicles and battery, or what each of
+            their moves weighs.
+        announced: Know of vehicles what drivers announce, where the sessions tell it; false: the
+            truth.
     """
     if num_envs < 1:
         raise UserError(f"--env.num_envs {num_envs}: must be at least 1")
@@ -362,5 +450,5 @@ def make_environment(
         return GymEnvironment(id, num_envs)
     if not 1 <= hours <= 168:
         raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
-    found = load_site(site, objective=objective)
-    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours)
+    found = load_site(site, objective=objective, announced=announced)
+    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours, action=action)

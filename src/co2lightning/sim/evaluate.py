@@ -23,7 +23,7 @@ from scipy import stats
 from co2lightning.control.rules import Rule
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
-from co2lightning.sim.objective import priced_model, unit_a_day
+from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
 from co2lightning.sim.schedule import Played, Schedule, play, start_soc
 from co2lightning.sim.search import rbc_c_in_words, rules_of
@@ -50,6 +50,7 @@ MPC_TITLE = "MPC"
 STRETCHES_FOR_AN_INTERVAL = 8
 """With fewer, their spread says too little: each stretch is shown instead."""
 
+_SERVED = 0.01  # kWh a stretch: what rounding leaves unserved is less
 _LEAST_GAP = 1e-3  # of what uncontrolled emits: below it, a share of the gap says nothing
 _ROUNDING = 1e-6  # relative, of float32 powers: no excess over a limit
 
@@ -62,6 +63,7 @@ class Figures(NamedTuple):
     co2_kg: Floats  # of the import; where it is the objective, settled
     cost: Floats  # of import less export; where it is the objective, settled; 0 without prices
     unmet_kwh: Floats  # beyond what charging on arrival would also leave
+    misled_kwh: Floats  # of it what is due to a wrong announcement
     grid_import_kwh: Floats
     curtailed_kwh: Floats
     peak_import_kw: Floats
@@ -90,6 +92,9 @@ class Evaluation:
         currency: Of the costs; None where the site has no prices, "" where it names none.
         schedules: Per policy what it did in every step of each stretch.
         rbc_c: What RBC C does, in words.
+        dearest: The most that a kWh which is not served can save, [W]; None where policies know
+            the truth of vehicles and serve all.
+        unserved_price: What a kWh that is not served counts when policies are compared.
     """
 
     site: str
@@ -108,12 +113,29 @@ class Evaluation:
     currency: str | None = None
     schedules: dict[str, list[Schedule]] = field(default_factory=dict)
     rbc_c: str = ""
+    dearest: Floats | None = None
+    unserved_price: float = 0.0
+
+    def compared(self, name: str) -> Floats:
+        """Return what a policy is compared by [W]: nothing is won by not charging vehicles.
+
+        What it settles at, and the energy it leaves unserved beyond the unavoidable at the mean
+        price.
+        """
+        figures = self.policies[name]
+        unserved_kwh = np.where(figures.unmet_kwh > _SERVED, figures.unmet_kwh, 0.0)
+        return figures.settled + self.unserved_price * unserved_kwh
+
+    @property
+    def announced(self) -> bool:
+        """Whether policies know of vehicles what drivers announce, not the truth."""
+        return self.dearest is not None
 
     @property
     def best(self) -> str:
-        """Name of the rule that settles lowest in all stretches, at ties the simpler one."""
+        """Name of the rule that is lowest in all stretches, at ties the simpler one."""
         rules = [name for name in RULE_NAMES if name in self.policies]
-        return min(rules, key=lambda name: float(self.policies[name].settled.sum()))
+        return min(rules, key=lambda name: float(self.compared(name).sum()))
 
 
 class Summary(NamedTuple):
@@ -133,6 +155,7 @@ class Summary(NamedTuple):
     vs_best_interval: float | None  # of the paired differences
     gap_closed: float | None  # share of the way from uncontrolled to the optimum
     unmet_kwh: float  # a day
+    misled_kwh: float | None  # a day, of it; None where drivers announce nothing
     self_consumption: float | None  # share of the PV that found a use
     curtailed_kwh: float  # a day
     peak_import_kw: float  # highest of all stretches
@@ -170,6 +193,31 @@ def evaluate(
         policies={"agent": figures, **references.policies},
         schedules={"agent": _schedules(own), **references.schedules},
     )
+
+
+def elsewhere(evaluation: Evaluation, world: Site, keep: Path | None = None) -> Evaluation:
+    """Return the references in another world of a site.
+
+    Args:
+        evaluation: Of the site itself, to spare what is the same: the optimum where the same
+            happens, and who does not ask what is known otherwise.
+        world: As `worlds` makes it; its `fitted_on` is the site.
+        keep: As for `evaluate`.
+    """
+    site = world.fitted_on
+    if site is None or world.sessions is not site.sessions or world.pv_kw is not site.pv_kw:
+        return evaluate(None, world, keep=keep)
+    # Uncontrolled asks nobody; of the others only some look at a forecast.
+    asks = RULE_NAMES[1 if world.told is not site.told else 3 :]
+    model, places = priced_model(world), world.stretch_bounds
+    standard, unavoidable_kwh = evaluation.standard, evaluation.unavoidable_kwh
+    policies = {name: one for name, one in evaluation.policies.items() if name in TITLES}
+    for name, rule in rules_of(world, keep=keep).items():
+        if name in asks:
+            played = play(model, rule, world, places)
+            policies[name] = _settled(world, played, standard, unavoidable_kwh)
+    dearest = _dearest(world) if world.told else None
+    return replace(evaluation, policies=policies, schedules={}, dearest=dearest)
 
 
 def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) -> Evaluation:
@@ -236,9 +284,11 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
             site, float(policies["uncontrolled"].settled.sum() / (hours.sum() / DAY_H))
         ),
         currency=None if site.price_per_kwh is None else site.currency,
+        unserved_price=unserved_price(site),
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
         rbc_c=rbc_c_in_words(site, keep),
+        dearest=_dearest(site) if site.told else None,
     )
 
 
@@ -259,6 +309,11 @@ def _tolerance(site: Site, uncontrolled: list[Schedule], standard: Floats) -> Fl
         exported = (credit[start:end] * plan.curtailed_kwh).sum()
         allowed.append(rounded * (stored + 16.0 * (imported + exported + abs(tail))))
     return 1e-6 * max(1.0, highest) + np.array(allowed)
+
+
+def _dearest(site: Site) -> Floats:
+    price = np.abs(site.import_price)
+    return np.array([price[begin:end].max() for begin, end in site.stretch_bounds])
 
 
 def _schedules(played: list[Played]) -> list[Schedule]:
@@ -286,6 +341,8 @@ def _figures(
         for plan, (a, b) in zip(schedules, site.stretch_bounds, strict=True)
     ]
     unmet_kwh = _each(lambda plan: plan.unmet_kwh.sum(), schedules)
+    unmet_kwh = np.maximum(unmet_kwh - unavoidable_kwh, 0.0)
+    misled_kwh = _each(lambda plan: plan.misled_kwh.sum(), schedules)
     settled = _each(_meter(site), schedules) + settlement
     co2_kg = _each(lambda plan: plan.co2_kg.sum(), schedules)
     cost = _each(lambda plan: plan.cost.sum(), schedules)
@@ -294,7 +351,8 @@ def _figures(
         settlement=settlement,
         co2_kg=settled if site.objective == Objective(1.0, 0.0) else co2_kg,
         cost=settled if site.objective == Objective(0.0, 1.0) else cost,
-        unmet_kwh=np.maximum(unmet_kwh - unavoidable_kwh, 0.0),
+        unmet_kwh=unmet_kwh,
+        misled_kwh=np.minimum(misled_kwh, unmet_kwh),
         grid_import_kwh=_each(lambda plan: plan.grid_import_kw.sum() * step_h, schedules),
         curtailed_kwh=_each(lambda plan: plan.curtailed_kwh.sum(), schedules),
         peak_import_kw=_each(lambda plan: plan.grid_import_kw.max(), schedules),
@@ -325,12 +383,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
 
     uncontrolled = a_day(policies["uncontrolled"].settled)
     gap = uncontrolled - a_day(policies["optimum"].settled)
-    best = policies[evaluation.best].settled
+    best = evaluation.compared(evaluation.best)
     priced = evaluation.currency is not None
     mixed = evaluation.objective not in (Objective(1.0, 0.0), Objective(0.0, 1.0))
     summaries: dict[str, Summary] = {}
     for name, figures in policies.items():
-        difference = figures.settled - best
+        compared = evaluation.compared(name)
+        difference = compared - best
         summaries[name] = Summary(
             co2_kg=a_day(figures.co2_kg),
             co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
@@ -340,10 +399,11 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
             objective_interval=mean_interval(figures.settled / days)[1] if mixed else None,
             vs_best=a_day(difference),
             vs_best_interval=mean_interval(difference / days)[1],
-            gap_closed=(uncontrolled - a_day(figures.settled)) / gap
+            gap_closed=(uncontrolled - a_day(compared)) / gap
             if gap > _LEAST_GAP * evaluation.unit
             else None,
             unmet_kwh=a_day(figures.unmet_kwh),
+            misled_kwh=a_day(figures.misled_kwh) if evaluation.announced else None,
             self_consumption=max(0.0, 1.0 - float(figures.curtailed_kwh.sum()) / pv_kwh)
             if pv_kwh
             else None,
@@ -368,11 +428,15 @@ def mean_interval(values: Floats) -> tuple[float, float | None]:
 def violations(evaluation: Evaluation) -> list[str]:
     """Name every stretch in which a policy is better than the optimum: each is a defect."""
     bound, of_co2 = evaluation.policies["optimum"].settled, evaluation.objective == Objective()
+    # Who serves less than all may come to less, by no more than the dearest kWh each.
+    dearest = 0.0 if evaluation.dearest is None else evaluation.dearest
     unit = "kg" if of_co2 else evaluation.currency if not evaluation.objective.co2 else ""
     verb, unit = "emits" if of_co2 else "costs", f" {unit}" if unit else ""
     return [
         f"{evaluation.days[i]}: {name} {verb} {figures.settled[i]:.6f}{unit}, the optimum "
         f"{bound[i]:.6f}{unit}"
         for name, figures in evaluation.policies.items()
-        for i in np.flatnonzero(figures.settled < bound - evaluation.tolerance)
+        for i in np.flatnonzero(
+            figures.settled < bound - evaluation.tolerance - dearest * figures.unmet_kwh
+        )
     ]

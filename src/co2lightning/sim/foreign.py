@@ -33,8 +33,9 @@ class GymEnvironment:
 
     hindsight_dim = 0
     step_minutes = NOMINAL_STEP_MINUTES  # whatever it simulates: settings are per step as they are
-    rule_features: tuple[int, ...] = ()
+    observation_names: tuple[str, ...] = ()
     may_reset = True
+    discount = 1.0  # of no use here
 
     def __init__(self, id: str, num_envs: int) -> None:
         try:
@@ -65,6 +66,9 @@ class GymEnvironment:
     def to(self, device: torch.device) -> None:
         """Deliver tensors on `device` from now on; the environment itself runs on the CPU."""
         self._device = device
+
+    def show(self, names: tuple[str, ...], who: str = "the agent") -> None:
+        """Do nothing: what is observed has no names here."""
 
     def reset(self, seed: int) -> Tensor:
         """Begin B episodes; returns observations [B, O]."""

@@ -54,7 +54,7 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
         return np.concatenate(numbers)
 
     lengths, count = np.diff(site.stretch_bounds, axis=1)[:, 0], len(places)
-    key = digest_of(site, np.array([stored_kwh]), site.stretch_bounds)
+    key = digest_of(site.truth, np.array([stored_kwh]), site.stretch_bounds)
     size = int(2 * count + _FIELDS * lengths.sum())
     numbers = recall(keep, "bounds", key, size, compute)
     settled, standard, each = np.split(numbers, [count, 2 * count])
@@ -65,17 +65,22 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
 
 
 def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
-    """Return the digest of a site's equipment, series and sessions, and of more arrays.
+    """Return the digest of a site's equipment, series, sessions and forecasts, and of more arrays.
 
     Whatever is read of a site must be in it: a changed battery is another site.
     """
     digest = hashlib.sha256(repr((__version__, site.battery, site.step_minutes)).encode())
+    if site.known_ahead or site.provided:
+        digest.update(repr((sorted(site.known_ahead.items()), sorted(site.provided))).encode())
     sessions = site.sessions
+    said = [array for _, one in sorted(site.provided.items()) for array in (one.key, one.value)]
     for values in (
         *(site.pv_kw, site.load_kw, site.carbon_kg_per_kwh, site.import_limit_kw),
         *(site.money_per_kwh, np.array(site.objective)),
         *(sessions.socket, sessions.arrival, sessions.departure),
         *(sessions.energy_kwh, sessions.max_kw, sessions.min_kw),
+        *said,
+        *(site.told or ()),
         *more,
     ):
         digest.update(np.ascontiguousarray(values, dtype="<f8").tobytes())

@@ -5,11 +5,14 @@ over what is expected: carbon, load and PV by the site's own forecast, arrivals 
 learns nothing from trying: a reference that a learned policy must beat. What it plans goes through
 the shield like any controller's wish.
 
+A surplus is sold at what export earns. Where import is paid for, as negative prices do, it is
+bounded by what the site can use, as in `optimum`.
+
 Shapes: G spans of a plan, single steps at first and longer ones later; B sites at once, C columns
 of sockets, N vehicles of a plan, those that stand there first; K = the sum of the spans in which
-they do. Variables, in this order: grid import, import beyond the limit, power curtailed, charge,
-discharge in kW, stored energy at the end of a span in kWh, each [G]; what each vehicle leaves for
-after the plan [N] in kWh; its power in each of its spans [K] in kW.
+they do. Variables, in this order: grid import, import beyond the limit, power sold or curtailed,
+charge, discharge in kW, stored energy at the end of a span in kWh, each [G]; what each vehicle
+leaves for after the plan [N] in kWh; its power in each of its spans [K] in kW.
 """
 
 from typing import NamedTuple
@@ -25,16 +28,17 @@ from co2lightning.sim.optimum import NO_BATTERY, least
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
 _SINGLE_H, _SPAN_H = 2.0, 1.0  # how far steps are planned one by one, and by what after that
-# In units of the mean intensity, per kWh. What is the same now or later is done later, while less
-# is known of it: buying, and giving power away. All fall to nothing at the plan's end. Of 0.01,
-# 0.1, 0.15 and 0.2 (twice for curtailing) the best in sum on training weeks of two sites.
+# In units of the mean absolute price, per kWh. What is the same now or later is done later, while
+# less is known of it: buying, and giving power away. All fall to nothing at the plan's end. Of
+# 0.01, 0.1, 0.15 and 0.2 (twice for curtailing) the best in sum on training weeks of two sites.
 _BUY_NOW = 0.1
 _CURTAIL_NOW = 0.2
 _THROUGHPUT = 0.1  # of the battery, each way; enough that it never burns what is curtailed
-_STORED = 0.8  # what a kWh in the battery is worth at the plan's end, once it is given
-_LEFT = 0.8  # what a kWh costs that a vehicle leaves for after the plan
+_STORED = 0.8  # of the mean price: what a kWh in the battery is worth at the end, once it is given
+_LEFT = 0.8  # of the mean price: what a kWh costs that a vehicle leaves for after the plan
 _BEYOND_LIMIT = 100.0
 _NOTHING_KW = 1e-6
+_HIGHEST_UNIT = 2.0  # above it costs are in units, for the sake of HiGHS's tolerances
 
 
 def mpc(site: Site) -> Rule:
@@ -93,7 +97,9 @@ class _Planner:
         self.edges = np.unique(np.concatenate([np.arange(single), later, [self.reach]]))
         widths = np.diff(self.edges)
         self.widths, self.hours = widths, widths * step_h
-        self.mean_price = float(np.abs(site.import_price[site.training_steps]).mean())
+        known = site.import_price[site.training_steps]
+        self.mean_price, self.unit = float(known.mean()), float(np.abs(known).mean()) or 1.0
+        self.least_price = float(known.min(initial=0.0))  # so little may be expected
         # Which lead tells of each step after this one.
         self.lead = (np.arange(1, self.reach) - 1) // steps_per_lead(site)
         self.arriving = _arriving(site, self.reach)
@@ -112,8 +118,12 @@ class _Planner:
 
     def now(self, place: int, soc: float, standing: _Vehicles) -> tuple[Floats, float]:
         """Return what each vehicle that stands there, and the battery, shall take in this step."""
-        n, battery, mean_price = len(self.hours), self.battery, self.mean_price
-        price = np.maximum(self._ahead(place, "import_price"), 0.0)
+        n, battery, unit, mean_price = len(self.hours), self.battery, self.unit, self.mean_price
+        price = self._ahead(place, "import_price")
+        price = np.maximum(price, min(self.least_price, price[0]))
+        credit = np.zeros(n)
+        if self.site.export_credit.any():  # never more than the price, or who buys sells at once
+            credit = np.clip(self._ahead(place, "export_credit"), 0.0, np.maximum(price, 0.0))
         net_kw = self._ahead(place, "load_kw") - np.maximum(self._ahead(place, "pv_kw"), 0.0)
         expected = self._expected(place)
         fleet = _Vehicles(*map(np.concatenate, zip(standing, expected, strict=True)))
@@ -142,41 +152,74 @@ class _Planner:
         )
         stored_kwh = soc * battery.capacity_kwh
         cost = np.zeros(first + k)
-        cost[:n] = self.hours * price + self.sooner * _BUY_NOW * mean_price
-        cost[n : 2 * n] = self.hours * (price + _BEYOND_LIMIT * mean_price)
-        cost[2 * n : 3 * n] = self.sooner * _CURTAIL_NOW * mean_price
-        cost[3 * n : 5 * n] = np.tile(self.hours * _THROUGHPUT * mean_price, 2)
+        cost[:n] = self.hours * price + self.sooner * _BUY_NOW * unit
+        cost[n : 2 * n] = self.hours * (np.maximum(price, 0.0) + _BEYOND_LIMIT * unit)
+        cost[2 * n : 3 * n] = self.sooner * np.maximum(_CURTAIL_NOW * unit - credit, 0.0)
+        cost[2 * n : 3 * n] -= self.hours * credit
+        cost[3 * n : 5 * n] = np.tile(self.hours * _THROUGHPUT * unit, 2)
         cost[6 * n - 1] = -_STORED * mean_price * battery.discharge_efficiency
         cost[6 * n : first] = _LEFT * mean_price
         upper = np.full(first + k, np.inf)
         upper[:n] = self.site.import_limit_kw[place]
+        surplus_kw, fleet_kw = np.maximum(-net_kw, 0.0), np.zeros(n)
+        np.add.at(fleet_kw, span, most_kw)
+        upper[2 * n : 3 * n][credit > 0.0] = (surplus_kw + battery.power_kw)[credit > 0.0]
         upper[3 * n : 5 * n] = battery.power_kw
         # A state outside the battery's band is where it may stay.
         upper[5 * n : 6 * n] = max(battery.soc_max * battery.capacity_kwh, stored_kwh)
         upper[6 * n : first], upper[first:] = left_kwh, most_kw
         lower = np.zeros(first + k)
         lower[5 * n : 6 * n] = min(battery.least_soc * battery.capacity_kwh, stored_kwh)
-        at_most = {}
+        at_most: list[sparse.csr_matrix] = []
+        bounds: list[Floats] = []
         if not battery.may_charge_from_grid:
             # Charging takes what vehicles leave of the surplus, as in `optimum`.
-            surplus_kw, fleet_kw = np.maximum(-net_kw, 0.0), np.bincount(span, most_kw, n)
             taken = surplus_kw / np.maximum(np.maximum(surplus_kw, fleet_kw), 1e-9)
             places = np.concatenate([np.arange(n), span]), np.arange(3 * n, 4 * n + k)
             places[1][n:] += first - 4 * n
             shares = np.concatenate([np.ones(n), taken[span]])
-            at_most["A_ub"] = sparse.csc_matrix((shares, places), (n, first + k))
-            at_most["b_ub"] = surplus_kw
+            at_most.append(sparse.csr_matrix((shares, places), (n, first + k)))
+            bounds.append(surplus_kw)
+        if (price < 0.0).any():
+            rows, most = self._paid(np.flatnonzero(price < 0.0), net_kw, fleet_kw)
+            rows.resize(len(most), first + k)
+            at_most.append(rows)
+            bounds.append(most)
+        some = {"A_ub": sparse.vstack(at_most), "b_ub": np.concatenate(bounds)} if bounds else {}
         plan = least(
-            cost,
+            cost / unit if unit > _HIGHEST_UNIT else cost,
             A_eq=equal,
             b_eq=np.concatenate([net_kw, [stored_kwh], np.zeros(n - 1), asked_kwh]),
             bounds=np.stack([lower, upper], axis=1),
-            **at_most,
+            **some,
         )
         mine = (span == 0) & (vehicle < len(standing.end))
         socket_kw = np.zeros(len(standing.end))
         socket_kw[vehicle[mine]] = plan[first:][mine]
         return socket_kw, float(plan[3 * n] - plan[4 * n])
+
+    def _paid(
+        self, spans: Ints, net_kw: Floats, fleet_kw: Floats
+    ) -> tuple[sparse.csr_matrix, Floats]:
+        """Return what holds in spans whose import is paid for, as rows [3 len(spans), 6 G] <= most.
+
+        What is curtailed comes from PV and battery, import and curtailing share a span by the
+        straight line from the least the meter can show to the most, charging and discharging by
+        the battery's power.
+        """
+        n, power_kw = len(self.hours), self.battery.power_kw
+        least_kw = np.minimum(net_kw - power_kw, 0.0)[spans]
+        most_kw = np.maximum(net_kw + fleet_kw + power_kw, 0.0)[spans]
+        slope = most_kw / np.maximum(most_kw - least_kw, 1e-9)
+        one, none = sparse.csr_matrix(sparse.identity(n))[spans], sparse.csr_matrix((len(spans), n))
+        bought, thrown = sparse.diags(1.0 - slope) @ one, sparse.diags(slope) @ one
+        rows = [
+            [none, none, one, none, -one, none],
+            [bought, bought, thrown, none, none, none],
+            [none, none, none, one, one, none],
+        ]
+        most = [np.maximum(-net_kw, 0.0)[spans], -slope * least_kw, np.full(len(spans), power_kw)]
+        return sparse.csr_matrix(sparse.bmat(rows)), np.concatenate(most)
 
     def _ahead(self, place: int, signal: str) -> Floats:
         """Return a signal [G], measured for this step and expected for all others."""
@@ -207,7 +250,7 @@ def _arriving(site: Site, steps_more: int) -> Floats:
         [3, P + steps_more]: kWh that are asked for, kW of the vehicles, kW times steps that they
         stay.
     """
-    sessions = site.sessions
+    sessions = site.sessions_told
     stay: Ints = sessions.departure - sessions.arrival
     columns = sessions.energy_kwh, sessions.max_kw, sessions.max_kw * stay
     series = [np.bincount(sessions.arrival, of, site.n_steps).astype(float) for of in columns]

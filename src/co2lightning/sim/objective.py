@@ -7,10 +7,14 @@ counted.
 
 A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
 without control, so that one recipe fits sites of any size: reference - cost, where the reference is
-the rule's own at that step of one run through the whole series. Within it energy that is stored or
-given to vehicles counts at half the mean price, a potential in the sense of Ng, Harada and
-Russell 1999: it moves reward to the step that earned it. At half the price, storing a surplus pays
-at once and storing grid power does not, whatever the hour.
+the rule's own at that step of one run through the whole series. Within it energy that is stored
+counts at half the mean price and what vehicles are given at 0.8 of it: what is stored less what is
+owed is a potential in the sense of Ng, Harada and Russell 1999, which moves reward to the step that
+earned it. At half the price, storing a surplus pays at once and storing grid power does not;
+vehicles will be charged anyhow, so that it pays at once where it is cheap. To who discounts what is
+to come, holding costs what the discount takes off; otherwise it would pay to store and charge
+early, whatever the hour. Where drivers announce, what a vehicle leaves without costs what is
+missing to the whole mean price more: nobody wins by a driver's error.
 
 Shapes: P steps, B at once, n steps of a run.
 """
@@ -26,7 +30,9 @@ from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
 from co2lightning.site.model import DAY_H, Floats, Site
 
-_CREDIT_SHARE = 0.5  # of the mean price: what a kWh earns when it is stored or charged
+_CANCELLED = 0.05  # of the daily energy's value: a cost below that is a difference of larger ones
+_CREDIT_SHARE = 0.8  # of the mean price: what a kWh earns when a vehicle is charged
+_STORED = 0.5 / _CREDIT_SHARE  # of that: when it is stored
 # The prices among the model's series. What is imported is counted at the price less the export
 # credit, and all that flows at the credit: a sum instead of two cases.
 _MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
@@ -44,6 +50,11 @@ def mean_per_kwh(site: Site) -> tuple[float, float]:
     of_training = site.training_steps
     price = site.money_per_kwh[0]
     return float(site.carbon_kg_per_kwh[of_training].mean()), float(price[of_training].mean())
+
+
+def unserved_price(site: Site) -> float:
+    """Return what a kWh that a vehicle goes without is compared at: the mean price, 0 at least."""
+    return max(0.0, float(site.import_price[site.training_steps].mean()))
 
 
 def _daily_kwh(site: Site) -> float:
@@ -67,11 +78,13 @@ def unit_a_day(site: Site, uncontrolled: float) -> float:
     Args:
         site: The site.
         uncontrolled: Its objective on a training day without control. Where that is nothing or
-            less, the unit is what its daily energy would be at the mean absolute price.
+            less, or what is paid and what is earned all but cancel out, the unit is what its daily
+            energy would be at the mean absolute price.
     """
     price = site.import_price[site.training_steps]
     fallback = _daily_kwh(site) * float(np.abs(price).mean())
-    return (uncontrolled if uncontrolled > 1e-6 * fallback else fallback) or 1.0
+    least = _CANCELLED if price.min() < 0.0 or site.export_credit.any() else 1e-6
+    return (uncontrolled if uncontrolled > least * fallback else fallback) or 1.0
 
 
 def priced_model(
@@ -96,7 +109,7 @@ def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteM
 
 
 def rewarded(
-    model: SiteModel, site: Site, uncontrolled: float, rule: Floats, credited_kw: Floats
+    model: SiteModel, site: Site, uncontrolled: float, rule: Floats, credited: Floats
 ) -> SiteModel:
     """Return a priced model that gives rewards.
 
@@ -105,12 +118,12 @@ def rewarded(
         site: Its site.
         uncontrolled: What its objective is on a training day without control.
         rule: The objective of the rule that is to be exceeded, in each step [P].
-        credited_kw: What that rule charged, [P].
+        credited: Its `credited_kw`, [P].
     """
     unit = unit_a_day(site, uncontrolled)
     of_training = float(site.import_price[site.training_steps].mean())
     credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
-    reference = rule / unit - credit_per_kw * credited_kw
+    reference = rule / unit - credit_per_kw * credited
     series = model.series.clone()
     series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
     series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
@@ -118,12 +131,37 @@ def rewarded(
     return model._replace(series=series)
 
 
-def reward(state: State, flows: Flows) -> Tensor:
-    """Return what a step earned [B], `state` at its beginning: in days of the uncontrolled site."""
+def credited_kw(flows: Flows) -> Tensor:
+    """Return what of a step's energy [B] earns the credit, in kW given to vehicles."""
+    return torch.add(flows.ev_kw, flows.stored_kw, alpha=_STORED)
+
+
+def reward(model: SiteModel, state: State, flows: Flows, discount: float = 1.0) -> Tensor:
+    """Return what a step earned [B]: in days of the uncontrolled site.
+
+    Args:
+        model: The site's.
+        state: At the step's beginning.
+        flows: What flowed.
+        discount: What the next step's reward counts to who learns from these.
+    """
     margin_per_kw, export_per_kw, reference, credit_per_kw = state.prices
     earned = torch.addcmul(reference, flows.grid_kw.relu(), margin_per_kw, value=-1.0)
     earned = torch.addcmul(earned, flows.grid_kw, export_per_kw, value=-1.0)
-    return torch.addcmul(earned, credit_per_kw, flows.ev_kw + flows.stored_kw)
+    if flows.misled_kw is not None:
+        rest = 1.0 / _CREDIT_SHARE - 1.0
+        earned = torch.addcmul(earned, credit_per_kw, flows.unmet_kw, value=-rest)
+    gained_kw = credited_kw(flows)
+    if discount < 1.0:
+        held_kw = _STORED * state.soc * model.kw_per_soc[0] - state.owed_kw.sum(1)
+        gained_kw = torch.sub(gained_kw, held_kw + gained_kw, alpha=1.0 - discount)
+    return torch.addcmul(earned, credit_per_kw, gained_kw)
+
+
+def objective(state: State, flows: Flows) -> Tensor:
+    """Return what a step cost [B], `state` at its beginning: in days of the uncontrolled site."""
+    margin_per_kw, export_per_kw, _, _ = state.prices
+    return torch.addcmul(flows.grid_kw.relu() * margin_per_kw, flows.grid_kw, export_per_kw)
 
 
 def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:

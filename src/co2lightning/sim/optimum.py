@@ -72,6 +72,7 @@ def optimum(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Float
             grid_import_kw=best.import_kw[:n],
             curtailed_kwh=best.surplus_kw[:n] * site.step_h,
             unmet_kwh=np.zeros(n),
+            misled_kwh=np.zeros(n),
             soc=best.stored_kwh[:n] / capacity_kwh,
             co2_kg=site.step_h * site.carbon_kg_per_kwh[begin:end] * best.import_kw[:n],
             cost=site.step_h * (price * best.import_kw[:n] - credit * best.surplus_kw[:n]),

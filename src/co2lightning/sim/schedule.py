@@ -4,6 +4,7 @@ Shapes: P steps of the site, n steps of a run, B runs at once, W stretches, C co
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Carry, SiteModel, restore
-from co2lightning.sim.objective import metered, priced_model
+from co2lightning.sim.objective import credited_kw, metered, priced_model
 from co2lightning.sim.physics import step
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
@@ -24,8 +25,9 @@ class Trace(NamedTuple):
     battery_kw: Tensor  # at the AC side, charging positive
     grid_kw: Tensor  # at the meter, import positive
     unmet_kw: Tensor  # owed to vehicles that left at the end of the step
+    misled_kw: Tensor  # of it what is due to a wrong announcement
     soc: Tensor  # 0-1, at the end of the step
-    credited_kw: Tensor  # what was charged, for rewards
+    credited_kw: Tensor  # what earns credit in rewards
     owed_kw: Tensor  # to all vehicles present, at the beginning of the step
     co2_kg: Tensor
     cost: Tensor  # 0 without prices
@@ -38,6 +40,7 @@ class Course(NamedTuple):
     battery_kw: Floats
     grid_kw: Floats
     unmet_kw: Floats
+    misled_kw: Floats
     soc: Floats
     credited_kw: Floats
     owed_kw: Floats
@@ -62,8 +65,9 @@ def run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> tuple[Trace, 
     state = restore(model, carry)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
-        flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, flows.soc
-        columns.append((*flowed, flows.ev_kw + flows.stored_kw, state.owed_kw.sum(1)))
+        misled_kw = torch.zeros_like(flows.soc) if flows.misled_kw is None else flows.misled_kw
+        flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, misled_kw, flows.soc
+        columns.append((*flowed, credited_kw(flows), state.owed_kw.sum(1)))
         state = following
     stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
     return Trace(*(*stacked, *metered(model, carry.place, stacked[2]))), state.carry
@@ -75,14 +79,18 @@ def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Ca
     Args:
         soc: Of each run [B], or of all.
     """
-    owed_kw = np.zeros((len(places), model.sockets.shape[-1]))
-    for row, place in enumerate(places.tolist()):
-        owed_kwh = site.owed_on_arrival_kwh(place)
-        owed_kw[row, : len(owed_kwh)] = owed_kwh / site.step_h
+
+    def owed_kw(owed_kwh: Callable[[int], Floats]) -> Tensor:
+        owed = np.zeros((len(places), model.sockets.shape[-1]))
+        for row, place in enumerate(places.tolist()):
+            owed[row, : len(kwh)] = (kwh := owed_kwh(place)) / site.step_h
+        return torch.as_tensor(owed, dtype=model.zero.dtype, device=model.device)
+
     return Carry(
         torch.tensor(places, device=model.device),
         torch.as_tensor(soc, device=model.device).to(model.zero.dtype).expand(len(places)).clone(),
-        torch.as_tensor(owed_kw, dtype=model.zero.dtype, device=model.device),
+        owed_kw(site.told_on_arrival_kwh if site.told else site.owed_on_arrival_kwh),
+        owed_kw(site.owed_on_arrival_kwh) if site.told else None,
     )
 
 
@@ -106,14 +114,15 @@ def through(site: Site, rule: Rule) -> Course:
     places = np.arange(short, site.n_steps, per_piece)
     began = start(model, site, places, soc)
     if len(places):
-        began.soc[0], began.owed_kw[0] = after.soc[0], after.owed_kw[0]
+        for first, part in zip(began.parts[1:], after.parts[1:], strict=True):
+            first[0] = part[0]
     whole, ended = run(model, rule, began, per_piece)
     while len(moved := _let_ends_meet(model, whole, began, ended)):
-        again = Carry(*(part[moved] for part in began))
+        again = Carry(*(part[moved] for part in began.parts))
         trace, stood = run(model, rule, again, per_piece)
         for old, new in zip(whole, trace, strict=True):
             old[:, moved] = new
-        for old, new in zip(ended, stood, strict=True):
+        for old, new in zip(ended.parts, stood.parts, strict=True):
             old[moved] = new
     columns = [torch.cat([a[:, 0], b.T.flatten()]) for a, b in zip(before, whole, strict=True)]
     return Course(*(column.double().cpu().numpy() for column in columns))
@@ -134,9 +143,12 @@ def _let_ends_meet(model: SiteModel, whole: Trace, began: Carry, ended: Carry) -
         soc[i] = min(max(end[i - 1] + shift, min(least, end[i - 1])), max(most, end[i - 1]))
     wanted = torch.tensor(soc).to(began.soc)
     moved = (wanted - began.soc).abs() > _SAME_SOC
-    moved[1:] |= ((ended.owed_kw[:-1] - began.owed_kw[1:]).abs() > _SAME_KW).any(1)
+    owed = list(zip(ended.parts[2:], began.parts[2:], strict=True))
+    for ends, begins in owed:
+        moved[1:] |= ((ends[:-1] - begins[1:]).abs() > _SAME_KW).any(1)
     began.soc[moved] = wanted[moved]
-    began.owed_kw[1:] = torch.where(moved[1:, None], ended.owed_kw[:-1], began.owed_kw[1:])
+    for ends, begins in owed:
+        begins[1:] = torch.where(moved[1:, None], ends[:-1], begins[1:])
     return moved.nonzero().flatten()
 
 
@@ -145,11 +157,13 @@ def start_soc(site: Site) -> float:
     """Return the state of charge with which evaluation begins, 0 without a battery.
 
     The mean of what RBC B has at the beginnings of the training days when the whole series is run
-    in one go from `soc_min`, to 0.01.
+    in one go from `soc_min`, to 0.01; of what vehicles truly take, so that the same is to be done
+    whatever was said.
     """
+    site = site.fitted_on or site
     if site.battery is None:
         return 0.0
-    soc = np.concatenate([[site.battery.soc_min], through(site, rbc_b).soc])
+    soc = np.concatenate([[site.battery.soc_min], through(site.truth, rbc_b).soc])
     return round(float(soc[site.day_bounds[site.training_days]].mean()), 2)
 
 
@@ -164,6 +178,7 @@ class Schedule(NamedTuple):
     grid_import_kw: Floats
     curtailed_kwh: Floats  # PV that found no use
     unmet_kwh: Floats  # owed to vehicles that left at the end of the step
+    misled_kwh: Floats  # of it what is due to a wrong announcement
     soc: Floats  # 0-1, at the end of the step; 0 without a battery
     co2_kg: Floats  # of the import
     cost: Floats  # of import less export, in the site's currency; 0 without prices
@@ -174,7 +189,7 @@ class Played(NamedTuple):
 
     schedule: Schedule
     stored_kwh: float
-    owed_kwh: Floats  # [C]
+    owed_kwh: Floats  # [C] truly
 
 
 def play(model: SiteModel, rule: Rule, site: Site, bounds: Ints) -> list[Played]:
@@ -203,13 +218,14 @@ _ONCE = 64  # stretches; bounds the memory of a long year with many sockets
 def _played(site: Site, trace: Trace, ended: Carry, row: int) -> Played:
     step_h = site.step_h
     of = Course(*(column[:, row].double().cpu().numpy() for column in trace))
-    owed_kwh = ended.owed_kw[row].double().cpu().numpy() * step_h
+    owed_kwh = ended.truly_owed_kw[row].double().cpu().numpy() * step_h
     plan = Schedule(
         ev_kw=of.ev_kw,
         battery_kw=of.battery_kw,
         grid_import_kw=np.maximum(of.grid_kw, 0.0),
         curtailed_kwh=np.maximum(-of.grid_kw, 0.0) * step_h,
         unmet_kwh=of.unmet_kw * step_h,
+        misled_kwh=of.misled_kw * step_h,
         soc=of.soc,
         co2_kg=of.co2_kg,
         cost=of.cost,

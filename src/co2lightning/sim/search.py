@@ -4,6 +4,7 @@ When vehicles charge, a time of day in which all do, what the battery does, a ti
 filled and one in which it holds. Vehicles do as they do whatever the battery does (the connection's
 limit apart), so they are run once, and batteries by the hundred on the load that they make. Coarse
 choices first, then finer ones around the best, the last few again with all of the physics.
+The corner of the moves that a policy begins with is searched on the same weeks.
 Nothing is drawn by chance: the same site gives the same rule.
 
 Shapes: P steps of the site, W weeks of n steps, V choices for the vehicles, K for the battery,
@@ -12,7 +13,6 @@ B runs at once.
 
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,67 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
-from co2lightning.control.rules import RULES, VEHICLES, Choice, Outlook, Rule, Window, rbc_c, words
-from co2lightning.control.state import Carry, SiteModel, restore
+from co2lightning.control.moves import Corner, corners, move_tables, moves_of, powers_of
+from co2lightning.control.outlook import Outlook, outlook_of, price, slots_a_day
+from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c, words
+from co2lightning.control.state import Carry, Powers, SiteModel, State, restore
 from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import start, start_soc
+from co2lightning.sim.weeks import left_price, training_weeks
 from co2lightning.site.model import Floats, Ints, Site
 
-_WEEKS = 6
-_WEEK = 7  # days
-_LEFT_SHARE = 0.8  # of the mean price: what a kWh is worth that is stored or owed at a week's end
 _TIE = 1e-3  # of what uncontrolled costs: the simpler rule is taken
 _BEST = 2  # ways of charging that go on to the windows
 _NEVER = Window()
-
-
-def price(site: Site) -> tuple[Floats, Floats]:
-    """Return what a kWh of import costs in each step [P], and is expected to cost [P, L]."""
-    return site.import_price, forecast(site, "import_price")
-
-
-@functools.lru_cache(maxsize=8)
-def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool = False) -> Outlook:
-    """Return what the rules of a site know of each step and expect of the next ones.
-
-    Args:
-        site: The site.
-        device: Where the rules act.
-        foresight: Whether what import will cost is known instead.
-    """
-    stays = site.sessions.departure - site.sessions.arrival
-    (now, expected), each = price(site), steps_per_lead(site)
-    leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
-    sun = site.load_kw - site.pv_kw < 0.0
-    expected = expected[:, :leads]
-    sun_expected = np.zeros(expected.shape, dtype=np.bool_)
-    if site.pv_kw.any() or site.load_kw.min() < 0.0:
-        net_kw = forecast(site, "load_kw")[:, :leads] - forecast(site, "pv_kw")[:, :leads]
-        sun_expected = net_kw < 0.0
-    credit, earns = site.export_credit, np.zeros(expected.shape)
-    if credit.any():
-        earns = forecast(site, "export_credit")[:, :leads]
-    if foresight:
-        expected = to_come(now, leads * each)
-        earns = to_come(credit, leads * each)
-        sun_expected, each = sun_expected.repeat(each, axis=1), 1
-    counts = cheaper(now, expected, each)
-    with_sun = counts
-    if sun.any() or sun_expected.any():
-        # A surplus costs what it would have earned.
-        now, expected = np.where(sun, credit, now), np.where(sun_expected, earns, expected)
-        with_sun = cheaper(now, expected, each)
-    slot, _ = slots(site, 1)
-    tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
-    of_step, plain, sunny = tensors
-    return Outlook(of_step, _slots(site), plain, sunny)
-
-
-def _slots(site: Site) -> int:
-    return 24 * 60 // site.step_minutes
 
 
 def rules_of(
@@ -116,7 +69,7 @@ def rules_of(
 def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
     """Return what a site's RBC C does, so that a person can do it by hand."""
     vehicles = len(site.sessions.arrival) > 0
-    return words(choice_of(site, keep), _slots(site), site.battery is not None, vehicles)
+    return words(choice_of(site, keep), slots_a_day(site), site.battery is not None, vehicles)
 
 
 def choice_of(site: Site, keep: Path | None = None) -> Choice:
@@ -126,6 +79,7 @@ def choice_of(site: Site, keep: Path | None = None) -> Choice:
         site: The site.
         keep: Directory where it is kept. One that cannot be read or written costs time alone.
     """
+    site = site.fitted_on or site
     return _choice(site) if keep is None else _choice_kept(site, keep)
 
 
@@ -169,11 +123,11 @@ def search(site: Site) -> Choice:
     Each begins as evaluation begins; what is left at its end, stored or owed, is priced at 0.8
     times the mean. A site without whole training weeks is searched on training days.
     """
-    bounds = _training_stretches(site)
+    bounds = training_weeks(site)
     has_battery = site.battery is not None
     if not len(bounds) or not (has_battery or len(site.sessions.arrival)):
         return Choice(greedy=has_battery)
-    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, _left_price(site))
+    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, left_price(site))
     batteries = _battery_choices(site)
 
     # Each way of charging with each single window of the battery.
@@ -200,34 +154,12 @@ def search(site: Site) -> Choice:
     found.append(best)
     for hours in (1.0, 0.5, 0.25):
         unit = site.steps(hours)
-        driven = _drive(trial, _finer_charging(best, unit, _slots(site)))
+        driven = _drive(trial, _finer_charging(best, unit, slots_a_day(site)))
         some = _finer_batteries(best, unit, site) if has_battery else [best]
         cost = _costs(trial, driven, some)
         v, k = np.unravel_index(int(cost.argmin()), cost.shape)
         best = _joined(driven[int(v)].choice, some[int(k)])
     return _simplest(trial, [*_simpler(best), *found])
-
-
-def _training_stretches(site: Site) -> Ints:
-    """Return the places [W, 2] where training weeks begin and end, of one length, evenly spread.
-
-    Those that follow held-out days look back on them: they are left out where others are enough.
-    """
-    for days in (_WEEK, 1):
-        first = np.arange(0, len(site.days) - days + 1, days)
-        bounds = np.stack([site.day_bounds[first], site.day_bounds[first + days]], axis=1)
-        known = [not site.held_out[a : a + days].any() for a in first]
-        if not any(known):
-            continue
-        lengths = np.diff(bounds, axis=1)[:, 0]  # a week in which clocks change is longer
-        usual = Counter(lengths[known].tolist()).most_common(1)[0][0]
-        good = known & (lengths == usual)
-        calm = good & [not site.held_out[max(a - _WEEK, 0) : a].any() for a in first]
-        most = _WEEKS * _WEEK // days
-        own = bounds[calm if calm.sum() >= most else good]
-        count = min(most, len(own))
-        return own[(2 * np.arange(count) + 1) * len(own) // (2 * count)]
-    return np.zeros((0, 2), dtype=np.int64)
 
 
 class _Trial(NamedTuple):
@@ -247,10 +179,6 @@ class _Driven(NamedTuple):
     ev_kw: Floats  # [W, n]
     owed_kwh: Floats  # [W] at the end
     cost: float
-
-
-def _left_price(site: Site) -> float:
-    return _LEFT_SHARE * float(price(site)[0][site.training_steps].mean())
 
 
 def _drive(trial: _Trial, choices: Sequence[Choice]) -> list[_Driven]:
@@ -284,7 +212,7 @@ def _costs(trial: _Trial, driven: Sequence[_Driven], batteries: Sequence[Choice]
     series[0, :-1] += torch.as_tensor(ev_kw)
     series[1, :-1] -= torch.as_tensor(ev_kw)
     empty = torch.tensor([0.0, 1.0, 0.0, 0.0]).to(series).expand(len(place), 1, 4).permute(2, 0, 1)
-    model = model._replace(series=series, sockets=empty, floor_kw=None)
+    model = model._replace(series=series, sockets=empty, truth=None, floor_kw=None)
     outlook = trial.outlook._replace(slot=trial.outlook.slot[place])
     begins = n * np.arange(len(driven) * weeks)
     cost = np.empty((len(driven), len(batteries)))
@@ -311,21 +239,23 @@ _ONCE = 40_000  # runs; bounds the memory
 class _Ran(NamedTuple):
     cost: Floats  # [B] by the meter
     stored_kwh: Floats  # [B] at the end
-    owed_kwh: Floats  # [B]
+    owed_kwh: Floats  # [B] and what vehicles left without that had announced something else
     ev_kw: list[Tensor]  # n of [B]; none unless asked for
 
 
 def _run(model: SiteModel, rule: Rule, carry: Carry, steps: int, *, vehicles: bool = False) -> _Ran:
     state, ev_kw = restore(model, carry), list[Tensor]()
-    cost = torch.zeros_like(state.soc)
+    cost, unmet_kw = torch.zeros_like(state.soc), torch.zeros_like(state.soc)
     for _ in range(steps):
         following, flows = step(model, state, rule(model, state))
-        cost -= reward(state, flows)
+        cost -= reward(model, state, flows)
         if vehicles:
             ev_kw.append(flows.ev_kw)
+        if flows.misled_kw is not None:
+            unmet_kw += flows.unmet_kw
         state = following
     stored_kwh = state.soc / model.soc_per_kw * model.step_h
-    owed_kwh = state.owed_kw.sum(1) * model.step_h
+    owed_kwh = (state.carry.truly_owed_kw.sum(1) + unmet_kw) * model.step_h
     numbers = torch.stack([cost, stored_kwh, owed_kwh]).double().cpu().numpy()
     return _Ran(*numbers, ev_kw=ev_kw)
 
@@ -359,6 +289,36 @@ def _stacked(choices: Sequence[Choice], times: int) -> Choice:
     )
 
 
+# --- where a policy begins -----------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode()
+def corner_of(site: Site) -> Corner | None:
+    """Return the corner of the moves that costs least in the weeks of `search`, None without any.
+
+    All are run at once, with the weights that a policy begins with. The earlier one among equals.
+    """
+    if not len(bounds := training_weeks(site)):
+        return None
+    trial = _Trial(site, priced_model(site), outlook_of(site), bounds, left_price(site))
+    tables = move_tables(site, trial.model, trial.outlook)
+    tried = corners(tables)
+    actions = torch.tensor([corner.action() for corner in tried]).repeat_interleave(len(bounds), 0)
+
+    def rule(model: SiteModel, state: State) -> Tensor | Powers:
+        return powers_of(tables, model, state, moves_of(tables, model, state), actions)
+
+    places = np.tile(bounds[:, 0], len(tried))
+    run = _run(trial.model, rule, start(trial.model, site, places, start_soc(site)), _steps(trial))
+    cost = _settled(trial, run).reshape(len(tried), len(bounds)).sum(1)
+    enough = cost.min() + _SAME * np.abs(cost).max()
+    return tried[int(np.flatnonzero(cost <= enough)[0])]
+
+
+_SAME = 1e-5  # relative; what rounding may make of equals
+
+
 # --- what is tried -------------------------------------------------------------------------------
 
 
@@ -371,7 +331,7 @@ def _ways(site: Site) -> list[str]:
 
 
 def _begins(site: Site) -> list[int]:
-    return list(range(0, _slots(site), site.steps(2.0)))
+    return list(range(0, slots_a_day(site), site.steps(2.0)))
 
 
 def _lengths(site: Site) -> list[int]:
@@ -433,7 +393,7 @@ def _finer_charging(best: Choice, unit: int, slots: int) -> list[Choice]:
 
 
 def _finer_batteries(best: Choice, unit: int, site: Site) -> list[Choice]:
-    slots, level = _slots(site), float(best.fill_soc)
+    slots, level = slots_a_day(site), float(best.fill_soc)
     levels = {_level(level + 0.1 * unit / site.steps(1.0) * k, site) for k in (-1, 0, 1)}
     levels = sorted(levels | {level}) if best.fill.steps else [level]
     fills, holds = (_nearby(window, unit, slots) for window in (best.fill, best.hold))

@@ -69,6 +69,18 @@ def _currency(key: str, value: object) -> str:
     return value
 
 
+def _known_ahead(key: str, value: object) -> dict[str, str]:
+    known = _mapping(key, value, dict.fromkeys(_KNOWABLE, _since), dict.fromkeys(_KNOWABLE))
+    return {column: since for column, since in known.items() if since is not None}
+
+
+def _since(key: str, value: object) -> str:
+    if value == "always" or re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", str(value)):
+        return str(value)
+    right = 'a local time in quotes such as "13:00", or always'  # 13:00 is 780 to YAML
+    raise _config_error(key, value, right)
+
+
 def _zone(key: str, value: object) -> str:
     try:
         if re.fullmatch(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", str(value)):
@@ -88,6 +100,8 @@ def _shown(value: object) -> str:
         return "is empty,"
     return f"{value if isinstance(value, date) else show(value)} is"
 
+
+_KNOWABLE = "carbon_kg_per_kwh", "pv_kw", "load_kw", "price_per_kwh", "export_price_per_kwh"
 
 _EFFICIENCY = _number(0.5, 1, hint=" (a share, not per cent)")
 _SHARE = _number(0, 1, hint=" (a share, not per cent)")
@@ -197,6 +211,7 @@ _SITE = {
     "held_out": _held_out,
     "day_start": _integer(0, 23),
     "currency": _currency,
+    "known_ahead": _known_ahead,
 }
 _SITE_OPTIONAL: dict[str, Any] = {
     "pv_kwp": 0.0,
@@ -206,6 +221,7 @@ _SITE_OPTIONAL: dict[str, Any] = {
     "held_out": None,
     "day_start": None,
     "currency": "",
+    "known_ahead": {},
 }
 _WHAT_IF = {
     "battery.capacity_kwh": _BATTERY["capacity_kwh"],

@@ -1,9 +1,9 @@
 """Find a site's folder and make a `Site` of it.
 
-A folder holds `site.yaml`, `series.csv.gz` and, where vehicles charge, `sessions.csv.gz` (or plain
-`.csv`); see docs/site-format.md. Folders come from strangers: nothing in them is run, sizes are
-bounded, and whatever is wrong becomes one line that names file, row, column or key and what would
-be right.
+A folder holds `site.yaml`, `series.csv.gz`, where vehicles charge `sessions.csv.gz`, and perhaps
+`forecasts.csv.gz` (or plain `.csv`); see docs/site-format.md. Folders come from
+strangers: nothing in them is run, sizes are bounded, and whatever is wrong becomes one line that
+names file, row, column or key and what would be right.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ from co2lightning.site.calendar import (
     stretches,
 )
 from co2lightning.site.equipment import read_equipment, what_if
-from co2lightning.site.model import Objective, Site
+from co2lightning.site.forecasts import read_forecasts
+from co2lightning.site.model import Objective, Provided, Site
 from co2lightning.site.plain_yaml import parse_yaml
 from co2lightning.site.series import clock, read_series
-from co2lightning.site.sessions import admit, no_sessions, read_sessions
+from co2lightning.site.sessions import admit, no_sessions, read_sessions, tell
 from co2lightning.site.table import MAX_BYTES
 
 _SHIPPED = Path(__file__).parents[1] / "sites"
@@ -60,6 +61,7 @@ def load_site(
     site: str | Path,
     changes: Mapping[str, float] | None = None,
     objective: str | Mapping[str, float] = "co2",
+    announced: bool = True,
 ) -> Site:
     """Read and check a site, once a process as long as its files stay as they are.
 
@@ -70,6 +72,8 @@ def load_site(
             the series) or grid_kw. The folder stays as it is; the site says so in its notes.
         objective: What policies are settled by: co2, cost, or weights such as
             {"co2": 1, "cost": 0.2}, of a kg and of a unit of the site's currency.
+        announced: Whether controllers know of vehicles what drivers announce, where the sessions
+            tell it; False: the truth, as on sites whose sessions tell nothing.
 
     Returns:
         The site, with the sessions already admitted to sockets; its arrays cannot be written.
@@ -81,7 +85,8 @@ def load_site(
     wanted = _objective(objective)
     directory, remarks = _locate(site)
     site_yaml = _read_file(directory / "site.yaml", _MAX_YAML_BYTES)
-    series, sessions = (_read_csv(directory, stem) for stem in ("series", "sessions"))
+    stems = "series", "sessions", "forecasts"
+    series, sessions, forecasts = (_read_csv(directory, stem) for stem in stems)
     if series is None:
         raise _missing("series.csv.gz", directory)
     found = _read_site(
@@ -90,6 +95,7 @@ def load_site(
         site_yaml,
         series,
         sessions,
+        forecasts,
         tuple((changes or {}).items()),
     )
     if wanted.cost and found.price_per_kwh is None:
@@ -97,7 +103,8 @@ def load_site(
             f"--env.objective {show(objective)}: the series of site {found.name} has no column "
             "price_per_kwh, so nobody knows what it costs; add the column, or leave it at co2"
         )
-    return _settled_by(found, wanted)
+    settled = _settled_by(found, wanted)
+    return settled if announced else settled.truth
 
 
 def _objective(given: str | Mapping[str, float]) -> Objective:
@@ -134,6 +141,7 @@ def _read_site(
     site_yaml: _File,
     series: _File,
     sessions: _File | None,
+    forecasts: _File | None,
     changes: tuple[tuple[str, float], ...],
 ) -> Site:
     """Make a site of the content of its files."""
@@ -145,12 +153,17 @@ def _read_site(
     zone = ZoneInfo(equipment["timezone"])
     reads = clock(zone)
     line, columns, prices = read_series(*series, equipment, reads, notes)
+    rows, row = None, np.zeros(0, dtype=np.int64)
     if sessions is None:
         admitted, share = no_sessions(line), np.zeros(24)
     else:
         rows = read_sessions(*sessions, sockets, reads, line, notes)
         share = span_share(rows.arrival_s, rows.departure_s, rows.energy_kwh, zone)
-        admitted = admit(sessions[0], rows, sockets, line, share, notes)
+        admitted, row = admit(sessions[0], rows, sockets, line, share, notes)
+    provided: dict[str, Provided] = {}
+    if forecasts is not None:
+        there = {name for name, values in columns.items() if values.any()} | set(prices)
+        provided = read_forecasts(*forecasts, there | {"carbon_kg_per_kwh"}, reads, line, notes)
     day_start_h = equipped.pop("day_start")
     if day_start_h is None:
         day_start_h = quietest_hour(share)
@@ -159,9 +172,13 @@ def _read_site(
     notes += remark_on_tails(series[0], found, bounds, dates, line)
     del equipped["charger_efficiency"]  # of version 0.1.0, whose physics did not use it either
     if equipment["pv_kwp"]:
-        columns["pv_kw"] = columns["pv_kw"] * (equipped["pv_kwp"] / equipment["pv_kwp"])
+        scale = equipped["pv_kwp"] / equipment["pv_kwp"]
+        columns["pv_kw"] = columns["pv_kw"] * scale
+        if scale != 1.0 and (sun := provided.get("pv_kw")):
+            provided["pv_kw"] = Provided(sun.key, sun.value * np.float32(scale))
     columns["import_limit_kw"] = np.minimum(columns["import_limit_kw"], equipped["grid_kw"])
     digest = hashlib.sha256(site_yaml[1] + series[1] + (sessions[1] if sessions else b""))
+    digest.update(forecasts[1] if forecasts else b"")
     digest.update("".join(whats).encode())
     site = Site(
         **equipped,
@@ -179,8 +196,13 @@ def _read_site(
         held_out=held_out,
         stretches=found,
         notes=(*notes, *whats),
+        provided=provided,
     )
-    arrays = [*vars(site).values(), *vars(site.sessions).values(), share]
+    if rows is not None:
+        hour = local.astype("datetime64[h]").astype(np.int64) % 24
+        site = replace(site, told=tell(rows, row, line, hour, site.training_steps))
+    arrays = [*vars(site).values(), *vars(site.sessions).values(), *(site.told or ()), share]
+    arrays += [array for said in provided.values() for array in vars(said).values()]
     for part in arrays:
         if isinstance(part, np.ndarray):
             part.setflags(write=False)  # everybody who loads the site shares it

@@ -6,7 +6,8 @@ that are ever taken.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,6 +22,8 @@ Ints = NDArray[np.int64]
 _Amount = TypeVar("_Amount")
 
 DAY_H = 24.0
+REACH_H = 48.0
+"""How far a forecast looks."""
 TAIL_H = 48.0
 """How far beyond a stretch's end the operation is looked at that settles it."""
 
@@ -105,6 +108,26 @@ class Sessions:
         return np.flatnonzero((self.arrival <= place) & (place < self.departure))
 
 
+class Told(NamedTuple):
+    """What is said of each session when it arrives, or usual where nothing is; every array is [N].
+
+    A vehicle takes what it truly takes and leaves when it truly leaves, whatever was said.
+    """
+
+    departure: Ints  # first step in which it is to be gone
+    energy_kwh: Floats
+
+
+class Announcements(NamedTuple):
+    """How good the announcements of a sessions file are; None where none is told."""
+
+    departures: int  # rows that tell one
+    departure_off_h: float | None  # median of how far it lies off, either way
+    departure_late_share: float | None  # of those that lie after the true departure
+    energies: int
+    energy_ratio: float | None  # median of energy told to energy taken
+
+
 @dataclass(frozen=True, eq=False)
 class SessionsRead:
     """What became of the rows of the sessions file.
@@ -117,6 +140,7 @@ class SessionsRead:
         energy_kwh: What all rows ask for.
         dropped_kwh: What the dropped ones ask for.
         span_share: Share of the energy whose stay spans each full hour of the day, [24].
+        announcements: How good they are; None where the file has no column for them.
     """
 
     rows: int
@@ -126,6 +150,34 @@ class SessionsRead:
     energy_kwh: float
     dropped_kwh: float
     span_share: Floats
+    announcements: Announcements | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Provided:
+    """What a provider forecast of one series, by step and then by time of issue; both are [R].
+
+    Attributes:
+        key: The step it is about, perhaps beyond the series, times 2^32, plus when it was issued
+            in seconds since 1970 UTC. Ascending, none twice.
+        value: What was expected.
+    """
+
+    key: Ints
+    value: NDArray[np.float32]
+
+    def newest(self, about: Ints, now_s: Ints) -> tuple[Floats, Floats]:
+        """Return what the newest issue says of some steps, and its age in h; NaN where none does.
+
+        Args:
+            about: The steps, [N] ascending.
+            now_s: For each the instant; what is issued later does not count.
+        """
+        row = np.searchsorted(self.key, about << 32 | now_s, side="right") - 1
+        there = (row >= 0) & (self.key[row] >> 32 == about)
+        issued_s = self.key[row] & (1 << 32) - 1
+        found = self.value[row].astype(np.float64), (now_s - issued_s) / 3600.0
+        return np.where(there, found[0], np.nan), np.where(there, found[1], np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +214,13 @@ class Site:
             curtailed. None: nothing.
         currency: Of the prices; "" where the file names none.
         objective: What policies are settled by.
+        known_ahead: Columns of the series that are known to the end of the next calendar day from
+            a local time such as "13:00" on, before it to the end of this one; or "always". In
+            another world perhaps "usual": nothing but what is usual at that time of day.
+        provided: What a provider forecast, by the name of the series.
+        told: What controllers know of the sessions; None where that is the truth.
+        fitted_on: Where this is another world of a site: the site itself. What is fitted or chosen,
+            the scales of observations and how stretches begin are the site's own.
     """
 
     name: str
@@ -198,6 +257,20 @@ class Site:
     export_price_per_kwh: Floats | None = None
     currency: str = ""
     objective: Objective = OF_CO2
+    known_ahead: Mapping[str, str] = field(default_factory=dict)
+    provided: Mapping[str, Provided] = field(default_factory=dict)
+    told: Told | None = None
+    fitted_on: "Site | None" = None
+
+    @functools.cached_property
+    def truth(self) -> "Site":
+        """The same site, where controllers know the truth of the sessions; perhaps itself."""
+        return self if self.told is None else replace(self, told=None)
+
+    @functools.cached_property
+    def sessions_told(self) -> Sessions:
+        """The sessions as controllers are told of them."""
+        return self.sessions if self.told is None else replace(self.sessions, **self.told._asdict())
 
     @property
     def n_steps(self) -> int:
@@ -258,10 +331,24 @@ class Site:
     def owed_on_arrival_kwh(self, place: int) -> Floats:
         """Return what charging on arrival has left to do at `place`, arrivals whole, [C]."""
         own, sessions = self.sessions.standing(place), self.sessions
-        charged_kwh = sessions.max_kw[own] * self.step_h * (place - sessions.arrival[own])
         owed_kwh = np.zeros(len(sessions.used_sockets))
-        owed_kwh[sessions.column[own]] = np.maximum(sessions.energy_kwh[own] - charged_kwh, 0.0)
+        owed_kwh[sessions.column[own]] = self._left_kwh(own, sessions.energy_kwh, place)
         return owed_kwh
+
+    def told_on_arrival_kwh(self, place: int) -> Floats:
+        """Return what it has left by what controllers are told; nothing of who is full, [C]."""
+        own, told = self.sessions.standing(place), self.sessions_told
+        left_kwh = self._left_kwh(own, told.energy_kwh, place)
+        full = self._left_kwh(own, self.sessions.energy_kwh, place) <= 0.0
+        owed_kwh = np.zeros(len(told.used_sockets))
+        owed_kwh[told.column[own]] = np.where(full, 0.0, left_kwh)
+        return owed_kwh
+
+    def _left_kwh(self, own: Ints, energy_kwh: Floats, place: int) -> Floats:
+        """Return what full power from arrival on has left of energies [N], of some sessions."""
+        sessions = self.sessions
+        charged_kwh = sessions.max_kw[own] * self.step_h * (place - sessions.arrival[own])
+        return np.maximum(energy_kwh[own] - charged_kwh, 0.0)
 
     def when(self, place: int) -> datetime:
         """Return the local time at which the step at `place` begins."""

@@ -104,6 +104,12 @@ def read_series(
     """
     table = Table(name, data, _NEEDED, (*_OPTIONAL, *_PRICES))
     notes += table.remarks
+    for column in equipment["known_ahead"]:
+        if column not in table.columns:
+            raise UserError(
+                f"site.yaml: known_ahead.{column}: {name} has no such column; add it, or remove "
+                "the key"
+            )
     times_s = table.read("time", clock)
     step_s = 0
     if not np.isnan(times_s).any():

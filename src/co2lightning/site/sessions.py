@@ -11,11 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from co2lightning.errors import UserError, show
-from co2lightning.site.model import Floats, Ints, Sessions, SessionsRead, SocketType
+from co2lightning.site.model import (
+    Announcements,
+    Floats,
+    Ints,
+    Sessions,
+    SessionsRead,
+    SocketType,
+    Told,
+)
 from co2lightning.site.series import Clock, Line
 from co2lightning.site.table import Table
 
 _COLUMNS = ("session_id", "socket_type", "arrival", "departure", "energy_kwh", "max_kw")
+_ANNOUNCED = ("announced_departure", "announced_energy_kwh")
 _MAX_STAY_DAYS = 7
 _MIN_WINDOW_S = 1800
 _WINDOW_SHARE = 0.98  # the largest share of what its window allows that a session may ask for
@@ -30,6 +39,7 @@ class Rows(NamedTuple):
     departure_s: Ints
     energy_kwh: Floats
     max_kw: Floats  # the lower of the vehicle's and the socket's
+    announced: tuple[Floats, Floats] | None  # departure in s, kWh; NaN where not told
 
 
 class Admitted(NamedTuple):
@@ -63,11 +73,12 @@ def read_sessions(
     Raises:
         UserError: Something in it is wrong.
     """
-    table = Table(name, data, _COLUMNS)
+    table = Table(name, data, _COLUMNS, _ANNOUNCED)
     notes += table.remarks
     kind = _check_ids_and_types(table, sockets)
     arrives, departs = table.read("arrival", clock), table.read("departure", clock)
     stay_s = departs - arrives
+    announced = _read_announced(table, clock, arrives)
     table.check(stay_s <= 0, "departure", "is not after the arrival; the vehicle must stay")
     table.check(
         stay_s > _MAX_STAY_DAYS * 86_400,
@@ -98,7 +109,33 @@ def read_sessions(
         ),
     )
     table.finish()
-    return Rows(kind, arrives.astype(np.int64), departs.astype(np.int64), energy_kwh, max_kw)
+    arrival_s, departure_s = arrives.astype(np.int64), departs.astype(np.int64)
+    return Rows(kind, arrival_s, departure_s, energy_kwh, max_kw, announced)
+
+
+def _read_announced(table: Table, clock: Clock, arrives: Floats) -> tuple[Floats, Floats] | None:
+    """Read and check what drivers say; None where the file has no column for it."""
+    if not set(_ANNOUNCED) & set(table.columns):
+        return None
+    departs, energy_kwh = np.full(len(arrives), np.nan), np.full(len(arrives), np.nan)
+    departure, energy = _ANNOUNCED
+    if departure in table.columns:
+        departs = table.read(departure, clock, may_be_empty=True)
+        empty = "leave the cell empty where nothing was said"
+        table.check(departs <= arrives, departure, f"is not after the arrival; {empty}")
+        table.check(
+            departs - arrives > _MAX_STAY_DAYS * 86_400,
+            departure,
+            f"is more than {_MAX_STAY_DAYS} days after the arrival; {empty}",
+        )
+    if energy in table.columns:
+        energy_kwh = table.read(energy, may_be_empty=True)
+        table.check(
+            energy_kwh <= 0,
+            energy,
+            "is not above 0 kWh; leave the cell empty where nothing was said",
+        )
+    return departs, energy_kwh
 
 
 def admit(
@@ -108,8 +145,11 @@ def admit(
     line: Line,
     span_share: Floats,
     notes: list[str],
-) -> Admitted:
+) -> tuple[Admitted, Ints]:
     """Put the rows that lie in the series on the line of steps and give each a socket, or none.
+
+    Returns:
+        What became of them, and the row of each session that was admitted, [N].
 
     Args:
         name: Of the file, for remarks.
@@ -168,7 +208,7 @@ def admit(
         np.add.at(kwh_in, begin[chosen], kwh[chosen])
         return kwh_in
 
-    return Admitted(
+    found = Admitted(
         Sessions(
             socket=socket[admitted],
             arrival=begin[admitted],
@@ -188,7 +228,75 @@ def admit(
             energy_kwh=float(rows.energy_kwh.sum()),
             dropped_kwh=float(rows.energy_kwh[~inside].sum()),
             span_share=span_share,
+            announcements=_how_good(rows),
         ),
+    )
+    return found, row[admitted]
+
+
+def tell(
+    rows: Rows,
+    row: Ints,
+    line: Line,
+    hour: Ints,
+    training: NDArray[np.bool_],
+) -> Told | None:
+    """Return what is said of the admitted sessions; None where the file has no column for it.
+
+    Where nothing is said it is the median stay, the median energy of the sessions of that socket
+    type that arrive in that hour of the day, by training days; where there are none, of the type;
+    then of all. As true ones, a stay said is at least 30 minutes and ends with the series, and an
+    energy said at most 98 % of what it allows.
+
+    Args:
+        rows: What the file holds.
+        row: That of each admitted session, [N].
+        line: The line of steps.
+        hour: Of the day, at each step, [P].
+        training: Whether a step is in no held-out day, [P].
+    """
+    if rows.announced is None:
+        return None
+    inside = (rows.arrival_s >= line.begin_s) & (rows.departure_s <= line.end_s)
+    place = np.clip((rows.arrival_s - line.begin_s) // line.step_s, 0, line.n_steps - 1)
+    of_training, at_hour = inside & training[place], hour[place]
+
+    def filled(said: Floats, true: NDArray[Any]) -> Floats:
+        """Return what is said of each row, what is usual where nothing is."""
+        known = said.copy()
+        missing = np.isnan(said) & inside
+        pairs = np.unique(np.stack([rows.kind[missing], at_hour[missing]]), axis=1)
+        for kind, at in pairs.T.tolist():
+            of_kind = of_training & (rows.kind == kind)
+            alike = next(
+                some
+                for some in (of_kind & (at_hour == at), of_kind, of_training, inside)
+                if some.any()
+            )
+            own = missing & (rows.kind == kind) & (at_hour == at)
+            known[own] = np.median(true[alike])
+        return known
+
+    departs_s, said_kwh = rows.announced
+    stay_s = filled(departs_s - rows.arrival_s, rows.departure_s - rows.arrival_s)[row]
+    begin, end = _window(rows.arrival_s[row], rows.arrival_s[row] + stay_s, line)
+    end = np.minimum(end.astype(np.int64), line.n_steps)
+    most_kwh = _WINDOW_SHARE * rows.max_kw[row] * (end - begin) * (line.step_s / 3600)
+    return Told(end, np.minimum(filled(said_kwh, rows.energy_kwh)[row], most_kwh))
+
+
+def _how_good(rows: Rows) -> Announcements | None:
+    if rows.announced is None:
+        return None
+    departs_s, said_kwh = rows.announced
+    off_s = (departs_s - rows.departure_s)[~np.isnan(departs_s)]
+    ratio = (said_kwh / rows.energy_kwh)[~np.isnan(said_kwh)]
+    return Announcements(
+        departures=len(off_s),
+        departure_off_h=float(np.median(np.abs(off_s))) / 3600 if len(off_s) else None,
+        departure_late_share=float((off_s > 0).mean()) if len(off_s) else None,
+        energies=len(ratio),
+        energy_ratio=float(np.median(ratio)) if len(ratio) else None,
     )
 
 

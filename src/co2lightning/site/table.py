@@ -1,11 +1,12 @@
 """Read a CSV file strictly: its columns, and every mistake in it told at once."""
 
+import contextlib
 import csv
 import gzip
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +16,8 @@ from co2lightning.site.model import Floats
 
 MAX_BYTES = 256 * 1024**2  # of a file as it lies there, and of what it unpacks to
 _MAX_ROWS = 2_000_000
+_MAX_LONG_BYTES = 1024**3  # of what a file unpacks to that is read piece by piece
+_PIECE_BYTES = 8 * 1024**2
 _MISTAKES_TOLD = 3  # of each kind so many rows, and so many kinds; the rest is counted
 
 
@@ -32,6 +35,14 @@ def _number(cell: str) -> float | str:
     return value if math.isfinite(value) else "is not a finite number; every cell needs one"
 
 
+def number_or_nothing(cell: str) -> float | str:
+    """Return the finite number in a cell, NaN where it is empty, or what is wrong with it."""
+    found = _number(cell) if cell.strip() else math.nan
+    if isinstance(found, str):
+        return found.replace("every cell needs one", "write one, or leave the cell empty")
+    return found
+
+
 class Table:
     """A CSV file as columns of text; collects what is wrong with its cells.
 
@@ -41,11 +52,17 @@ class Table:
     """
 
     def __init__(
-        self, name: str, data: bytes, needed: tuple[str, ...], optional: tuple[str, ...] = ()
+        self,
+        name: str,
+        data: bytes | str,
+        needed: tuple[str, ...],
+        optional: tuple[str, ...] = (),
+        rows_before: int = 0,
     ) -> None:
         self.name = name
         self.remarks: list[str] = []
-        text = _unpack(name, data).rstrip("\r\n")
+        self._second_row = rows_before + 2  # of the file: the header is row 1
+        text = (data if isinstance(data, str) else _unpack(name, data)).rstrip("\r\n")
         cells: list[str] = []  # row after row: a list for each row would be slow to collect
         header: dict[str, int] = {}
         width, n_rows = 0, -1
@@ -58,14 +75,14 @@ class Table:
                     problem = f"has {len(row)} values; the header has {width}"
                     if not row:
                         problem = "is empty; remove it"
-                    raise UserError(f"{name}: row {n_rows + 1} {problem}")
+                    raise UserError(f"{name}: row {rows_before + n_rows + 1} {problem}")
                 elif n_rows > _MAX_ROWS:
                     raise UserError(f"{name}: has over {_MAX_ROWS} rows, the most that is read")
                 cells += row
         except csv.Error as error:
             raise UserError(
-                f"{name}: row {n_rows + 2} is not valid CSV ({error}); values are separated "
-                "by commas"
+                f"{name}: row {rows_before + n_rows + 2} is not valid CSV ({error}); values are "
+                "separated by commas"
             ) from error
         if n_rows < 1:
             raise UserError(f"{name}: has no rows; line 1 is the header {','.join(needed)}")
@@ -101,15 +118,25 @@ class Table:
             )
         return {column: i for i, column in enumerate(names) if column in known}
 
-    def read(self, column: str, parse: Callable[[str], float | str] = _number) -> Floats:
+    def read(
+        self,
+        column: str,
+        parse: Callable[[str], float | str] = _number,
+        *,
+        may_be_empty: bool = False,
+    ) -> Floats:
         """Read a column as numbers; NaN where a cell holds none, which is noted.
 
         Args:
             column: Its name.
             parse: Returns what a cell holds, or as text what is wrong with it.
+            may_be_empty: Whether an empty cell is NaN and no mistake.
         """
         cells = self.columns[column]
-        found = {cell: parse(cell) for cell in dict.fromkeys(cells)}
+        found = {
+            cell: math.nan if may_be_empty and not cell.strip() else parse(cell)
+            for cell in dict.fromkeys(cells)
+        }
         wrong = {cell: why for cell, why in found.items() if isinstance(why, str)}
         kinds = {cell: why.partition(";")[0] for cell, why in wrong.items()}
         for kind in dict.fromkeys(kinds.values()):
@@ -131,9 +158,9 @@ class Table:
         first, count = rows[0], len(rows)
         words = problem if isinstance(problem, str) else problem(first)
         cell = show(self.columns[column][first])
-        told = f"row {first + 2}, column {column}: {cell} {words}"
+        told = f"row {first + self._second_row}, column {column}: {cell} {words}"
         if count > 1:
-            named = ", ".join(str(row + 2) for row in rows[:_MISTAKES_TOLD])
+            named = ", ".join(str(row + self._second_row) for row in rows[:_MISTAKES_TOLD])
             told += f" ({count} such rows: {named}{', ...' if count > _MISTAKES_TOLD else ''})"
         self._mistakes.append((told, f"{count} x {column} {words.partition(';')[0]}"))
 
@@ -145,24 +172,66 @@ class Table:
             raise UserError(f"{self.name}: {' | '.join(told)}")
 
 
+def tables(
+    name: str, data: bytes, needed: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[Table]:
+    """Yield the rows of a long file piece by piece, each as a table with the header on top."""
+    header, left, rows = "", b"", 0
+    for block in _blocks(name, data):
+        whole, _, rest = (left + block).rpartition(b"\n") if block else (left, b"", b"")
+        if block and not rows and b"\n" not in whole:  # not a row below the header yet
+            left += block
+            continue
+        left = rest
+        if rows and not whole.strip():
+            continue
+        text = header + _decode(name, whole, rows + (rows > 0))
+        header = header or text.partition("\n")[0] + "\n"
+        table = Table(name, text, needed, optional, rows)
+        rows += table.n_rows
+        yield table
+
+
+def _blocks(name: str, data: bytes) -> Iterator[bytes]:
+    """Yield what a file unpacks to, some MiB at a time; at its end nothing."""
+    stream, size, block = io.BytesIO(data), 0, b"some"
+    file = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
+    while block:
+        with _sound(name):
+            block = file.read(_PIECE_BYTES)
+        size += len(block)
+        if size > _MAX_LONG_BYTES:
+            most = f"{_MAX_LONG_BYTES // 1024**2} MiB, the most that is read"
+            raise UserError(f"{name}: unpacks to more than {most}")
+        yield block
+
+
 def _unpack(name: str, data: bytes) -> str:
     if name.endswith(".gz"):
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read(MAX_BYTES + 1)
-        except EOFError as error:
-            raise UserError(
-                f"{name}: is cut off in the middle; copy or compress it again"
-            ) from error
-        except (OSError, zlib.error) as error:
-            raise UserError(
-                f"{name}: is not a sound gzip file; compress it again, or give plain {name[:-3]}"
-            ) from error
+        with _sound(name), gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             most = f"{MAX_BYTES // 1024**2} MiB, the most that is read"
             raise UserError(f"{name}: unpacks to more than {most}")
+    return _decode(name, data)
+
+
+@contextlib.contextmanager
+def _sound(name: str) -> Iterator[None]:
+    """Say of a file that cannot be unpacked what is wrong with it."""
+    try:
+        yield
+    except EOFError as error:
+        raise UserError(f"{name}: is cut off in the middle; copy or compress it again") from error
+    except (OSError, zlib.error) as error:
+        raise UserError(
+            f"{name}: is not a sound gzip file; compress it again, or give plain {name[:-3]}"
+        ) from error
+
+
+def _decode(name: str, data: bytes, rows_before: int = 0) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        row = data[: error.start].count(b"\n") + 1
+        row = rows_before + data[: error.start].count(b"\n") + 1
         raise UserError(f"{name}: row {row} is not UTF-8 text; save the file as UTF-8") from error

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from torch import Tensor
 
 from co2lightning.agents.agent import Agent
-from co2lightning.control.observation import observe
+from co2lightning.control.observation import as_rule
 from co2lightning.control.rules import Rule, rbc_b
-from co2lightning.control.state import SiteModel, State
 from co2lightning.metrics import HELD_OUT, TRAINING
 from co2lightning.report.day import STYLE, Drawn, draw_day
 from co2lightning.report.looks import LOOKS, agent_colour
@@ -32,14 +30,24 @@ from co2lightning.train.curves import encode
 REFERENCES = "references"
 """The directory of the reference lines, beside those of the runs."""
 
-LAYOUT: dict[str, dict[str, list[Any]]] = {
-    category: {m.chart: ["Multiline", [f"^{m.tag}$"]] for m in metrics.values() if m.chart}
-    for category, metrics in (
-        ("all runs side by side, an episode's training days", TRAINING),
-        ("all runs side by side, held-out days (co2lightning test)", HELD_OUT),
-    )
-}
-"""Category -> chart -> tags, as regular expressions; the same in every run, shown once."""
+
+def layout(priced: bool) -> dict[str, dict[str, list[Any]]]:
+    """Return the charts of all runs: category -> chart -> tags, as regular expressions.
+
+    Args:
+        priced: Whether the site has prices; where it has none no chart of costs stands empty.
+    """
+    return {
+        category: {
+            m.chart: ["Multiline", [f"^{m.tag}$"]]
+            for m in metrics.values()
+            if m.chart and (priced or m.key != "cost")
+        }
+        for category, metrics in (
+            ("all runs side by side, an episode's training days", TRAINING),
+            ("all runs side by side, held-out days (co2lightning test)", HELD_OUT),
+        )
+    }
 
 
 def write_references(
@@ -129,11 +137,7 @@ class DispatchFigure:
         if agent.episode % self.every:
             return
         env = self.env
-
-        def policy(model: SiteModel, state: State) -> Tensor:
-            return agent.act(observe(env.observer, model, state))
-
-        own = self._play(policy)
+        own = self._play(as_rule(env.observer, agent.act))
         if self._rule is None:
             self._rule = self._play(rbc_b)
         name = f"{type(agent).__name__} after episode {agent.episode}"

@@ -12,6 +12,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 
 from co2lightning import __version__
-from co2lightning.agents.load import before_time_went_on
+from co2lightning.agents.load import outdated_on_site
 from co2lightning.errors import TrainingError, UserError, show
 from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
@@ -30,9 +31,18 @@ from co2lightning.settings.recipe import Settings, as_recipe, flatten, read_reci
 from co2lightning.sim.days import SiteDays
 from co2lightning.site import trained_days
 from co2lightning.terminal import tell
-from co2lightning.train.board import LAYOUT, REFERENCES, DispatchFigure
+from co2lightning.train.board import REFERENCES, DispatchFigure, layout
 from co2lightning.train.curves import Curves
-from co2lightning.train.plan import Asked, Built, build, find_start, plan, which_agent
+from co2lightning.train.evaluation import Evaluation, best_in_words
+from co2lightning.train.plan import (
+    Asked,
+    Built,
+    begin_at_corner,
+    build,
+    find_start,
+    plan,
+    which_agent,
+)
 from co2lightning.train.progress import ProgressLine
 from co2lightning.train.save import EpisodeCheckpoint, EpisodeCheckpointIO
 from co2lightning.train.signals import Interrupted, Signals
@@ -108,7 +118,7 @@ def run_fit(
 
     Args:
         flags: What was asked for, under dotted keys; wins over the run and the recipe.
-        agent: A2C, SAC or PPO.
+        agent: A2C, SAC, PPO or APG.
         config: A recipe of that agent; by default its own.
         signals: Installed before anything is written; None leaves signals alone.
         echo: Receives the lines for the user.
@@ -216,9 +226,9 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         echo(f"No checkpoint in {run.directory}: starting at episode 1")
         return
     newest = run.get_next_episode() - 1
-    goes_on_from = newest and not before_time_went_on(run.load_metadata())
+    goes_on_from = newest and not outdated_on_site(run.load_metadata())
     done = built.plan.done
-    if goes_on := start and start.path.resolve() == run.path(done).resolve():
+    if goes_on := done and start and start.path.resolve() == run.path(done).resolve():
         moved, what = run.branch(done), "Later episodes of the old branch moved"
     else:
         moved, what = run.archive(), f"The run in {run.directory} was moved"
@@ -226,7 +236,7 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         file = moved / run.path(newest).name
         how = f"; {_how_to_continue(file, settings)}" if goes_on_from else ""
         echo(f"{what} to {moved}{how}")
-    if start and not goes_on:
+    if start and done and not goes_on:
         source, logs = start.path.parent, Path(settings["logs.dir"])
         if source.parent.name == "archive":
             logs /= "archive"
@@ -265,9 +275,12 @@ def _train(
     site_days = built.environment if isinstance(built.environment, SiteDays) else None
     sessions = run.load_history()["trainings"] if done else []
     figures = [row for session in sessions for row in session["metrics"]]
-    logger = Curves(settings["logs.dir"], run.name, done, LAYOUT if site_days else None, figures)
+    charts = layout(site_days.site.price_per_kwh is not None) if site_days else None
+    logger = Curves(settings["logs.dir"], run.name, done, charts, figures)
     progress = ProgressLine(target, echo)
     shows = [progress.show]
+    if site_days and (every := settings["evaluate_every"]):
+        learner.evaluated = partial(Evaluation(every, site_days, run.path(0)).of, learner)
     if site_days and (every := settings["figures_every"]):
         shows.append(DispatchFigure(site_days, every, logger).show)
     episodes = EpisodeCheckpoint(run, _info(agent, built), shows, built.replay)
@@ -281,16 +294,18 @@ def _train(
     brought = users_callbacks(trainer)
     count = built.rank.world_size
     several = f" on {processes(count)}" if count > 1 else ""
-    if start:
+    if start and done:
         echo(f"Resuming {agent} at episode {done + 1} ({_count(done)} done){several}")
         given = {callback.state_key for callback in brought}
         for key in {**start.content.get("callbacks", {})}.keys() - given:
             echo(f"Without the callback {key} it had before; --trainer.callbacks gives it again")
     else:
-        seed = settings["seed_everything"]
-        echo(f"Training {agent} for {_count(target)} (seed {seed}){several}")
+        seed, begun = settings["seed_everything"], f" from {start.path}" if start else ""
+        echo(f"Training {agent} for {_count(target)} (seed {seed}){begun}{several}")
+        if corner := begin_at_corner(built):
+            echo(f"Starting from the corner: {corner}")
     learner.say = echo
-    path = str(run.path(done)) if start else None
+    path = str(run.path(done)) if done else None
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with quiet(), contextlib.ExitStack() as after:
@@ -313,6 +328,8 @@ def _train(
     last, curves = trainer.current_epoch, f"curves: tensorboard --logdir {settings['logs.dir']}"
     if trainer.should_stop:
         echo(f"Ended at episode {last} of {target} by {_who(who_stopped(trainer))}")
+    if settings["evaluate_every"] and not built.rank.number and (best := best_in_words(run)):
+        echo(best)
     echo(f"{_count(last)} in {run.directory}; {curves}")
     return _FitResult(agent, run.name, done + 1, last, run.path(last), dict(learner.metrics))
 

@@ -8,14 +8,15 @@
 Each of these steps refuses what cannot be, and none changes anything on disk.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import SIZES, agent_of, restore_agent
+from co2lightning.agents.load import SIZES, agent_of, restore_agent, stored_settings
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
+from co2lightning.control.moves import ACTIONS, in_words
 from co2lightning.errors import UserError
 from co2lightning.learn.descent import worth_compiling
 from co2lightning.learn.ranks import Rank
@@ -27,6 +28,7 @@ from co2lightning.settings.recipe import Settings, read_recipe
 from co2lightning.settings.words import as_flag
 from co2lightning.sim.days import SiteDays, make_environment
 from co2lightning.sim.interface import Environment
+from co2lightning.sim.search import corner_of
 from co2lightning.site import trained_days
 from co2lightning.site.load import named_in
 from co2lightning.train.save import restorable
@@ -50,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Start:
-    """The episode a session goes on from."""
+    """The episode a session goes on from; 0 is what a run began with."""
 
     episode: int
     path: Path
@@ -115,12 +117,12 @@ def which_agent(agent: str | None, config: str | None, ckpt_path: str | None) ->
 
 
 def _checkpoint_file(ckpt_path: str | None) -> Path | None:
-    if ckpt_path in (None, "last"):
+    if ckpt_path in (None, "last", "best"):
         return None
     path = Path(local("--ckpt_path", str(ckpt_path)))
     if not path.is_file() and not path.is_dir():
         raise UserError(
-            f"--ckpt_path {ckpt_path}: no such file; give last, or a file such as "
+            f"--ckpt_path {ckpt_path}: no such file; give last, best, or a file such as "
             "checkpoints/PPO/episode_0004.pt"
         )
     return path.resolve() if path.is_symlink() else path  # beside the file lies its run
@@ -129,6 +131,10 @@ def _checkpoint_file(ckpt_path: str | None) -> Path | None:
 def find_start(run: TrainingCheckpoint, asked: Asked) -> Start | None:
     """Read the episode to go on from; None where the session begins a new run."""
     ckpt_path = asked.flags.get("ckpt_path")
+    if ckpt_path == "best":
+        _, path, remarks = run.load_best_checkpoint()
+        start = _read_start(path, asked.agent)
+        return replace(start, notes=(*remarks, *start.notes))
     path = _checkpoint_file(ckpt_path)
     if path is None:
         newest = run.get_next_episode() - 1 if ckpt_path == "last" else 0
@@ -158,8 +164,10 @@ def _read_start(path: Path, agent: str) -> Start:
         f"{path}: this version has no {key}; its {str(stored.pop(key))[:60]} is ignored"
         for key in unknown_settings(stored, agent)
     )
-    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled.
-    known = {"model.compile": False, **check_stored(stored, agent, str(path))}
+    # What the checkpoint does not know yet had the default's effect; nothing was ever compiled, and
+    # no episode evaluated.
+    known = {"model.compile": False, "evaluate_every": 0}
+    known |= check_stored(stored, agent, str(path))
     target, world_size = run.get("target_episode"), run.get("world_size")
     match content.get("stopped_by"):
         case (str() as callback, str() as reason):
@@ -192,6 +200,11 @@ def plan(asked: Asked, start: Start | None) -> Plan:
         raise UserError(
             f"{as_flag('env.hours', flags['env.hours'])}: is for sites; {settings['env.id']} has a "
             "time limit of its own"
+        )
+    if settings["env.id"] is not None and flags.get("evaluate_every"):
+        raise UserError(
+            f"{as_flag('evaluate_every', flags['evaluate_every'])}: is for sites; "
+            f"{settings['env.id']} has no weeks"
         )
     notes = list(start.notes) if start else []
     for key, value in recipe.items():
@@ -261,8 +274,17 @@ def build(plan: Plan, rank: Rank) -> Built:
     kept_site = settings["env.id"] is None and "env.site" not in asked.flags
     with named_in(start.path if start and kept_site else None):
         environment = make_environment(**_group(settings, "env."))
+    if start and isinstance(environment, SiteDays):
+        known = stored_settings(start.content, start.path).get("observation_names", ())
+        environment.show(known, str(start.path))
     sizes = {key: getattr(environment, key) for key in SIZES}
-    options = {**sizes, "seed": settings["seed_everything"], **_group(settings, "model.")}
+    names = environment.observation_names
+    options = {
+        **sizes,
+        "observation_names": names,
+        "seed": settings["seed_everything"],
+        **_group(settings, "model."),
+    }
     if start:
         place = "the environment", sizes
         learner = restore_agent(start.content, start.path, options, place)
@@ -282,12 +304,30 @@ def build(plan: Plan, rank: Rank) -> Built:
                 f"{rank.world_size}; each has days and a replay buffer of its own, so a run keeps "
                 f"their number: give --trainer.devices {start.world_size}, or start a new run"
             )
-        restored = restorable(start.content, start.path, learner)
+        if start.episode:
+            restored = restorable(start.content, start.path, learner)
         if isinstance(environment, SiteDays):
             notes += _other_data(start, environment)
         if plan.target > start.episode:
             replay, rows = _load_replay(learner, start, settings["allow_partial_replay"], rank)
     return Built(plan, rank, settings, environment, learner, restored, replay, rows, tuple(notes))
+
+
+def begin_at_corner(built: Built) -> str | None:
+    """Let a fresh agent that weighs a site's moves begin at the best of them; returns it in words.
+
+    None of any other agent, and where `--model.start even` was asked for.
+    """
+    environment, learner = built.environment, built.learner
+    if built.plan.start or learner.settings.start == "even":
+        return None
+    if not isinstance(environment, SiteDays) or learner.action_dim != ACTIONS["moves"]:
+        return None
+    site = environment.site
+    if (corner := corner_of(site)) is None:
+        return None
+    learner.begin_at(corner.action(*learner.first_action))
+    return in_words(corner, site)
 
 
 def _group(settings: Settings, prefix: str) -> dict[str, Any]:

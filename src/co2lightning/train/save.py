@@ -20,7 +20,7 @@ from co2lightning.agents.load import adam_state
 from co2lightning.agents.replay import fewest_rows
 from co2lightning.errors import TrainingError, UserError
 from co2lightning.learn import ranks
-from co2lightning.metrics import short_metrics
+from co2lightning.metrics import TRAINING, short_metrics
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.runs.seal import seal_checkpoint
 from co2lightning.train.signals import Interrupted
@@ -71,6 +71,9 @@ class EpisodeCheckpoint(ModelCheckpoint):
                 device=pl_module.device.type,
                 info=self.info,
             )
+            if pl_module.episode == 1:
+                self.run.save_start(_start_of(trainer, pl_module))
+            self._show_best()
         self.begun = True
         pl_module.restore_replay(self.replay)
         self.replay.clear()
@@ -84,10 +87,18 @@ class EpisodeCheckpoint(ModelCheckpoint):
         assert isinstance(pl_module, Agent)
         path = self.format_checkpoint_name({"episode": pl_module.episode})
         trainer.save_checkpoint(path)
-        self.best_model_path = self.last_model_path = path  # without a monitor the base's, too
+        self.last_model_path = path
         if trainer.is_global_zero:
+            if TRAINING["eval_vs_uncontrolled"].tag in pl_module.metrics:
+                self._show_best()  # only then: it goes through the whole history
             for call in self.saved:
                 call(pl_module)
+
+    def _show_best(self) -> None:
+        """Tell Lightning's users which file is the best; none before an episode was evaluated."""
+        if best := self.run.best_evaluated():
+            self.best_model_score = torch.tensor(best[0])
+            self.best_model_path = str(self.run.path(best[1]))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -116,6 +127,22 @@ class EpisodeCheckpoint(ModelCheckpoint):
             # A signal's, or what a caller's own handler raised.
             interrupted = isinstance(exception, Interrupted) or not isinstance(exception, Exception)
             self.run.end_session("interrupted" if interrupted else "failed")
+
+
+def _start_of(trainer: pl.Trainer, learner: Agent) -> dict[str, Any]:
+    """Return what a run begins with, in the form of an episode: no step was taken yet."""
+    content: dict[str, Any] = {
+        "epoch": -1,
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": learner.state_dict(),
+        "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "lr_schedulers": [],
+        "loops": {},
+        "callbacks": {},
+    }
+    Agent.on_save_checkpoint(learner, content)  # without a replay buffer, which is empty
+    return content
 
 
 @dataclass(eq=False)
