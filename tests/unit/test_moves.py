@@ -300,8 +300,9 @@ def test_an_environment_steps_as_the_moves_say() -> None:
     trace, _ = run(model, as_rule(tables, action), begun, 24)
     for t in range(24):
         env.step(action.expand(4, -1))
-        assert torch.equal(env.flows.grid_kw, trace.grid_kw[t])
-        assert torch.equal(env.flows.battery_kw, trace.battery_kw[t])
+        # Up to rounding: a rule's powers go through the shield's dispatch.
+        torch.testing.assert_close(env.flows.grid_kw, trace.grid_kw[t], rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(env.flows.battery_kw, trace.battery_kw[t], rtol=1e-5, atol=1e-3)
 
 
 def test_moves_in_a_state_have_the_sum_that_is_observed() -> None:

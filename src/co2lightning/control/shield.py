@@ -62,7 +62,8 @@ def vehicle_powers_kw(
     Where the grid connection is too small they yield by the same order as a budget's.
     """
     wanted_kw = within(wanted_kw, state.must_kw, state.could_kw)
-    if model.ample:
+    if model.ample and order is not None:
+        # In training, where it counts; what rules come to stays what it is to the last bit.
         return _with_floor(model, state, wanted_kw)
     ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
     return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
