@@ -33,7 +33,7 @@ commands:
   history  what was trained      co2lightning history
   verify   check a run's files   co2lightning verify PPO
   predict  a day's plan as CSV   co2lightning predict PPO --output schedule.csv
-  export   the policy as ONNX    co2lightning export PPO --output policy.onnx
+  export   a controller as ONNX  co2lightning export PPO --output policy.onnx
   site     look at a site        co2lightning site check iquitos
 
 After a stop: co2lightning fit --config ppo.yaml --ckpt_path last

@@ -213,9 +213,12 @@ def _read(run: TrainingCheckpoint, arguments: argparse.Namespace) -> tuple[dict[
         return TrainingCheckpoint.read(given), Path(given)
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
+        from co2lightning.sim.evaluate import RULE_NAMES
+
         place = run.directory.parent
         runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
         known = f"runs there: {', '.join(runs)}" if runs else "co2lightning fit trains one"
+        known += f"; rules: {', '.join(RULE_NAMES)}"
         raise UserError(f"{arguments.command} {run.name}: no episode in {run.directory}; {known}")
     newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
     if run.path(episode) != newest:
