@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             epilog=f"example: {example}",
             allow_abbrev=False,
         )
+        self.set_defaults(command=command)
         self.command = command
         self.hint = "--help shows what there is"
 
@@ -102,7 +103,6 @@ def run_parser(
     """Return the parser of a command that uses one episode of a run, for `open_run`."""
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
-    parser.set_defaults(command=command)
     parser.add_argument("name", metavar="NAME", help=name)
     parser.add_place("--ckpt_path", help="last, best, or an episode file [default: last]")
     parser.add_directory()
@@ -165,12 +165,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     checkpoint, path = _read(run, arguments)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
-    config = checkpoint["run"].get("config", {})
+    config = checkpoint["run"]["config"]
     refuse_objective(arguments, arguments.name)
     wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
-    announced = config.get("env.announced") is not False
-    if arguments.announced is not None:
-        announced = arguments.announced
+    announced = arguments.announced
+    if announced is None:
+        announced = config.get("env.announced") is not False
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
