@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP, gaussian_log_prob
-from co2lightning.agents.ranges import (
-    COUNT_OR_NONE,
-    POSITIVE,
-    SHARE,
-    Range,
-    setting,
-)
+from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, Range, setting
 from co2lightning.agents.returns import gae
 from co2lightning.learn.dataset import Rollout
 

@@ -146,13 +146,16 @@ class Agent(pl.LightningModule):
     def follow(self) -> None:
         """Move what follows the weights after each step of the optimizer."""
 
-    def minibatches(self, rollout: Rollout) -> Iterator[Any]:
-        """Hand out what a segment teaches, each to be descended before the next is asked for."""
-        raise NotImplementedError
+    def minibatches(self, rollout: Any, /) -> Iterator[Any]:
+        """Hand out what a segment teaches, each to be descended before the next is asked for.
+
+        By default that is the segment as it is.
+        """
+        yield rollout
 
     def updates_per_episode(self, env: Environment) -> int:
-        """Return the number of updates in an episode."""
-        raise NotImplementedError
+        """Return the number of updates in an episode; by default there is one a segment."""
+        return -(-env.horizon // self.segment_steps(env.horizon))
 
     descends = Descent
     """Takes the steps."""
@@ -260,12 +263,6 @@ class Agent(pl.LightningModule):
                 "Trainer.fit, or co2lightning.fit instead, which saves every episode too"
             )
         return RolloutDataset(self.env, self)
-
-    def transfer_batch_to_device(
-        self, batch: Iterator[Rollout], device: torch.device, dataloader_idx: int
-    ) -> Iterator[Rollout]:
-        """Leave an episode where the agent acts, on its own device."""
-        return batch
 
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""

@@ -133,31 +133,29 @@ def restore_agent(
     content: dict[str, Any],
     origin: str | Path,
     settings: Mapping[str, Any] | None = None,
-    environment: tuple[str, Mapping[str, int]] | None = None,
 ) -> Agent:
     """Make an agent with the weights and counters that an episode's content holds.
 
     Args:
         content: That of an episode.
         origin: Its file, for messages.
-        settings: What the agent is made of, checked already; by default what is stored.
-        environment: What the agent is to act in, in a word, and its sizes.
+        settings: What the agent is made of, checked already, the sizes of the environment that it
+            is to act in among them; by default what is stored.
 
     Raises:
         UserError: It is no such content, or was trained on other sizes; the weights are not those
             of such an agent, then none were made, or not finite.
     """
     made = agent_class(agent_of(content, origin))
-    place, sizes = environment or ("", {})
-    for key, size in sizes.items():
-        trained = content["hyper_parameters"].get(key, _UNSAID[key])
-        if type(trained) is int and trained != size:
-            raise UserError(
-                f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "
-                "environment, start a new one for another"
-            )
     if settings is None:
         settings = stored_settings(content, origin)
+    for key, counted in SIZES.items():
+        trained = content["hyper_parameters"].get(key, _UNSAID[key])
+        if type(trained) is int and trained != (size := settings.get(key, trained)):
+            raise UserError(
+                f"{origin}: trained on {trained} {counted}, the environment has {size}; a run "
+                "keeps its environment, start a new one for another"
+            )
     state = content["state_dict"]
     try:
         with torch.device("meta"):  # weights without numbers, however many would be asked for

@@ -143,7 +143,7 @@ class SAC(Agent):
         self.target.follow(self.critic, self.settings.tau)
 
     def updates_per_episode(self, env: Environment) -> int:
-        return -(-env.horizon // self.segment_steps(env.horizon)) * self.settings.gradient_steps
+        return super().updates_per_episode(env) * self.settings.gradient_steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this episode put into the replay buffer; it is stored beside the weights."""

@@ -47,10 +47,11 @@ def average_all(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def from_first(values: Tensor) -> Tensor:
-    """Return rank 0's tensor; the others' has the same shape and is overwritten."""
-    dist.broadcast(values, 0)
-    return values
+def from_first(value: Any) -> Any:
+    """Return what rank 0 has, plain data; waits for the device."""
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
 
 
 def highest(value: int, device: torch.device) -> int:

@@ -277,17 +277,14 @@ def build(plan: Plan, rank: Rank) -> Built:
     if start and isinstance(environment, SiteDays):
         known = stored_settings(start.content, start.path).get("observation_names", ())
         environment.show(known, str(start.path))
-    sizes = {key: getattr(environment, key) for key in SIZES}
-    names = environment.observation_names
     options = {
-        **sizes,
-        "observation_names": names,
+        **{key: getattr(environment, key) for key in SIZES},
+        "observation_names": environment.observation_names,
         "seed": settings["seed_everything"],
         **_group(settings, "model."),
     }
     if start:
-        place = "the environment", sizes
-        learner = restore_agent(start.content, start.path, options, place)
+        learner = restore_agent(start.content, start.path, options)
     else:
         learner = agent_class(asked.agent)(**options)
     if settings["model.compile"] == "auto":  # by the recipe, not by what a session was asked for
