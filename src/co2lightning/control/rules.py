@@ -18,27 +18,6 @@ from co2lightning.control.state import Powers, SiteModel, State, within
 Rule = Callable[[SiteModel, State], Tensor | Powers]
 
 
-def solar_share(model: SiteModel, state: State) -> Tensor:
-    """Return where [B] load - PV lies between -must (0) and -could (-1); it can lie beyond."""
-    return state.need_kw / torch.maximum(state.spread_kw, model.tiny)
-
-
-def _solar_following(model: SiteModel, state: State) -> Tensor:
-    """Return the EV action [B] that charges at max(must, PV - load), as far as vehicles allow."""
-    return -2.0 * solar_share(model, state).clamp(-1.0, 0.0) - 1.0
-
-
-def after_solar_kw(model: SiteModel, state: State) -> Tensor:
-    """Return load + vehicles - PV [B] in kW under solar-following.
-
-    The grid connection does not matter: beyond must these vehicles take a surplus only.
-    """
-    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
-    if model.floor_kw is None:
-        return others_kw
-    return state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
-
-
 def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
     """Return the battery action [B] for load + vehicles - PV: store a surplus, serve a deficit."""
     return -(others_kw / model.battery_kw).clamp(-1.0, 1.0)
@@ -63,19 +42,14 @@ def rbc_a(model: SiteModel, state: State) -> Tensor:
 
 def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
-    action_ev = _solar_following(model, state)
-    return torch.stack([action_ev, _greedy_battery(model, after_solar_kw(model, state))], dim=1)
-
-
-def cheap_powers_kw(cheaper: Tensor, state: State) -> Tensor:
-    """Return the power [B, C] of vehicles of which each charges in the cheap hours of its stay.
-
-    Args:
-        cheaper: As `Outlook` has it.
-    """
-    of_stay = cheaper.index_select(0, state.place)
-    steps = of_stay.gather(1, steps_left(state.later_kw, state.power_kw, cheaper.shape[1]))
-    return beyond_cheaper_kw(state, steps)
+    # Where load - PV lies between -must (0) and -could (-1): vehicles take max(must, PV - load).
+    share = state.need_kw / torch.maximum(state.spread_kw, model.tiny)
+    action_ev = -2.0 * share.clamp(-1.0, 0.0) - 1.0
+    # The grid connection does not matter: beyond must these vehicles take a surplus only.
+    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    if model.floor_kw is not None:
+        others_kw = state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
+    return torch.stack([action_ev, _greedy_battery(model, others_kw)], dim=1)
 
 
 def steps_left(later_kw: Tensor, power_kw: Tensor, known: int) -> Tensor:
@@ -136,7 +110,13 @@ class Choice(NamedTuple):
     hold: Window = Window()  # in which it gives nothing
 
 
-VEHICLES = ("arrival", "solar", "cheap", "solar_cheap")
+_IN_WORDS = {
+    "arrival": "on arrival",
+    "solar": "from the sun",
+    "cheap": "in the cheap hours of each stay",
+    "solar_cheap": "from the sun and in the cheap hours of each stay",
+}
+VEHICLES = tuple(_IN_WORDS)
 """When vehicles charge, the simplest first."""
 
 
@@ -165,11 +145,12 @@ def rbc_c(choice: Choice, outlook: Outlook, model: SiteModel, state: State) -> P
 
 def _vehicles_kw(vehicles: str, outlook: Outlook, model: SiteModel, state: State) -> Tensor:
     """Return the power [B, C] of vehicles that charge from the sun, in cheap hours, or both."""
-    if vehicles == "cheap":
-        return cheap_powers_kw(outlook.cheaper, state)
     if vehicles == "solar":
         return solar_powers_kw(model, state)
-    return solar_powers_kw(model, state, cheap_powers_kw(outlook.cheaper_or_sun, state))
+    cheaper = outlook.cheaper if vehicles == "cheap" else outlook.cheaper_or_sun
+    steps = steps_left(state.later_kw, state.power_kw, cheaper.shape[1])
+    cheap_kw = beyond_cheaper_kw(state, cheaper.index_select(0, state.place).gather(1, steps))
+    return cheap_kw if vehicles == "cheap" else solar_powers_kw(model, state, cheap_kw)
 
 
 def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
@@ -206,13 +187,6 @@ def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
         parts.append(f"battery: {', '.join(doing)}")
     return "; ".join(parts) or "nothing to control"
 
-
-_IN_WORDS = {
-    "arrival": "on arrival",
-    "solar": "from the sun",
-    "cheap": "in the cheap hours of each stay",
-    "solar_cheap": "from the sun and in the cheap hours of each stay",
-}
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}
 """Those that are the same on every site."""

@@ -66,7 +66,7 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     of_rule = objective.of(rule.co2_kg, rule.cost)
     model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
     ahead = np.ascontiguousarray(hindsight(site, rule))
-    starts = starts_of(site)
+    soc, owed_kw = starts_of(site)
 
     def until(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)
@@ -74,8 +74,8 @@ def _tables(site: Site, device: torch.device) -> _Tables:
     return _Tables(
         model=model,
         hindsight=torch.as_tensor(ahead).to(model.zero),
-        soc=torch.as_tensor(starts.soc, dtype=torch.float32),
-        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in starts.owed_kw),
+        soc=torch.as_tensor(soc, dtype=torch.float32),
+        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in owed_kw),
         uncontrolled_kg=until(idle.co2_kg),
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
@@ -125,7 +125,7 @@ class SiteDays:
         self._length = self.horizon  # of the running window, in steps
         self._past: list[Tensor] = []  # of each step [2 or 3, B]: see `_past_of`
         self._at: State | Carry | None = None
-        self._moves: Moves | None = None  # of that state
+        self.moves: Moves | None = None  # what they would do in the next step, for `advance`
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
@@ -209,7 +209,7 @@ class SiteDays:
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
-        obs, self._moves = self._observe(state)
+        obs, self.moves = self._observe(state)
         return obs
 
     @property
@@ -246,12 +246,12 @@ class SiteDays:
         state = self.state
         if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
-        following, self.flows = self._step(state, self._moves, action)
+        following, self.flows = self._step(state, self.moves, action)
         self._at = following
         self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
-        obs, self._moves = self._observe(following)
+        obs, self.moves = self._observe(following)
         return Step(obs, self._reward(state, self.flows), zeros, truncated, ones)
 
     @property
@@ -264,11 +264,6 @@ class SiteDays:
         if self._at is None:
             raise RuntimeError(_NO_DAY)
         return self._at.carry if isinstance(self._at, State) else self._at
-
-    @property
-    def moves(self) -> Moves | None:
-        """What the moves would do in the next step, for `advance`; None before a window."""
-        return self._moves
 
     def advance(
         self, carry: Carry, action: Tensor, moves: Moves | None = None
@@ -292,7 +287,7 @@ class SiteDays:
     def go_on(self, carry: Carry, past: Tensor, moves: Moves | None = None) -> None:
         """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""
         self._past += past.unbind(0)
-        self._at, self._moves = carry, moves
+        self._at, self.moves = carry, moves
 
     @torch.no_grad()
     def totals(self) -> dict[str, Tensor]:
@@ -345,25 +340,19 @@ class SiteDays:
         means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
         peak_kw = day["peak_import_kw"] * self._days  # a window has one, however long it is
-        site = self.site
-        money = (
-            {}
-            if site.price_per_kwh is None
-            else {
-                "site/cost": day["cost"],
-                "site/uncontrolled_cost": day["uncontrolled_cost"],
-            }
-        )
+        site, figures = self.site, dict[str, float]()
+        if site.price_per_kwh is not None:
+            figures["site/cost"] = day["cost"]
+            figures["site/uncontrolled_cost"] = day["uncontrolled_cost"]
         if site.objective != Objective():
             # Above 0 whatever the sign of what is paid: what is gained, in units of a day.
             gained = site.objective.of(
                 day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
             )
-            money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
-        misled = {"site/misled_kwh": day["misled_kwh"]} if "misled_kwh" in day else {}
-        return {
-            **money,
-            **misled,
+            figures["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
+        if "misled_kwh" in day:
+            figures["site/misled_kwh"] = day["misled_kwh"]
+        return figures | {
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),

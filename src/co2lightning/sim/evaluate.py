@@ -25,7 +25,7 @@ from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
 from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
-from co2lightning.sim.schedule import Played, Schedule, play, start_soc
+from co2lightning.sim.schedule import Played, Schedule, play
 from co2lightning.sim.search import rbc_c_in_words, rules_of
 from co2lightning.site.model import DAY_H, OF_CO2, Floats, Ints, Objective, Site
 
@@ -229,8 +229,7 @@ def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) 
         name: The policy's.
         played: How each held-out stretch has gone under it.
     """
-    standard_kg, unavoidable_kwh = evaluation.standard, evaluation.unavoidable_kwh
-    figures = _settled(site, played, standard_kg, unavoidable_kwh)
+    figures = _settled(site, played, evaluation.standard, evaluation.unavoidable_kwh)
     policies = evaluation.policies | {name: figures}
     schedules = evaluation.schedules | {name: _schedules(played)}
     policies["optimum"] = policies.pop("optimum")
@@ -248,9 +247,7 @@ def check_finite(own: Schedule) -> None:
 
 
 def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
-    # As the physics holds it: whoever leaves the battery idle then settles at 0.
-    soc = float(np.float32(start_soc(site)))
-    bounds = bounds_of(site, soc * site.battery.capacity_kwh if site.battery else 0.0, keep)
+    bounds = bounds_of(site, keep)
     standard = bounds.standard
     model, places = priced_model(site), site.stretch_bounds
     own = rules_of(site, keep=keep, foresight=foresight)
@@ -392,13 +389,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
         difference = compared - best
         summaries[name] = Summary(
             co2_kg=a_day(figures.co2_kg),
-            co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
+            co2_kg_interval=interval(figures.co2_kg / days),
             cost=a_day(figures.cost) if priced else None,
-            cost_interval=mean_interval(figures.cost / days)[1] if priced else None,
+            cost_interval=interval(figures.cost / days) if priced else None,
             objective=a_day(figures.settled) if mixed else None,
-            objective_interval=mean_interval(figures.settled / days)[1] if mixed else None,
+            objective_interval=interval(figures.settled / days) if mixed else None,
             vs_best=a_day(difference),
-            vs_best_interval=mean_interval(difference / days)[1],
+            vs_best_interval=interval(difference / days),
             gap_closed=(uncontrolled - a_day(compared)) / gap
             if gap > _LEAST_GAP * evaluation.unit
             else None,
@@ -413,16 +410,15 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
     return summaries
 
 
-def mean_interval(values: Floats) -> tuple[float, float | None]:
-    """Return the mean and the half width of its 95 % interval, Student's t over stretches [W].
+def interval(values: Floats) -> float | None:
+    """Return the half width of a mean's 95 % interval, Student's t over stretches [W].
 
     Fewer than eight have none.
     """
     count = len(values)
     if count < STRETCHES_FOR_AN_INTERVAL:
-        return float(values.mean()), None
-    half_width = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
-    return float(values.mean()), float(half_width)
+        return None
+    return float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
 
 
 def violations(evaluation: Evaluation) -> list[str]:

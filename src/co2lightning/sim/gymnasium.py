@@ -303,9 +303,9 @@ def _moves_table() -> str:
 
 
 if ChargingSiteVectorEnv.__doc__:
-    ChargingSiteVectorEnv.__doc__ = inspect.cleandoc(ChargingSiteVectorEnv.__doc__).replace(
-        "OBSERVATION_TABLE", _observation_table()
+    ChargingSiteVectorEnv.__doc__ = (
+        inspect.cleandoc(ChargingSiteVectorEnv.__doc__)
+        .replace("OBSERVATION_TABLE", _observation_table())
+        .replace("MOVES_TABLE", _moves_table())
+        .replace("N_FEATURES", str(len(FEATURES)))
     )
-    ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
-        "MOVES_TABLE", _moves_table()
-    ).replace("N_FEATURES", str(len(FEATURES)))

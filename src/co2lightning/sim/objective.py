@@ -20,7 +20,6 @@ Shapes: P steps, B at once, n steps of a run.
 """
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,13 +35,6 @@ _STORED = 0.5 / _CREDIT_SHARE  # of that: when it is stored
 # The prices among the model's series. What is imported is counted at the price less the export
 # credit, and all that flows at the credit: a sum instead of two cases.
 _MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
-
-
-class Metered(NamedTuple):
-    """What the meter's power comes to; every field is [n, B]."""
-
-    co2_kg: Tensor  # of the import
-    cost: Tensor  # of import less export, in the site's currency; 0 without prices
 
 
 def mean_per_kwh(site: Site) -> tuple[float, float]:
@@ -164,8 +156,10 @@ def objective(state: State, flows: Flows) -> Tensor:
     return torch.addcmul(flows.grid_kw.relu() * margin_per_kw, flows.grid_kw, export_per_kw)
 
 
-def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
-    """Return what n steps came to.
+def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what n steps came to: CO2 of the import in kg, and cost, [n, B] each.
+
+    Cost is of import less export, in the site's currency; 0 without prices.
 
     Args:
         model: As `priced_model` makes it.
@@ -177,4 +171,4 @@ def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
     carbon_kg_per_kw, margin_per_kw, export_per_kw = model.metered[:, places]
     import_kw = grid_kw.relu()
     cost = torch.addcmul(import_kw * margin_per_kw, grid_kw, export_per_kw)
-    return Metered(import_kw * carbon_kg_per_kw, cost)
+    return import_kw * carbon_kg_per_kw, cost

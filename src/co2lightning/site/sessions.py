@@ -119,9 +119,9 @@ def _read_announced(table: Table, clock: Clock, arrives: Floats) -> tuple[Floats
         return None
     departs, energy_kwh = np.full(len(arrives), np.nan), np.full(len(arrives), np.nan)
     departure, energy = _ANNOUNCED
+    empty = "leave the cell empty where nothing was said"
     if departure in table.columns:
         departs = table.read(departure, clock, may_be_empty=True)
-        empty = "leave the cell empty where nothing was said"
         table.check(departs <= arrives, departure, f"is not after the arrival; {empty}")
         table.check(
             departs - arrives > _MAX_STAY_DAYS * 86_400,
@@ -130,11 +130,7 @@ def _read_announced(table: Table, clock: Clock, arrives: Floats) -> tuple[Floats
         )
     if energy in table.columns:
         energy_kwh = table.read(energy, may_be_empty=True)
-        table.check(
-            energy_kwh <= 0,
-            energy,
-            "is not above 0 kWh; leave the cell empty where nothing was said",
-        )
+        table.check(energy_kwh <= 0, energy, f"is not above 0 kWh; {empty}")
     return departs, energy_kwh
 
 
