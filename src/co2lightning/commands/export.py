@@ -23,7 +23,6 @@ from co2lightning.commands.onnx_graph import (
 from co2lightning.commands.run import is_rule, open_run, run_parser, site_of_rules
 from co2lightning.control.moves import MOVES, SHARPNESS, kind_of
 from co2lightning.control.observation import FEATURES, NAMES
-from co2lightning.control.outlook import slots_a_day
 from co2lightning.control.rules import Choice, words
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if is_rule(name, arguments):
         site = site_of_rules([name], arguments)
         policy = _choice(name, site, Path(arguments.directory) / "references")
-        own = {"rule": name, "in_words": _in_words(policy, site)}
+        own = {"rule": name, "in_words": words(policy, site)}
         if name == "uncontrolled" and site.told:
             own["vehicle_to_kw"] = _WHATEVER_ANNOUNCED
         said = f"{TITLES[name]} of {site.name} in {arguments.output}: {own['in_words']}"
@@ -102,11 +101,6 @@ def _choice(name: str, site: Site, keep: Path) -> Choice:
         "rbc_b": Choice("solar", greedy=True),
         "cheap": Choice("cheap", greedy=True),
     }[name]
-
-
-def _in_words(choice: Choice, site: Site) -> str:
-    vehicles = len(site.sessions.arrival) > 0
-    return words(choice, slots_a_day(site), site.battery is not None, vehicles)
 
 
 def metadata(policy: Agent | Choice, site: Site) -> dict[str, Any]:

@@ -20,10 +20,8 @@ from torch import Tensor
 from co2lightning import __version__
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP
-from co2lightning.control.forecast import clock
 from co2lightning.control.moves import MOVES, SHARPNESS, kind_of
 from co2lightning.control.observation import HIGHEST, NAMES
-from co2lightning.control.outlook import slots_a_day
 from co2lightning.control.rules import Choice, Window
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.scales import observer_of
@@ -282,8 +280,7 @@ def _inside(graph: _Graph, windows: dict[str, Window]) -> dict[str, str]:
     """
     if not windows:
         return {}
-    site, slots = graph.site, slots_a_day(graph.site)
-    local = clock(site)
+    site, slots, local = graph.site, graph.site.steps(DAY_H), graph.site.local
     begins = np.unique((local - local.astype("datetime64[D]")).astype("timedelta64[m]"))
     minutes = begins.astype(np.int64)
     angle = 2 * np.pi * (minutes / 60 + site.step_h / 2) / DAY_H

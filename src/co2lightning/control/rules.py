@@ -14,6 +14,7 @@ from torch import Tensor
 from co2lightning.control.outlook import Outlook
 from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
 from co2lightning.control.state import Powers, SiteModel, State, within
+from co2lightning.site.model import DAY_H, Site
 
 Rule = Callable[[SiteModel, State], Tensor | Powers]
 
@@ -153,18 +154,12 @@ def _vehicles_kw(vehicles: str, outlook: Outlook, model: SiteModel, state: State
     return cheap_kw if vehicles == "cheap" else solar_powers_kw(model, state, cheap_kw)
 
 
-def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
-    """Say what RBC C does, so that a person can do it by hand.
-
-    Args:
-        choice: What was chosen.
-        slots: Steps of a day.
-        battery: Whether the site has one.
-        vehicles: Whether any come.
-    """
+def words(choice: Choice, site: Site) -> str:
+    """Say what RBC C does with what a site has, so that a person can do it by hand."""
+    slots = site.steps(DAY_H)
 
     def clock(slot: int) -> str:
-        minutes = slot % slots * (24 * 60 // slots)
+        minutes = slot % slots * site.step_minutes
         return f"{minutes // 60:02d}:{minutes % 60:02d}"
 
     def times(window: Window) -> str:
@@ -172,13 +167,13 @@ def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
         return "all day" if steps >= slots else f"from {clock(begin)} to {clock(begin + steps)}"
 
     parts: list[str] = []
-    if vehicles:
+    if len(site.sessions.arrival):
         plain = _IN_WORDS[choice.vehicles]
         charging = f"charge {plain}"
         if choice.charge.steps and choice.vehicles != "arrival":
             charging = f"charge all {times(choice.charge)}, otherwise {plain}"
         parts.append(charging)
-    if battery:
+    if site.battery:
         doing = ["store surplus and serve the load" if choice.greedy else "idle"]
         if choice.fill.steps:
             doing.append(f"fill to {100 * float(choice.fill_soc):.0f} % {times(choice.fill)}")

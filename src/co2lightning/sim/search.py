@@ -69,8 +69,7 @@ def rules_of(
 
 def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
     """Return what a site's RBC C does, so that a person can do it by hand."""
-    vehicles = len(site.sessions.arrival) > 0
-    return words(choice_of(site, keep), site.steps(DAY_H), site.battery is not None, vehicles)
+    return words(choice_of(site, keep), site)
 
 
 def choice_of(site: Site, keep: Path | None = None) -> Choice:
