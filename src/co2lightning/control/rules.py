@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.outlook import Outlook
-from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
+from co2lightning.control.shield import dispatch, ev_power_kw, vehicles_total_kw
 from co2lightning.control.state import Powers, SiteModel, State, within
 from co2lightning.site.model import DAY_H, Site
 
@@ -132,11 +132,8 @@ def rbc_c(choice: Choice, outlook: Outlook, model: SiteModel, state: State) -> P
     if choice.vehicles != "arrival":
         wanted_kw = _vehicles_kw(choice.vehicles, outlook, model, state)
         wanted_kw = torch.where(within(choice.charge)[:, None], state.could_kw, wanted_kw)
-    if model.floor_kw is None:  # the connection alone may cut the sum
-        ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
-    else:
-        ev_kw = vehicle_powers_kw(model, state, wanted_kw).sum(1)
-    battery_kw = -(state.net_kw + ev_kw) * choice.greedy
+    others_kw = state.net_kw + vehicles_total_kw(model, state, wanted_kw)
+    battery_kw = -others_kw * choice.greedy
     battery_kw = torch.where(within(choice.hold), battery_kw.relu(), battery_kw)
     # Up to the level at what charging takes, down to it at what discharging gives: the greater.
     level_kw = ((choice.fill_soc - state.soc) * model.kw_per_soc).amax(0)

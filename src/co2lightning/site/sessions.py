@@ -327,14 +327,7 @@ def _check_ids_and_types(table: Table, sockets: tuple[SocketType, ...]) -> Ints:
 def _give_sockets(
     kind: Ints, arrival: Ints, departure: Ints, sockets: tuple[SocketType, ...]
 ) -> Ints:
-    """Give each vehicle, in order of arrival, the lowest free socket of its type, or -1.
-
-    Args:
-        kind: Index of the socket type, [N].
-        arrival: First step in which the vehicle holds a socket, [N]; a place on the line.
-        departure: First step in which it is gone, [N].
-        sockets: The socket types.
-    """
+    """Give each vehicle, in order of arrival, the lowest free socket of its type, or -1, [N]."""
     offsets = np.cumsum([0] + [s.count for s in sockets]).tolist()
     given = np.full(len(kind), -1, dtype=np.int64)
     free: list[list[int]] = [[] for _ in sockets]  # per type: returned sockets, a heap
