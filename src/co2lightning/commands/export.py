@@ -27,7 +27,7 @@ from co2lightning.control.rules import Choice, words
 from co2lightning.errors import UserError
 from co2lightning.places import check_output
 from co2lightning.runs.files import write_atomic
-from co2lightning.sim.evaluate import RULE_NAMES, TITLES
+from co2lightning.sim.evaluate import TITLES
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.search import choice_of
@@ -55,9 +55,7 @@ def main(argv: Sequence[str]) -> int:
         "(charging positive) in this step. Names, units and what the features are measured in are "
         "in the file's metadata, and in words what a rule does.",
         "co2lightning export PPO --output policy.onnx",
-        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_objective()
     parser.add_place("--output", required=True, help="where the policy goes")
     arguments = parser.parse_args(list(argv))
     try:

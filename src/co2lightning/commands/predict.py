@@ -30,7 +30,7 @@ from co2lightning.report.comparison import evaluation_data, settled_in
 from co2lightning.report.steps import columns_of, rows_of
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, violations
+from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
@@ -53,9 +53,7 @@ def main(argv: Sequence[str]) -> int:
         "misled_kwh, where drivers announce: of it what is due to that. "
         "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
-        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_objective()
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )

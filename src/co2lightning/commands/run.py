@@ -97,16 +97,18 @@ class _Place(argparse.Action):
         setattr(namespace, self.dest, local(str(option_string), values))
 
 
-def run_parser(
-    command: str, description: str, example: str, name: str = "the run, such as PPO"
-) -> Parser:
-    """Return the parser of a command that uses one episode of a run, for `open_run`."""
+def run_parser(command: str, description: str, example: str) -> Parser:
+    """Return the parser of a command that uses one episode of a run, for `open_run`, or a rule."""
+    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
+    name = f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}"
     parser.add_argument("name", metavar="NAME", help=name)
     parser.add_place("--ckpt_path", help="last, best, or an episode file [default: last]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
+    parser.add_objective()
     return parser
 
 
@@ -114,7 +116,7 @@ def is_rule(name: str, arguments: argparse.Namespace) -> bool:
     """Return whether a name that a command was given is that of a rule; a run's comes first."""
     if getattr(arguments, "ckpt_path", None) or (Path(arguments.directory) / name).is_dir():
         return False
-    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+    from co2lightning.sim.evaluate import RULE_NAMES
 
     return name in RULE_NAMES
 
@@ -188,7 +190,7 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
 
 def refuse_objective(arguments: argparse.Namespace, name: str) -> None:
     """Raise a UserError if a run shall be settled by something: it has what it was trained for."""
-    if getattr(arguments, "objective", None) is not None:
+    if arguments.objective is not None:
         raise UserError(f"--env.objective: {name} is settled by what it was trained for")
 
 
