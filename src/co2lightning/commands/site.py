@@ -66,8 +66,7 @@ def _check(argv: Sequence[str]) -> int:
     parser.add_announced("true")
     options = parser.parse_args(list(argv))
     figures = check_output_directory("--figures", options.figures)
-    given = {key: getattr(options, key) for key in _WHAT_IF}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes = {k: value for k in _WHAT_IF if (value := getattr(options, k)) is not None}
     # Only now: torch takes seconds, a mistyped flag should not.
     from co2lightning.site.load import load_site
 
