@@ -348,9 +348,8 @@ def _price(site: Site) -> list[Floats]:
         now - mean_of_last(now, site.steps(DAY_H)),
     ]
     within = [expected[:, : _leads(site, hours)] for hours in _PRICE_H]
-    changes += [ahead.mean(axis=1) - now for ahead in within]
-    changes += [ahead.min(axis=1) - now for ahead in within]
-    changes += [ahead.max(axis=1) - now for ahead in within]
+    for summary in (np.mean, np.min, np.max):
+        changes += [summary(ahead, axis=1) - now for ahead in within]
     cheaper = [(ahead < now[:, None] - _SAME).mean(axis=1) for ahead in within]
     return [now, *(_plain(site, change, now) for change in changes), *cheaper]
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from scipy import stats
 
-from co2lightning.control.rules import Rule
+from co2lightning.control.rules import Rule, words
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
 from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
 from co2lightning.sim.schedule import Played, Schedule, play
-from co2lightning.sim.search import rbc_c_in_words, rules_of
+from co2lightning.sim.search import choice_of, rules_of
 from co2lightning.site.model import DAY_H, OF_CO2, Floats, Ints, Objective, Site
 
 # All that may be among the references of a site, in their order.
@@ -184,8 +184,11 @@ def evaluate(
     if policy is None:
         return references or _references(site, keep, foresight)
     own = play(priced_model(site, device), policy, site, site.stretch_bounds)
-    for played in own:
-        check_finite(played.schedule)
+    if not all(np.isfinite(played.schedule.co2_kg).all() for played in own):
+        raise UserError(  # finite weights can be too large, too
+            "the policy's actions are no finite numbers, training diverged; give an earlier "
+            "episode: --ckpt_path FILE"
+        )
     references = references or _references(site, keep, foresight)
     figures = _settled(site, own, references.standard, references.unavoidable_kwh)
     return replace(
@@ -237,18 +240,8 @@ def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) 
     return replace(evaluation, policies=policies, schedules=schedules)
 
 
-def check_finite(own: Schedule) -> None:
-    """Raise a UserError if an agent's actions were none: finite weights can be too large, too."""
-    if not np.isfinite(own.co2_kg).all():
-        raise UserError(
-            "the policy's actions are no finite numbers, training diverged; give an earlier "
-            "episode: --ckpt_path FILE"
-        )
-
-
 def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
-    bounds = bounds_of(site, keep)
-    standard = bounds.standard
+    bounds, standard = bounds_of(site, keep)
     model, places = priced_model(site), site.stretch_bounds
     own = rules_of(site, keep=keep, foresight=foresight)
     rules = {name: play(model, rule, site, places) for name, rule in own.items()}
@@ -256,8 +249,8 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
     policies = {
         name: _settled(site, played, standard, unavoidable_kwh) for name, played in rules.items()
     }
-    best = [one.schedule for one in bounds.best]
-    rest = np.array([one.settled for one in bounds.best]) - _each(_meter(site), best)
+    best = [one.schedule for one in bounds]
+    rest = np.array([one.settled for one in bounds]) - _each(_meter(site), best)
     policies["optimum"] = _figures(site, best, rest - standard, unavoidable_kwh)
     starts, ends = places.T
     hours = (ends - starts) * site.step_h
@@ -284,7 +277,7 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
         unserved_price=unserved_price(site),
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
-        rbc_c=rbc_c_in_words(site, keep),
+        rbc_c=words(choice_of(site, keep), site),
         dearest=_dearest(site) if site.told else None,
     )
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +25,10 @@ from co2lightning.site.model import Floats, Site
 _FIELDS = len(Schedule._fields)
 
 
-class Bounds(NamedTuple):
-    """What the stretches of a site are measured against."""
+def bounds_of(site: Site, keep: Path | None = None) -> tuple[list[Best], Floats]:
+    """Return the optimum of each held-out stretch, and what the tail takes at least [W].
 
-    best: list[Best]
-    standard: Floats  # [W] what the tail takes of whoever charges on arrival, battery idle
-
-
-def bounds_of(site: Site, keep: Path | None = None) -> Bounds:
-    """Return the optimum of each held-out stretch and what its tail costs at the least.
+    At least: of whoever charges on arrival and leaves the battery idle.
 
     Args:
         site: The site.
@@ -58,7 +53,7 @@ def bounds_of(site: Site, keep: Path | None = None) -> Bounds:
     parts = np.split(each, np.cumsum(_FIELDS * lengths)[:-1]) if count else []
     schedules = [Schedule(*part.reshape(_FIELDS, -1)) for part in parts]
     best = [Best(float(one), plan) for one, plan in zip(settled, schedules, strict=True)]
-    return Bounds(best, standard)
+    return best, standard
 
 
 def digest_of(site: Site, *more: NDArray[Any]) -> bytes:

@@ -24,7 +24,7 @@ from torch import Tensor
 from co2lightning.control.forecast import forecast
 from co2lightning.control.moves import Corner, corners, move_tables, moves_of, powers_of
 from co2lightning.control.outlook import Outlook, outlook_of
-from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c, words
+from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c
 from co2lightning.control.state import Carry, Powers, SiteModel, State, restore
 from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
@@ -65,11 +65,6 @@ def rules_of(
             elif "cheap" in choice.vehicles:
                 rules[f"{name}_true"] = functools.partial(rbc_c, choice, outlook)
     return rules
-
-
-def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
-    """Return what a site's RBC C does, so that a person can do it by hand."""
-    return words(choice_of(site, keep), site)
 
 
 def choice_of(site: Site, keep: Path | None = None) -> Choice:
