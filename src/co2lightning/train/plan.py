@@ -196,16 +196,10 @@ def plan(asked: Asked, start: Start | None) -> Plan:
     agent, recipe, flags = asked.agent, asked.recipe, asked.flags
     kept = start.settings if start else {}
     settings = complete({**recipe, **kept, **flags}, agent)
-    if settings["env.id"] is not None and "env.hours" in flags:
-        raise UserError(
-            f"{as_flag('env.hours', flags['env.hours'])}: is for sites; {settings['env.id']} has a "
-            "time limit of its own"
-        )
-    if settings["env.id"] is not None and flags.get("evaluate_every"):
-        raise UserError(
-            f"{as_flag('evaluate_every', flags['evaluate_every'])}: is for sites; "
-            f"{settings['env.id']} has no weeks"
-        )
+    if (name := settings["env.id"]) is not None:
+        for key, has in (("env.hours", "a time limit of its own"), ("evaluate_every", "no weeks")):
+            if value := flags.get(key):
+                raise UserError(f"{as_flag(key, value)}: is for sites; {name} has {has}")
     notes = list(start.notes) if start else []
     for key, value in recipe.items():
         if key in kept and kept[key] != value and key not in flags and value != "auto":
