@@ -1,7 +1,7 @@
 """Runs that older versions of the project wrote verify, load and go on; tests/golden/make.py.
 
 Those on a site as 0.1.0 had it, whose days stand alone, and as 0.2.0 had it, whose observations
-have no names, are shown and checked, no more.
+have no names, are shown and checked, no more. Those of 0.3.0, whose critics looked ahead, act.
 """
 
 import json
@@ -25,7 +25,8 @@ from forged import seal_content, unseal
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = sorted(path.parent for path in GOLDEN.glob("*/*/history.json"))
 ENDED = [path for path in RUNS if path.parent.name in ("0.1.0", "0.2.0")]
-GOING_ON = [path for path in RUNS if path not in ENDED]
+ACTING = [path for path in RUNS if path not in ENDED]
+GOING_ON = [path for path in ACTING if path.parent.name != "0.3.0"]
 AGENTS = {"A2C", "SAC", "PPO"}
 
 
@@ -44,7 +45,21 @@ def test_there_is_a_run_of_each_agent() -> None:
     assert {path.name for path in GOING_ON} == AGENTS
 
 
-@each(GOING_ON)
+@each([path for path in ACTING if path not in GOING_ON])
+def test_whose_critics_looked_ahead_acts_and_is_not_trained(
+    golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
+) -> None:
+    outcome = command("fit", "--model", golden.name, "--ckpt_path", "last")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: checkpoints/{golden.name}/episode_0002.pt: trained by ")
+    assert "0.3.0 with critics that looked ahead; " in outcome.err
+    plan = ("predict", golden.name, "--day", "2025-03-01", "--output", "plan.csv")
+    outcome = command(*plan)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert tree(run.directory) == tree(golden), "using it changes nothing"
+
+
+@each(ACTING)
 def test_it_verifies_and_predicts_as_it_did(golden: Path, run: TrainingCheckpoint) -> None:
     check_history(str(run.directory), 2)
     assert run.load_metadata()["agent"] == golden.name

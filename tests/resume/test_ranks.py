@@ -120,7 +120,7 @@ def test_a_step_follows_the_mean_of_the_gradients(
     class Second(A2C):
         global_rank = 1
 
-    env = make_environment(num_envs=4, hindsight=True, action="moves")
+    env = make_environment(num_envs=4, action="moves")
     gradients: list[list[torch.Tensor]] = []
     reward: list[float] = []
     for kind in (Second, A2C):

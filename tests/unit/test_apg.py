@@ -201,19 +201,6 @@ def test_nothing_is_nan_on_odd_sites(other: dict[str, Any]) -> None:
     assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())
 
 
-def test_hindsight_is_not_for_it() -> None:
-    site, losses = random_site(2, days=3), list[float]()
-    for hindsight in (False, True):
-        env = SiteDays(site, B, hindsight=hindsight, action="moves")
-        agent = pupil(site, hidden=(8,), hindsight_dim=env.hindsight_dim)
-        agent.train_on(env)
-        take = descend(agent)
-        for _ in range(2):
-            take(agent.draw_windows())
-        losses.append(float(take.end()["loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted() -> None:
     agent = pupil(random_site(3, days=3), hidden=(8,))
     take = descend(agent)

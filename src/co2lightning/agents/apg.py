@@ -174,7 +174,7 @@ class APG(Agent):
         obs = env.begin_at(carry._replace(owed_kw=owed_kw, true_kw=true_kw))
         first, cost, rewards = env.state, 0.0, list[Tensor]()
         assert first is not None
-        seen, stays = self.policy_obs(obs).detach(), stay_features(env, first).detach()
+        seen, stays = obs.detach(), stay_features(env, first).detach()
         self._starts = seen, stays, first.owed_kw.detach() > 0
         full, each_kw = _at_mean_price(env)
         for _ in range(env.horizon):
@@ -185,7 +185,7 @@ class APG(Agent):
             rewards.append(result.reward.detach())
             obs = result.obs
         self._rewards = torch.stack(rewards)
-        stored, owed = self._costates(self.policy_obs(obs))
+        stored, owed = self._costates(obs)
         carry = env.carry
         left = (owed * carry.truly_owed_kw).sum(1) * each_kw - stored * carry.soc * full
         costate_loss = self._costate_loss()

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SIZES = {
     "observation_dim": "observations",
-    "hindsight_dim": "features of hindsight",
     "action_dim": "actions",
     "step_minutes": "minutes a step",
 }
@@ -36,7 +35,9 @@ SIZES = {
 _UNSAID = dict.fromkeys(SIZES, 0) | {"step_minutes": NOMINAL_STEP_MINUTES}  # in older files
 _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each other
 _NAMED = (0, 3)  # that from which observations have names
-_GONE = "action"  # a setting of versions before that: how the two numbers were read
+AHEAD = "hindsight_dim"
+"""How many features critics saw of what was to come, until version 0.3.0."""
+_GONE = ("action", AHEAD)  # "action", a setting before 0.3.0: how the two numbers were read
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
@@ -125,7 +126,7 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
     kinds |= {"step_minutes": (int, COUNT), "observation_names": (tuple[str, ...], None)}
     settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
-    stored = {key: value for key, value in content["hyper_parameters"].items() if key != _GONE}
+    stored = {key: value for key, value in content["hyper_parameters"].items() if key not in _GONE}
     return check_types(stored, kinds, str(origin))
 
 
@@ -156,8 +157,13 @@ def restore_agent(
                 f"{origin}: trained on {trained} {counted}, the environment has {size}; a run "
                 "keeps its environment, start a new one for another"
             )
-    state = content["state_dict"]
+    state = dict(content["state_dict"])
     try:
+        if ahead := content["hyper_parameters"].get(AHEAD):
+            seen = content["hyper_parameters"]["observation_dim"]
+            for name in {"critic.weights.0", "target.weights.0"} & state.keys():
+                own, _, action = state[name].tensor_split((seen, seen + ahead), dim=1)
+                state[name] = torch.cat([own, action], dim=1)
         with torch.device("meta"):  # weights without numbers, however many would be asked for
             wanted = made(**settings).state_dict()
         for name in {**wanted, **state}:

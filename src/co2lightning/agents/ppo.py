@@ -20,7 +20,7 @@ from co2lightning.sim.interface import Environment
 class Samples(NamedTuple):
     """Transitions of a rollout, or a minibatch of them, with what they teach."""
 
-    obs: Tensor  # [N, O + K], K features that only the critic observes
+    obs: Tensor  # [N, O]
     action: Tensor  # [N, A]
     log_prob: Tensor  # [N] log density of the action under the policy that acted
     advantage: Tensor  # [N]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Carry, SiteModel, restore
-from co2lightning.sim.objective import credited_kw, metered, priced_model
+from co2lightning.sim.objective import metered, priced_model
 from co2lightning.sim.physics import step
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
@@ -29,7 +29,6 @@ class _Run(NamedTuple, Generic[_Values]):
     unmet_kw: _Values  # owed to vehicles that left at the end of the step
     misled_kw: _Values  # of it what is due to a wrong announcement
     soc: _Values  # 0-1, at the end of the step
-    credited_kw: _Values  # what earns credit in rewards
     owed_kw: _Values  # to all vehicles present, at the beginning of the step
     co2_kg: _Values
     cost: _Values  # 0 without prices
@@ -60,7 +59,7 @@ def run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> tuple[Trace, 
         following, flows = step(model, state, rule(model, state))
         misled_kw = torch.zeros_like(flows.soc) if flows.misled_kw is None else flows.misled_kw
         flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, misled_kw, flows.soc
-        columns.append((*flowed, credited_kw(flows), state.owed_kw.sum(1)))
+        columns.append((*flowed, state.owed_kw.sum(1)))
         state = following
     stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
     co2_kg, cost = metered(model, carry.place, stacked[2])

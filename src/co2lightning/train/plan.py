@@ -14,7 +14,7 @@ from typing import Any
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import SIZES, agent_of, restore_agent, stored_settings
+from co2lightning.agents.load import AHEAD, SIZES, agent_of, restore_agent, stored_settings
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.control.moves import ACTIONS, in_words
 from co2lightning.errors import UserError
@@ -155,6 +155,12 @@ def _read_start(path: Path, agent: str) -> Start:
         raise UserError(
             f"{path}: a checkpoint of {trained}, not of {agent}; "
             f"use --config {trained.lower()}.yaml"
+        )
+    if content["hyper_parameters"].get(AHEAD):
+        raise UserError(
+            f"{path}: trained by version 0.3.0 with critics that looked ahead; test, predict, "
+            "export and report take its policy, training cannot go on: leave --ckpt_path out to "
+            "train anew"
         )
     run, episode, epoch = content["run"], content["episode"], content.get("epoch")
     if type(epoch) is not int or epoch != episode - 1:
@@ -355,7 +361,7 @@ def _load_replay(
     if capacity is None:
         return replay, rows
     source = TrainingCheckpoint(start.path.parent)
-    sizes = (learner.observation_dim + learner.hindsight_dim, learner.action_dim)
+    sizes = (learner.observation_dim, learner.action_dim)
     for episode, content in source.load_replay(range(start.episode, 0, -1), allow_partial):
         pieces = pieces_of_ranks(content)
         if len(pieces) != rank.world_size or not all(is_piece(piece, *sizes) for piece in pieces):
