@@ -5,15 +5,16 @@ imported kWh adds and what an exported one takes off (`Site.import_price`, `Site
 Kilograms of CO2, which export does not lessen, and money follow afterwards from what the meter has
 counted.
 
-A step's reward is less what it cost, in units of what the site costs on a day without control, so
-that one recipe fits sites of any size. Within it energy that is stored counts at half the mean
-price and what vehicles are given at 0.8 of it: what is stored less what is owed is a potential in
-the sense of Ng, Harada and Russell 1999, which moves reward to the step that earned it. At half the
-price, storing a surplus pays at once and storing grid power does not; vehicles will be charged
-anyhow, so that it pays at once where it is cheap. To who discounts what is to come, holding costs
-what the discount takes off; otherwise it would pay to store and charge early, whatever the hour.
-Where drivers announce, what a vehicle leaves without costs what is missing to the whole mean price
-more: nobody wins by a driver's error.
+A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
+without control, so that one recipe fits sites of any size: reference - cost, where the reference is
+the rule's own at that step of one run through the whole series, so that most of the weather is in
+both. Within it energy that is stored counts at half the mean price and what vehicles are given at
+0.8 of it: what is stored less what is owed is a potential in the sense of Ng, Harada and Russell
+1999, which moves reward to the step that earned it. At half the price, storing a surplus pays at
+once and storing grid power does not; vehicles will be charged anyhow, so that it pays at once where
+it is cheap. To who discounts what is to come, holding costs what the discount takes off; otherwise
+it would pay to store and charge early, whatever the hour. Where drivers announce, what a vehicle
+leaves without costs what is missing to the whole mean price more: nobody wins by a driver's error.
 
 Shapes: P steps, B at once, n steps of a run.
 """
@@ -26,14 +27,14 @@ from torch import Tensor
 
 from co2lightning.control.state import SiteModel, State, build_model
 from co2lightning.sim.physics import Flows
-from co2lightning.site.model import DAY_H, Site
+from co2lightning.site.model import DAY_H, Floats, Site
 
 _CANCELLED = 0.05  # of the daily energy's value: a cost below that is a difference of larger ones
 _CREDIT_SHARE = 0.8  # of the mean price: what a kWh earns when a vehicle is charged
 _STORED = 0.5 / _CREDIT_SHARE  # of that: when it is stored
 # The prices among the model's series. What is imported is counted at the price less the export
 # credit, and all that flows at the credit: a sum instead of two cases.
-_MARGIN, _EXPORT, _CREDIT = -3, -2, -1
+_MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
 
 
 def mean_per_kwh(site: Site) -> tuple[float, float]:
@@ -95,22 +96,36 @@ def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteM
     price, credit = site.money_per_kwh * site.step_h
     per_kw = np.stack([site.import_price - site.export_credit, site.export_credit]) * site.step_h
     metered = [carbon_kg_per_kw, price - credit, credit]
-    return build_model(site, device, dtype, [*per_kw, np.zeros(site.n_steps)], metered)
+    return build_model(site, device, dtype, [*per_kw, *np.zeros((2, site.n_steps))], metered)
 
 
-def rewarded(model: SiteModel, site: Site, uncontrolled: float) -> SiteModel:
+def rewarded(
+    model: SiteModel,
+    site: Site,
+    uncontrolled: float,
+    rule: Floats,
+    ev_kw: Floats,
+    battery_kw: Floats,
+) -> SiteModel:
     """Return a priced model that gives rewards.
 
     Args:
         model: As `priced_model` makes it.
         site: Its site.
         uncontrolled: What its objective is on a training day without control.
+        rule: The objective of the rule that is to be exceeded, in each step [P].
+        ev_kw: What it gives vehicles, [P].
+        battery_kw: What it charges the battery with, [P].
     """
     unit = unit_a_day(site, uncontrolled)
     of_training = float(site.import_price[site.training_steps].mean())
+    credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
+    stored_kw = np.minimum(battery_kw, battery_kw * float(model.losses))
+    reference = rule / unit - credit_per_kw * (ev_kw + _STORED * stored_kw)
     series = model.series.clone()
     series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
-    series[_CREDIT, :-1] = _CREDIT_SHARE * of_training * site.step_h / unit
+    series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
+    series[_CREDIT, :-1] = credit_per_kw
     return model._replace(series=series)
 
 
@@ -123,7 +138,8 @@ def reward(model: SiteModel, state: State, flows: Flows, discount: float = 1.0) 
         flows: What flowed.
         discount: What the next step's reward counts to who learns from these.
     """
-    credit_per_kw, earned = state.prices[_CREDIT], -objective(state, flows)
+    _, _, reference, credit_per_kw = state.prices
+    earned = reference - objective(state, flows)
     if flows.misled_kw is not None:
         rest = 1.0 / _CREDIT_SHARE - 1.0
         earned = torch.addcmul(earned, credit_per_kw, flows.unmet_kw, value=-rest)
@@ -136,7 +152,7 @@ def reward(model: SiteModel, state: State, flows: Flows, discount: float = 1.0) 
 
 def objective(state: State, flows: Flows) -> Tensor:
     """Return what a step cost [B], `state` at its beginning: in days of the uncontrolled site."""
-    margin_per_kw, export_per_kw, _ = state.prices
+    margin_per_kw, export_per_kw, _, _ = state.prices
     return torch.addcmul(flows.grid_kw.relu() * margin_per_kw, flows.grid_kw, export_per_kw)
 
 
