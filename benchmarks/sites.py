@@ -61,9 +61,12 @@ def main() -> int:
     parser.add_argument(
         "--agents",
         default=",".join(AGENTS),
-        help="recipes, comma separated: PPO is ppo.yaml; PPO:30 gives it 30 episodes",
+        help="recipes, comma separated: PPO is ppo.yaml; PPO:30 gives it 30 episodes, PPO:30:5 "
+        "five seeds too",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each agent: seeds 0, 1, ...")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of an agent that names none: 0, 1, ..."
+    )
     parser.add_argument("--episodes", type=int, default=100, help="of a run that names none")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; times are for 1")
     parser.add_argument("--announced", action="store_true", help="only what drivers say is known")
@@ -72,8 +75,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="results as JSON")
     parser.add_argument("--figure", type=Path, help="a PNG")
     given = parser.parse_args()
-    chosen = [recipe.partition(":") for recipe in given.agents.split(",")]
-    agents = {name: int(episodes or given.episodes) for name, _, episodes in chosen}
+    agents: dict[str, tuple[int, int]] = {}  # episodes and seeds
+    for recipe in given.agents.split(","):
+        name, *own = recipe.split(":")
+        episodes, seeds = map(int, own + [given.episodes, given.seeds][len(own) :])
+        agents[name] = episodes, seeds
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "command": " ".join(["python benchmarks/sites.py", *_flags(given, agents)]),
@@ -99,11 +105,11 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def _flags(given: argparse.Namespace, agents: dict[str, int]) -> list[str]:
+def _flags(given: argparse.Namespace, agents: dict[str, tuple[int, int]]) -> list[str]:
     names = [Path(place).name for place in given.sites.split(",")]
     flags = [f"--sites {','.join(names)}"]
-    flags += ["--agents " + ",".join(f"{name}:{count}" for name, count in agents.items())]
-    flags += [f"--seeds {given.seeds}", f"--jobs {given.jobs}"]
+    flags += ["--agents " + ",".join(f"{a}:{n}:{seeds}" for a, (n, seeds) in agents.items())]
+    flags += [f"--jobs {given.jobs}"]
     flags += [] if given.price is None else [f"--price {given.price}"]
     return [*flags, *(f"--{name}" for name in ("announced", "mpc") if getattr(given, name))]
 
@@ -125,7 +131,7 @@ def _priced(place: str, seed: int, where: Path) -> str:
 
 
 def _site(
-    place: str, agents: dict[str, int], given: argparse.Namespace, where: Path
+    place: str, agents: dict[str, tuple[int, int]], given: argparse.Namespace, where: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Train every agent on a site; returns all figures, and where the optimum was no bound."""
     objective = "co2" if given.price is None else "cost"
@@ -136,8 +142,12 @@ def _site(
     broken = violations(references)
     fixed = ["--env.site", str(Path(place).resolve()) if Path(place).is_dir() else place]
     fixed += ["--env.announced", str(given.announced).lower(), "--env.objective", objective]
-    names = [(agent, seed) for agent in agents for seed in range(given.seeds)]
-    one = partial(_one, agents, fixed, where, (place, objective, given.announced), references)
+    names = [
+        (agent, seed, episodes)
+        for agent, (episodes, seeds) in agents.items()
+        for seed in range(seeds)
+    ]
+    one = partial(_one, fixed, where, (place, objective, given.announced), references)
     runs: list[Run] = []
     with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
         for run, wrong in pool.map(one, names):
@@ -160,17 +170,15 @@ _load = lru_cache(maxsize=1)(load_site)
 
 
 def _one(
-    agents: dict[str, int],
     fixed: list[str],
     where: Path,
     of_site: tuple[str, str, bool],
     references: Evaluation,
-    name: tuple[str, int],
+    name: tuple[str, int, int],
 ) -> tuple[Run, list[str]]:
     """Train and evaluate one run, in a process of its own; returns what `_site` returns of it."""
     torch.set_num_threads(1)
-    agent, seed = name
-    run = _train(agent, seed, agents[agent], fixed, where)
+    run = _train(*name, fixed, where)
     place, objective, announced = of_site
     site = _load(place, objective=objective, announced=announced)
     return run, [] if "failed" in run else _add_figures(run, site, references, where)
@@ -282,6 +290,7 @@ def table(results: dict[str, Any]) -> str:
     titles = [
         "site",
         "policy",
+        "seeds",
         *(f"gap closed, % {'at ' if name.isdigit() else ''}{name}" for name in shares),
     ]
     titles += [f"{results['settled']} a day", "weeks below RBC C", "unmet, kWh a day"]
@@ -290,18 +299,18 @@ def table(results: dict[str, Any]) -> str:
     for name, site in results["sites"].items():
         for agent, own in site["agents"].items():
             if failed := [run["failed"] for run in own if "failed" in run]:
-                lines.append([name, agent, failed[0], *[""] * (len(titles) - 3)])
+                lines.append([name, agent, str(len(own)), failed[0], *[""] * (len(titles) - 4)])
                 continue
             last = [run["episodes"][str(_last(run))] for run in own]
             cells = [_median([_share(run, which) for run in own], ".1f") for which in shares]
             seconds = ("best_rule", "near_final")
             cells += _cells(last)
             cells += [_median([run["seconds"][key] for run in own], ".0f") for key in seconds]
-            lines.append([name, agent, *cells])
+            lines.append([name, agent, str(len(own)), *cells])
         for key, of in site["references"].items():
             share = _median([_percent(of)], ".1f")
             empty = [""] * (len(shares) - 1)
-            lines.append([name, TITLES.get(key, key), *empty, share, *_cells([of]), "", ""])
+            lines.append([name, TITLES.get(key, key), "", *empty, share, *_cells([of]), "", ""])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
