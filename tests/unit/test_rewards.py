@@ -1,4 +1,4 @@
-"""The reward against the rule, and windows that begin alike."""
+"""What a step earns, and windows that begin alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from co2lightning.agents.a2c import A2C
 from co2lightning.agents.ppo import PPO
-from co2lightning.control.rules import rbc_b, uncontrolled
+from co2lightning.control.rules import uncontrolled
 from co2lightning.control.state import Carry
 from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.days import SiteDays
@@ -33,7 +33,7 @@ PLACES = T * CHOSEN.numpy()
 
 
 def play(soc: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    """Return rewards [n, B] and observations [n, B, O]; without a seed the rule acts."""
+    """Return rewards [n, B] and observations [n, B, O]; without a seed no one controls."""
     env = days()
     obs = env.begin(CHOSEN, torch.full((4,), soc))
     return play_on(env, obs, seed)
@@ -44,7 +44,7 @@ def play_on(env: SiteDays, obs: Tensor, seed: int | None) -> tuple[Tensor, Tenso
     rewards, seen = [], []
     while env.steps_left:
         assert env.state is not None
-        rule = rbc_b(env.model, env.state)
+        rule = uncontrolled(env.model, env.state)
         drawn = torch.rand(env.num_envs, 2, generator=generator) * 2 - 1
         seen.append(obs)
         step = env.step(rule if seed is None else drawn)
@@ -53,11 +53,11 @@ def play_on(env: SiteDays, obs: Tensor, seed: int | None) -> tuple[Tensor, Tenso
     return torch.stack(rewards), torch.stack(seen)
 
 
-def at_the_rules(env: SiteDays, day: int) -> None:
-    """Set the windows to where RBC B's unbroken run is when a day begins."""
+def where_it_stands(env: SiteDays, day: int) -> None:
+    """Set the windows to where charging on arrival is, in one go, when a day begins."""
     site, place = env.site, int(env.site.day_bounds[day])
     begun = start(env.model, site, np.array([0]), site.battery.soc_min if site.battery else 0.0)
-    _, at = run(env.model, rbc_b, begun, place)
+    _, at = run(env.model, uncontrolled, begun, place)
     several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at.parts))
     env.begin(torch.full((env.num_envs,), day), several.soc)
     env.go_on(several, torch.zeros(0, 3, env.num_envs))
@@ -67,10 +67,10 @@ def at_the_rules(env: SiteDays, day: int) -> None:
 
 
 @pytest.mark.parametrize("hours", [24, 48])
-def test_the_rule_itself_earns_nothing_at_any_step(hours: float) -> None:
+def test_without_control_nothing_is_earned_at_any_step(hours: float) -> None:
     """From where its own unbroken run stands."""
     env = SiteDays(shipped(), 1, hours=hours)
-    at_the_rules(env, 3)
+    where_it_stands(env, 3)
     rewards, _ = play_on(env, torch.zeros(1, env.observation_dim), None)
     assert len(rewards) == env.horizon
     assert rewards.abs().max().item() < 2e-6
@@ -94,9 +94,9 @@ def credited_kwh(site: Site, ev_kw: np.ndarray, soc: np.ndarray) -> np.ndarray:
     return 0.8 * ev_kw * site.step_h + 0.5 * stored_kwh
 
 
-def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None:
-    """What is stored or charged more than the rule has counts half, 0.8 of the mean intensity."""
-    site, rule = shipped(), through(shipped(), rbc_b)
+def test_rewards_are_what_is_saved_in_uncontrolled_days() -> None:
+    """What is stored or charged more than without control counts half, 0.8 of the mean."""
+    site, idle = shipped(), through(shipped(), uncontrolled)
     env, rewards = days(), play(0.5, 7)[0]
     begun = start(env.model, site, PLACES, 0.5)
     generator = torch.Generator().manual_seed(7)
@@ -107,11 +107,11 @@ def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None
     own, _ = run(env.model, same, begun, T)
     within = np.stack([np.arange(place, place + T) for place in PLACES], axis=1)
     assert site.battery
-    of_rule = np.append(site.battery.soc_min, rule.soc)[np.append(within, within[-1:] + 1, axis=0)]
+    without = np.append(site.battery.soc_min, idle.soc)[np.append(within, within[-1:] + 1, axis=0)]
     soc = np.concatenate([np.full((1, 4), 0.5), own.soc.numpy()])
     more_kwh = credited_kwh(site, own.ev_kw.numpy(), soc)
-    more_kwh = more_kwh - credited_kwh(site, rule.ev_kw[within], of_rule)
-    saved_kg = rule.co2_kg[within] - own.co2_kg.numpy()
+    more_kwh = more_kwh - credited_kwh(site, idle.ev_kw[within], without)
+    saved_kg = idle.co2_kg[within] - own.co2_kg.numpy()
     expected = saved_kg + mean_per_kwh(site)[0] * more_kwh
     np.testing.assert_allclose(rewards, expected / unit_kg(site), atol=2e-6)
     assert 0.01 < rewards.sum(0).abs().min() < rewards.sum(0).abs().max() < 3.0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from co2lightning.control.moves import ACTIONS, Moves, moves_of, powers_of
 from co2lightning.control.observation import NAMES, give, observe
-from co2lightning.control.rules import rbc_b, uncontrolled
+from co2lightning.control.rules import uncontrolled
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.errors import UserError
 from co2lightning.sim.interface import Environment, Step
@@ -40,7 +40,7 @@ from co2lightning.site.model import DAY_H, Objective, Site
 class _Tables(NamedTuple):
     """What all environments of a site share; never written."""
 
-    model: SiteModel  # with rewards against RBC B
+    model: SiteModel  # with rewards
     # What the cheap rule, run through the whole series, has at each day's beginning:
     soc: Tensor  # [D], on the CPU
     owed_kw: tuple[Tensor, ...]  # [D, C] each, to the vehicles, as `Carry` has it
@@ -57,14 +57,13 @@ class _Tables(NamedTuple):
 @torch.inference_mode(False)  # what it would make can never be trained on
 def _tables(site: Site, device: torch.device) -> _Tables:
     # Of what is truly owed: nothing is to be won by a wrong announcement.
-    idle, rule = through(site.truth, uncontrolled), through(site, rbc_b)
+    idle = through(site.truth, uncontrolled)
     training = site.training_steps
     days = training.sum() * site.step_h / DAY_H
     objective = site.objective
-    a_day = float(objective.of(idle.co2_kg, idle.cost)[training].sum() / days)
-    of_rule = objective.of(rule.co2_kg, rule.cost)
-    given = rule.ev_kw, rule.battery_kw
-    model = rewarded(priced_model(site, device), site, a_day, of_rule, *given)
+    without = objective.of(idle.co2_kg, idle.cost)
+    a_day = float(without[training].sum() / days)
+    model = rewarded(priced_model(site, device), site, a_day, without, idle.ev_kw)
     soc, owed_kw = starts_of(site)
 
     def until(values: np.ndarray) -> Tensor:

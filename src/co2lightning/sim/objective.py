@@ -5,16 +5,17 @@ imported kWh adds and what an exported one takes off (`Site.import_price`, `Site
 Kilograms of CO2, which export does not lessen, and money follow afterwards from what the meter has
 counted.
 
-A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
-without control, so that one recipe fits sites of any size: reference - cost, where the reference is
-the rule's own at that step of one run through the whole series, so that most of the weather is in
-both. Within it energy that is stored counts at half the mean price and what vehicles are given at
-0.8 of it: what is stored less what is owed is a potential in the sense of Ng, Harada and Russell
-1999, which moves reward to the step that earned it. At half the price, storing a surplus pays at
-once and storing grid power does not; vehicles will be charged anyhow, so that it pays at once where
-it is cheap. To who discounts what is to come, holding costs what the discount takes off; otherwise
-it would pay to store and charge early, whatever the hour. Where drivers announce, what a vehicle
-leaves without costs what is missing to the whole mean price more: nobody wins by a driver's error.
+A step's reward is what is saved against the same step without control, in units of what the site
+costs on a day without control, so that one recipe fits sites of any size: reference - cost, where
+the reference comes of one run of charging on arrival through the whole series. What no action
+changes, such as load and arrivals, is in both. Within it energy that is stored counts at half the
+mean price and what vehicles are given at 0.8 of it: what is stored less what is owed is a potential
+in the sense of Ng, Harada and Russell 1999, which moves reward to the step that earned it. At half
+the price, storing a surplus pays at once and storing grid power does not; vehicles will be charged
+anyhow, so that it pays at once where it is cheap. To who discounts what is to come, holding costs
+what the discount takes off; otherwise it would pay to store and charge early, whatever the hour.
+Where drivers announce, what a vehicle leaves without costs what is missing to the whole mean price
+more: nobody wins by a driver's error.
 
 Shapes: P steps, B at once, n steps of a run.
 """
@@ -100,28 +101,21 @@ def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteM
 
 
 def rewarded(
-    model: SiteModel,
-    site: Site,
-    uncontrolled: float,
-    rule: Floats,
-    ev_kw: Floats,
-    battery_kw: Floats,
+    model: SiteModel, site: Site, a_day: float, uncontrolled: Floats, ev_kw: Floats
 ) -> SiteModel:
     """Return a priced model that gives rewards.
 
     Args:
         model: As `priced_model` makes it.
         site: Its site.
-        uncontrolled: What its objective is on a training day without control.
-        rule: The objective of the rule that is to be exceeded, in each step [P].
-        ev_kw: What it gives vehicles, [P].
-        battery_kw: What it charges the battery with, [P].
+        a_day: What its objective is on a training day without control.
+        uncontrolled: What it is in each step [P].
+        ev_kw: What vehicles are given then, [P].
     """
-    unit = unit_a_day(site, uncontrolled)
+    unit = unit_a_day(site, a_day)
     of_training = float(site.import_price[site.training_steps].mean())
     credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
-    stored_kw = np.minimum(battery_kw, battery_kw * float(model.losses))
-    reference = rule / unit - credit_per_kw * (ev_kw + _STORED * stored_kw)
+    reference = uncontrolled / unit - credit_per_kw * ev_kw
     series = model.series.clone()
     series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
     series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
