@@ -45,7 +45,7 @@ from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H, Site
 from knowledge import invented_price
 
-EPISODES = (1, 3, 10, 20, 30, 50, 70, 100, 200, 300)
+EPISODES = (1, 3, 10, 30, 100, 200, 300)
 IN_TABLE = (10, 30, 100)  # and a run's last
 NEAR = 0.01  # of the gap: training longer brings no more than that
 
