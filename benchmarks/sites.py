@@ -231,7 +231,7 @@ def _add_figures(run: Run, site: Site, references: Evaluation, where: Path) -> l
         seconds = share * (path.stat().st_mtime - began)
         run["episodes"][str(episode)] = _figures(evaluation, "agent") | {"seconds": seconds}
     final, best = run["episodes"][str(last)], references.compared(references.best).sum()
-    reached = [row for episode, row in run["episodes"].items() if int(episode)]
+    reached = [row for e, row in run["episodes"].items() if int(e) in {*EPISODES, last}]
     run["seconds"] = {
         "best_rule": _first(reached, lambda row: sum(row["compared"]) < best),
         "near_final": _first(

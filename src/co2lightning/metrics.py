@@ -56,7 +56,7 @@ TRAINING = _of(
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
-        chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
+        chart="reward: saved against no control, share of the site's uncontrolled day",
     ),
     Metric(
         "eval_vs_uncontrolled",

@@ -192,6 +192,8 @@ def test_resuming_from_a_file_with_an_odd_part(
 
 
 HYPERPARAMETERS: list[Any] = [
+    ("hindsight_dim", -1),
+    ("hindsight_dim", torch.zeros(3)),
     ("hidden", WIDE),
     ("hidden", (8,) * 9_999),
     ("hidden", None),

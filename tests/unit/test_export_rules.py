@@ -19,7 +19,7 @@ from co2lightning.cli import main
 from co2lightning.commands.export import metadata
 from co2lightning.commands.onnx_graph import build_onnx, inputs_of
 from co2lightning.control.moves import moves_of
-from co2lightning.control.observation import HIGHEST, NAMES, observe
+from co2lightning.control.observation import NAMES, observe
 from co2lightning.control.outlook import outlook_of
 from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c
 from co2lightning.control.state import Powers, SiteModel, State
@@ -100,8 +100,6 @@ def test_whole_weeks_are_those_of_the_simulator(where: str, name: str, tmp_path:
         seen = week.of(json.loads(about["observation_names"]))
         off_kw = np.abs(powers_kw(file, seen) - week.power_kw).max(axis=1)
         assert off_kw.max() < 2e-3
-        # Observed as a network observes, what is beyond all usual is not its own: seldom.
-        assert (np.abs(seen) > HIGHEST).any(axis=1).mean() < 0.01
 
 
 PARTS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from co2lightning.control.rules import uncontrolled
 from co2lightning.control.state import Carry
 from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.days import SiteDays
+from co2lightning.sim.foreign import GymEnvironment
 from co2lightning.sim.objective import mean_per_kwh
 from co2lightning.sim.schedule import run, start, through
 from co2lightning.site.model import Site
@@ -251,6 +252,13 @@ def test_what_a_group_has_in_common_is_no_advantage(kind: type[PPO] | type[A2C])
         pair = advantage[:, first : first + 2]
         expected = (pair - pair.flip(1)) / 2
         torch.testing.assert_close(own[:, first : first + 2], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_episodes_of_a_gymnasium_environment_begin_each_for_itself() -> None:
+    env = GymEnvironment("Pendulum-v1", 4)
+    agent = PPO(env.observation_dim, env.action_dim, hidden=(8,), group_size=4)
+    agent.train_on(env)
+    assert agent.group_size == 1
 
 
 @pytest.mark.parametrize(("size", "num_envs", "found"), [(8, 12, 4), (8, 5, 1), (3, 6, 3)])

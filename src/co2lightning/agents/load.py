@@ -35,9 +35,9 @@ SIZES = {
 _UNSAID = dict.fromkeys(SIZES, 0) | {"step_minutes": NOMINAL_STEP_MINUTES}  # in older files
 _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each other
 _NAMED = (0, 3)  # that from which observations have names
-AHEAD = "hindsight_dim"
-"""How many features critics saw of what was to come, until version 0.3.0."""
-_GONE = ("action", AHEAD)  # "action", a setting before 0.3.0: how the two numbers were read
+_AHEAD = "hindsight_dim"  # how many features critics saw of what was to come, until 0.3.0
+_GONE = ("action", _AHEAD)  # "action", a setting before 0.3.0: how the two numbers were read
+_SAVED = (0, 4)  # that from which rewards are what is saved against no control
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
@@ -100,11 +100,7 @@ def outdated_on_site(run: Mapping[str, Any]) -> Outdated | None:
     """
     if not isinstance(run.get("site"), dict):
         return None  # Gymnasium's environments are what they were
-    versions = run.get("versions")
-    said = versions.get("co2lightning") if isinstance(versions, dict) else None
-    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
-    by = f"trained by version {found.string[:20] if found else 'unknown'}"
+    version, by = _trained_by(run)
     if version < _TIME_GOES_ON:
         return Outdated(
             f"{by} on days that stand alone", "now a site's time goes on from day to day"
@@ -114,6 +110,29 @@ def outdated_on_site(run: Mapping[str, Any]) -> Outdated | None:
             f"{by} on observations without names", "now a site's forecast is observed by name"
         )
     return None
+
+
+def rewarded_otherwise(run: Mapping[str, Any]) -> str | None:
+    """Return why a run on a site cannot be trained on, though its policy acts; None of others.
+
+    APG learns from no rewards.
+
+    Args:
+        run: What a checkpoint or metadata.json says of the run.
+    """
+    version, by = _trained_by(run)
+    if version >= _SAVED or run.get("agent") == "APG" or not isinstance(run.get("site"), dict):
+        return None
+    return f"{by} on rewards that are others now"
+
+
+def _trained_by(run: Mapping[str, Any]) -> tuple[tuple[int, int], str]:
+    """Return the version that trained a run, (0, 0) where it says none, and say so."""
+    versions = run.get("versions")
+    said = versions.get("co2lightning") if isinstance(versions, dict) else None
+    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    return version, f"trained by version {found.string[:20] if found else 'unknown'}"
 
 
 def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
@@ -159,7 +178,7 @@ def restore_agent(
             )
     state = dict(content["state_dict"])
     try:
-        if ahead := content["hyper_parameters"].get(AHEAD):
+        if ahead := content["hyper_parameters"].get(_AHEAD):
             seen = content["hyper_parameters"]["observation_dim"]
             for name in {"critic.weights.0", "target.weights.0"} & state.keys():
                 own, _, action = state[name].tensor_split((seen, seen + ahead), dim=1)

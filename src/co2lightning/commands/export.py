@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         "in the file's metadata, and in words what a rule does.",
         "co2lightning export PPO --output policy.onnx",
     )
-    parser.add_place("--output", required=True, help="where the policy goes")
+    parser.add_place("--output", required=True, help="where the file goes")
     arguments = parser.parse_args(list(argv))
     try:
         import onnx
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _choice(name: str, site: Site, keep: Path) -> Choice:
-    """Return what a rule does as what RBC C would choose; the search for that is kept."""
+    """Return a rule as the choice that does the same; RBC C's is searched, and kept."""
     if name == "rbc_c":
         return choice_of(site, keep)
     return {
@@ -213,8 +213,8 @@ def _to_kw(site: Site, ev_kw: str, wanted_kw: str) -> str:
 
 
 _WHATEVER_ANNOUNCED = (
-    "each vehicle charges at its full power until it is full, whatever its driver announced: the "
-    "site's announcements are all that could, and so ev_kw, knows of"
+    "each vehicle charges at its full power until it is full, whatever its driver announced; could "
+    "and ev_kw are worked out from what was announced, so vehicles may take another sum"
 )
 _OF_A_VEHICLE = (
     "with owed what would finish it in this step, power its full power, later the steps after this "

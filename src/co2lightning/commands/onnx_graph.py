@@ -75,8 +75,8 @@ def takes_surplus_only(site: Site) -> bool:
 def build_onnx(policy: Agent | Choice, site: Site) -> onnx.ModelProto:
     """Return the graph of a deterministic policy, `Agent.act`, or of a rule, and its power in kW.
 
-    A rule's powers are those of the simulator up to rounding, except that a vehicle which would get
-    less than its socket's least power waits there; a policy's likewise.
+    Powers are the simulator's up to rounding; only the simulator lets a vehicle wait that would get
+    less than its socket's least power.
     """
     graph = _Graph(site, inputs_of(policy))
     if isinstance(policy, Choice):

@@ -157,7 +157,9 @@ def predict(
     seen: list[Tensor] = []
 
     def watched(model: SiteModel, state: State) -> Tensor | Powers:
-        seen.append(observe(observer, model, state, moves_of(observer.moves, model, state)))
+        # As an exported file takes them: only a network's are clamped.
+        free = observer._replace(high=torch.full_like(observer.high, torch.inf))
+        seen.append(observe(free, model, state, moves_of(observer.moves, model, state)))
         return rule(model, state)
 
     found = evaluate(watched, stretch, device=device, keep=keep)

@@ -1,6 +1,6 @@
 """Several steps at once: an agent acts in an environment, eagerly or as compiled graphs.
 
-Shapes: n steps, B environments, O features, K more that only critics see, A actions.
+Shapes: n steps, B environments, O features, A actions.
 """
 
 import warnings

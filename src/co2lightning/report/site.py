@@ -257,7 +257,7 @@ def _error_rows(
             f"({_short(row['persistence'])}){unit}"
             for row in rows
         )
-        yield f"  {name}", told or "says nothing of held-out steps"
+        yield f"  {name}", told or "nothing of held-out steps"
 
 
 def _known_rows(known_ahead: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -150,7 +150,7 @@ class SiteDays:
             self._at = None
 
     def reset(self, seed: int) -> Tensor:
-        """Begin training days drawn with `seed`; no day twice before each was drawn once.
+        """Begin training days drawn with `seed`, none for two groups before each for one.
 
         Windows of a group have one day and one state of charge, see `let_begin_alike`.
         """
@@ -161,7 +161,7 @@ class SiteDays:
     def let_begin_alike(self, size: int) -> int:
         """Let `reset` begin windows in groups, one after another; returns how many a group has.
 
-        It is `size`, or the largest number that divides both it and B.
+        It is the largest number that divides both `size` and B.
         """
         self._alike = math.gcd(size, self.num_envs)
         return self._alike

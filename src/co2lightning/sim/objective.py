@@ -7,7 +7,7 @@ counted.
 
 A step's reward is what is saved against the same step without control, in units of what the site
 costs on a day without control, so that one recipe fits sites of any size: reference - cost, where
-the reference comes of one run of charging on arrival through the whole series. What no action
+the reference comes from one run of charging on arrival through the whole series. What no action
 changes, such as load and arrivals, is in both. Within it energy that is stored counts at half the
 mean price and what vehicles are given at 0.8 of it: what is stored less what is owed is a potential
 in the sense of Ng, Harada and Russell 1999, which moves reward to the step that earned it. At half

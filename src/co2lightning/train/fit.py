@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 
 from co2lightning import __version__
-from co2lightning.agents.load import outdated_on_site
+from co2lightning.agents.load import outdated_on_site, rewarded_otherwise
 from co2lightning.errors import TrainingError, UserError, counted, show
 from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
@@ -218,7 +218,8 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         echo(f"No checkpoint in {run.directory}: starting at episode 1")
         return
     newest = run.get_next_episode() - 1
-    goes_on_from = newest and not outdated_on_site(run.load_metadata())
+    known = run.load_metadata()
+    goes_on_from = newest and not (outdated_on_site(known) or rewarded_otherwise(known))
     done = built.plan.done
     if goes_on := done and start and start.path.resolve() == run.path(done).resolve():
         moved, what = run.branch(done), "Later episodes of the old branch moved"

@@ -14,7 +14,13 @@ from typing import Any
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import AHEAD, SIZES, agent_of, restore_agent, stored_settings
+from co2lightning.agents.load import (
+    SIZES,
+    agent_of,
+    restore_agent,
+    rewarded_otherwise,
+    stored_settings,
+)
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.control.moves import ACTIONS, in_words
 from co2lightning.errors import UserError
@@ -156,11 +162,10 @@ def _read_start(path: Path, agent: str) -> Start:
             f"{path}: a checkpoint of {trained}, not of {agent}; "
             f"use --config {trained.lower()}.yaml"
         )
-    if content["hyper_parameters"].get(AHEAD):
+    if why := rewarded_otherwise(content["run"]):
         raise UserError(
-            f"{path}: trained by version 0.3.0 with critics that looked ahead; test, predict, "
-            "export and report take its policy, training cannot go on: leave --ckpt_path out to "
-            "train anew"
+            f"{path}: {why}; test, predict, export and report take its policy, training cannot go "
+            "on: leave --ckpt_path out to train anew"
         )
     run, episode, epoch = content["run"], content["episode"], content.get("epoch")
     if type(epoch) is not int or epoch != episode - 1:
