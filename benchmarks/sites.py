@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 import yaml
 
+from co2lightning import __version__
 from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.report.looks import agent_colour
@@ -411,8 +412,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions the results depend on."""
-    packages = ("co2lightning", "torch", "lightning", "numpy", "scipy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = {name: version(name) for name in ("torch", "lightning", "numpy", "scipy")}
+    return {"python": platform.python_version(), "co2lightning": __version__, **packages}
 
 
 if __name__ == "__main__":
