@@ -158,21 +158,6 @@ def test_sac_keeps_what_a_cut_led_to_and_bootstraps_from_it() -> None:
     assert number(parts["critic_loss"]) == pytest.approx(2 * (1.0 + 0.5 * 8.0) ** 2)
 
 
-def test_sacs_policy_waits_for_its_critics() -> None:
-    """Until `actor_starts` only critics and temperature learn."""
-    agent = SAC(3, 1, hidden=(4,), learning_starts=0, batch_size=9, actor_starts=100)
-    agent.train_on(cast(Any, Cut()))
-    agent.update_generator = torch.Generator().manual_seed(1)
-    for steps, moves in ((99, False), (100, True)):
-        agent.env_steps = steps
-        agent.zero_grad()
-        agent.loss(next(iter(agent.minibatches(cut_rollout()))))[0].backward()
-        learned = {n for n, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
-        assert any(name.startswith("actor.") for name in learned) == moves
-        assert any(name.startswith("critic.") for name in learned)
-        assert "log_ent_coef" in learned
-
-
 # What is per step of 15 minutes: the same after an hour, whatever the step.
 
 

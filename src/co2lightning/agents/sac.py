@@ -39,7 +39,6 @@ class SAC(Agent):
             train_freq: Steps of 15 minutes between two rounds of updates.
             gradient_steps: Updates in a round.
             learning_starts: Transitions before the first update, acted by the fresh policy.
-            actor_starts: Transitions before the policy learns; until then its critics do alone.
             buffer_size: Transitions the replay buffer holds.
             batch_size: Transitions of a minibatch.
             learning_rate: Of Adam for actor, critics and temperature, at episode 1.
@@ -53,7 +52,6 @@ class SAC(Agent):
         train_freq: int = setting(4, COUNT)
         gradient_steps: int = setting(16, COUNT)
         learning_starts: int = setting(1536, Range(0))
-        actor_starts: int = setting(0, Range(0))
         buffer_size: int = setting(300_000, Range(1, 100_000_000))
         batch_size: int = setting(256, COUNT)
         tau: float = setting(0.005, Range(0, 1, above=True))
@@ -78,10 +76,7 @@ class SAC(Agent):
         self.log_ent_coef = nn.Parameter(torch.tensor(math.log(self.settings.ent_coef_init)))
         aim = self.settings.target_entropy
         self.target_entropy = -float(n_actions) if aim is None else aim
-        self.register_buffer("policy_weight", torch.tensor(1.0), persistent=False)
         self.replay: Replay | None = None
-
-    policy_weight: Tensor  # 0 where the policy does not learn yet
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one Adam over actor, critics and temperature."""
@@ -119,7 +114,7 @@ class SAC(Agent):
         entropy = -log_prob.detach().mean()
         temperature_loss = self.log_ent_coef * (entropy - self.target_entropy)
 
-        loss = critic_loss + self.policy_weight * actor_loss + temperature_loss
+        loss = critic_loss + actor_loss + temperature_loss
         return loss, {
             "loss": loss,
             "critic_loss": critic_loss,
@@ -136,7 +131,6 @@ class SAC(Agent):
         self.replay.add(rollout, masked=self.env.may_reset)
         if self.env_steps < self.settings.learning_starts:
             return
-        self.policy_weight.fill_(float(self.env_steps >= self.settings.actor_starts))
         count, size = self.settings.gradient_steps, self.settings.batch_size
         batches = self.replay.sample(count, size, self.update_generator)
         shape = (count, 2, size, self.action_dim)
