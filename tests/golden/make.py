@@ -31,14 +31,7 @@ FLAGS = {
     # The buffer is full after an episode and a half: its ring has wrapped once.
     "SAC": [
         *("--env.num_envs", "2", "--model.train_freq", "24", "--model.gradient_steps", "2"),
-        *(
-            "--model.learning_starts",
-            "96",
-            "--model.actor_starts",
-            "96",
-            "--model.buffer_size",
-            "288",
-        ),
+        *("--model.learning_starts", "96", "--model.buffer_size", "288"),
         *("--model.batch_size", "16", "--model.hidden", "[4]"),
     ],
 }
