@@ -37,7 +37,6 @@ class BareLoop:
         self.agent = PPO(
             self.env.observation_dim,
             self.env.action_dim,
-            hindsight_dim=self.env.hindsight_dim,
             **groups["model"],
         )
         self.agent.train_on(self.env)

@@ -47,13 +47,12 @@ from co2lightning.site.load import load_site
 from sites import machine, versions
 from stable_baselines import Lockstep, VecEnv, stable_baselines
 
-SMALL = {"env.hindsight": False, "model.hidden": (64, 64), "model.activation": "tanh"}
+SMALL = {"model.hidden": (64, 64), "model.activation": "tanh"}
 SIZES: dict[str, Settings] = {
     "PPO": SMALL | {"env.num_envs": 16, "model.n_steps": 0, "model.batch_size": 256},
     "A2C": SMALL | {"env.num_envs": 16, "model.n_steps": 5},
     "SAC": {
         "env.num_envs": 1,
-        "env.hindsight": False,
         "model.train_freq": 1,
         "model.gradient_steps": 1,
         "model.learning_starts": 256,
@@ -70,10 +69,11 @@ WARM_UP = 4  # stretches
 class Native:
     """B copies of an environment without content: observations decay, actions push two of them."""
 
-    observation_dim, hindsight_dim, action_dim = 20, 0, 2
+    observation_dim, action_dim = 20, 2
     step_minutes = NOMINAL_STEP_MINUTES
     observation_names: tuple[str, ...] = ()
     may_reset = False
+    discount = 1.0
 
     def __init__(self, num_envs: int, horizon: int) -> None:
         self.num_envs = num_envs
@@ -84,6 +84,9 @@ class Native:
     def to(self, device: torch.device) -> None: ...
 
     def show(self, names: tuple[str, ...], who: str = "the agent") -> None: ...
+
+    def let_begin_alike(self, size: int) -> int:
+        return 1
 
     def reset(self, seed: int) -> Tensor:
         self._step = 0

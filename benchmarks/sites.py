@@ -5,7 +5,8 @@
 
 Trains every shipped recipe as it is, but for the site, with `co2lightning fit`, each run a process
 with one torch thread in a temporary directory. Checkpoints are then evaluated without exploration
-on the site's held-out stretches, as `co2lightning test` does; drivers' true departures and energies
+on the site's held-out stretches, as `co2lightning test` does: what a run started from, some
+episodes, and `best`, the one that training weeks say is best; drivers' true departures and energies
 are known unless --announced is given. Prints the table that stands in the README. With --price SEED
 each site gets an hourly price, drawn, told at 13:00 for the next day, and cost is the objective.
 """
@@ -22,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ import pandas as pd
 import torch
 import yaml
 
+from co2lightning import __version__
 from co2lightning.agents import AGENTS
 from co2lightning.agents.load import load_agent, policy_of
 from co2lightning.report.looks import agent_colour
@@ -42,7 +46,7 @@ from co2lightning.site.load import load_site
 from co2lightning.site.model import DAY_H, Site
 from knowledge import invented_price
 
-EPISODES = (1, 3, 10, 20, 30, 50, 70, 100, 200, 300)
+EPISODES = (1, 3, 10, 30, 100, 200, 300)
 IN_TABLE = (10, 30, 100)  # and a run's last
 NEAR = 0.01  # of the gap: training longer brings no more than that
 
@@ -58,9 +62,12 @@ def main() -> int:
     parser.add_argument(
         "--agents",
         default=",".join(AGENTS),
-        help="recipes, comma separated: PPO is ppo.yaml; PPO:30 gives it 30 episodes",
+        help="recipes, comma separated: PPO is ppo.yaml; PPO:30 gives it 30 episodes, PPO:30:5 "
+        "five seeds too",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each agent: seeds 0, 1, ...")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of an agent that names none: 0, 1, ..."
+    )
     parser.add_argument("--episodes", type=int, default=100, help="of a run that names none")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; times are for 1")
     parser.add_argument("--announced", action="store_true", help="only what drivers say is known")
@@ -69,8 +76,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="results as JSON")
     parser.add_argument("--figure", type=Path, help="a PNG")
     given = parser.parse_args()
-    chosen = [recipe.partition(":") for recipe in given.agents.split(",")]
-    agents = {name: int(episodes or given.episodes) for name, _, episodes in chosen}
+    agents: dict[str, tuple[int, int]] = {}  # episodes and seeds
+    for recipe in given.agents.split(","):
+        name, *own = recipe.split(":")
+        episodes, seeds = map(int, own + [given.episodes, given.seeds][len(own) :])
+        agents[name] = episodes, seeds
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "command": " ".join(["python benchmarks/sites.py", *_flags(given, agents)]),
@@ -96,11 +106,11 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def _flags(given: argparse.Namespace, agents: dict[str, int]) -> list[str]:
+def _flags(given: argparse.Namespace, agents: dict[str, tuple[int, int]]) -> list[str]:
     names = [Path(place).name for place in given.sites.split(",")]
     flags = [f"--sites {','.join(names)}"]
-    flags += ["--agents " + ",".join(f"{name}:{count}" for name, count in agents.items())]
-    flags += [f"--seeds {given.seeds}", f"--jobs {given.jobs}"]
+    flags += ["--agents " + ",".join(f"{a}:{n}:{seeds}" for a, (n, seeds) in agents.items())]
+    flags += [f"--jobs {given.jobs}"]
     flags += [] if given.price is None else [f"--price {given.price}"]
     return [*flags, *(f"--{name}" for name in ("announced", "mpc") if getattr(given, name))]
 
@@ -122,7 +132,7 @@ def _priced(place: str, seed: int, where: Path) -> str:
 
 
 def _site(
-    place: str, agents: dict[str, int], given: argparse.Namespace, where: Path
+    place: str, agents: dict[str, tuple[int, int]], given: argparse.Namespace, where: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Train every agent on a site; returns all figures, and where the optimum was no bound."""
     objective = "co2" if given.price is None else "cost"
@@ -133,12 +143,17 @@ def _site(
     broken = violations(references)
     fixed = ["--env.site", str(Path(place).resolve()) if Path(place).is_dir() else place]
     fixed += ["--env.announced", str(given.announced).lower(), "--env.objective", objective]
-    names = [(agent, seed) for agent in agents for seed in range(given.seeds)]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        runs = list(pool.map(lambda n: _train(*n, agents[n[0]], fixed, where), names))
-    for run in runs:
-        if "failed" not in run:
-            broken += _add_figures(run, site, references, where)
+    names = [
+        (agent, seed, episodes)
+        for agent, (episodes, seeds) in agents.items()
+        for seed in range(seeds)
+    ]
+    one = partial(_one, fixed, where, (place, objective, given.announced), references)
+    runs: list[Run] = []
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        for run, wrong in pool.map(one, names):
+            runs.append(run)
+            broken += wrong
     return {
         "name": site.name,
         "sha256": site.sha256,
@@ -150,6 +165,24 @@ def _site(
         },
         "agents": {agent: [run for run in runs if run["agent"] == agent] for agent in agents},
     }, broken
+
+
+_load = lru_cache(maxsize=1)(load_site)
+
+
+def _one(
+    fixed: list[str],
+    where: Path,
+    of_site: tuple[str, str, bool],
+    references: Evaluation,
+    name: tuple[str, int, int],
+) -> tuple[Run, list[str]]:
+    """Train and evaluate one run, in a process of its own; returns what `_site` returns of it."""
+    torch.set_num_threads(1)
+    run = _train(*name, fixed, where)
+    place, objective, announced = of_site
+    site = _load(place, objective=objective, announced=announced)
+    return run, [] if "failed" in run else _add_figures(run, site, references, where)
 
 
 def _train(agent: str, seed: int, episodes: int, fixed: list[str], where: Path) -> Run:
@@ -188,7 +221,10 @@ def _add_figures(run: Run, site: Site, references: Evaluation, where: Path) -> l
     last = files.get_next_episode() - 1
     broken: list[str] = []
     run["episodes"], began, share = {}, run.pop("began"), run.pop("share")
-    for episode in sorted({*(e for e in EPISODES if e < last), last}):
+    evaluated = files.best_evaluated()
+    run["best"] = last if evaluated is None else evaluated[1]
+    # What it started from is episode 0.
+    for episode in sorted({0, *(e for e in EPISODES if e < last), run["best"], last}):
         path = files.path(episode)
         content = files.read(path)
         evaluation = evaluate(policy_of(load_agent(content, path), site), site, references)
@@ -196,7 +232,7 @@ def _add_figures(run: Run, site: Site, references: Evaluation, where: Path) -> l
         seconds = share * (path.stat().st_mtime - began)
         run["episodes"][str(episode)] = _figures(evaluation, "agent") | {"seconds": seconds}
     final, best = run["episodes"][str(last)], references.compared(references.best).sum()
-    reached = list(run["episodes"].values())
+    reached = [row for e, row in run["episodes"].items() if int(e) in {*EPISODES, last}]
     run["seconds"] = {
         "best_rule": _first(reached, lambda row: sum(row["compared"]) < best),
         "near_final": _first(
@@ -242,38 +278,65 @@ def _median(values: list[float | None], form: str) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown table: the median over the seeds, lowest to highest."""
-    lines = [
-        f"| site | policy | episodes | gap closed | {results['settled']} a day | weeks below RBC C "
-        "| unmet, kWh a day | CPU-s to beat the best rule | CPU-s to 1 % of its last |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    """Return the results as a Markdown table: the median over the seeds, lowest to highest.
+
+    Of the last episode, or of what has none, are the columns that name no episode.
+    """
+    runs = [
+        run for site in results["sites"].values() for own in site["agents"].values() for run in own
     ]
+    lasts = {_last(run) for run in runs if "failed" not in run}
+    episodes = sorted({e for e in IN_TABLE if e < max(lasts, default=0)} | lasts)
+    shares = ["start", *map(str, episodes), "best"]
+    titles = [
+        "site",
+        "policy",
+        "seeds",
+        *(f"gap closed, % {'at ' if name.isdigit() else ''}{name}" for name in shares),
+    ]
+    titles += [f"{results['settled']} a day", "weeks below RBC C", "unmet, kWh a day"]
+    titles += ["CPU-s to beat the best rule", "CPU-s to 1 % of its last"]
+    lines = [titles, ["---"] * 2 + ["---:"] * (len(titles) - 2)]
     for name, site in results["sites"].items():
-        rows: list[tuple[str, str, list[dict[str, Any]], list[dict[str, Any]]]] = []
-        for agent, runs in site["agents"].items():
-            if failed := [run for run in runs if "failed" in run]:
-                lines.append(f"| {name} | {agent} | | {failed[0]['failed']} | | | | | |")
+        for agent, own in site["agents"].items():
+            if failed := [run["failed"] for run in own if "failed" in run]:
+                lines.append([name, agent, str(len(own)), failed[0], *[""] * (len(titles) - 4)])
                 continue
-            last = max(map(int, runs[0]["episodes"]))
-            for episode in sorted({*(e for e in IN_TABLE if e < last), last}):
-                own = [run["episodes"][str(episode)] for run in runs]
-                seconds = [run["seconds"] for run in runs] if episode == last else []
-                rows.append((agent, str(episode), own, seconds))
-        rows += [(TITLES.get(key, key), "", [of], []) for key, of in site["references"].items()]
-        for title, episode, own, seconds in rows:
-            weeks = [week for row in own for week in row["vs_rbc_c_a_day"]]
-            cells = [
-                _median([row["gap_closed"] for row in own], ".1%"),
-                _median([row["a_day"] for row in own], ".2f"),
-                f"{sum(week < 0 for week in weeks)} of {len(weeks)}",
-                f"{max(row['unmet_kwh'] for row in own):.3f}",
-                *(
-                    _median([row[key] for row in seconds], ".0f") if seconds else ""
-                    for key in ("best_rule", "near_final")
-                ),
-            ]
-            lines.append(f"| {name} | {title} | {episode} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            last = [run["episodes"][str(_last(run))] for run in own]
+            cells = [_median([_share(run, which) for run in own], ".1f") for which in shares]
+            seconds = ("best_rule", "near_final")
+            cells += _cells(last)
+            cells += [_median([run["seconds"][key] for run in own], ".0f") for key in seconds]
+            lines.append([name, agent, str(len(own)), *cells])
+        for key, of in site["references"].items():
+            share = _median([_percent(of)], ".1f")
+            empty = [""] * (len(shares) - 1)
+            lines.append([name, TITLES.get(key, key), "", *empty, share, *_cells([of]), "", ""])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _last(run: Run) -> int:
+    return max(map(int, run["episodes"]))
+
+
+def _share(run: Run, which: str) -> float | None:
+    """Return the share of the gap at an episode, `start` or `best`, in %; None where unknown."""
+    episode = {"start": 0, "best": run["best"]}.get(which, which)
+    found = run["episodes"].get(str(episode))
+    return found and _percent(found)
+
+
+def _percent(figures: dict[str, Any]) -> float | None:
+    return None if figures["gap_closed"] is None else 100.0 * figures["gap_closed"]
+
+
+def _cells(own: list[dict[str, Any]]) -> list[str]:
+    weeks = [week for row in own for week in row["vs_rbc_c_a_day"]]
+    return [
+        _median([row["a_day"] for row in own], ".2f"),
+        f"{sum(week < 0 for week in weeks)} of {len(weeks)}",
+        f"{max(row['unmet_kwh'] for row in own):.3f}",
+    ]
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:
@@ -302,7 +365,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
             good = [run["episodes"] for run in runs if "failed" not in run]
             if not good or any(row["gap_closed"] is None for run in good for row in run.values()):
                 continue
-            episodes = sorted(map(int, good[0]))
+            # One run's best episode is not another's.
+            episodes = sorted(int(e) for e in good[0] if e != "0" and all(e in run for run in good))
             shares = np.array([[run[str(e)]["gap_closed"] for e in episodes] for run in good])
             colour, median = agent_colour(agent), np.median(shares, axis=0)
             axes.fill_between(episodes, shares.min(0), shares.max(0), color=colour, alpha=0.18)
@@ -348,8 +412,8 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions the results depend on."""
-    packages = ("co2lightning", "torch", "lightning", "numpy", "scipy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = {name: version(name) for name in ("torch", "lightning", "numpy", "scipy")}
+    return {"python": platform.python_version(), "co2lightning": __version__, **packages}
 
 
 if __name__ == "__main__":

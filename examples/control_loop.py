@@ -7,7 +7,7 @@
 Each line of standard input is a step: the columns that the policy's metadata names, in any order,
 as the policy sees them. On a site they come from the meters, in kW and kWh: with `--measured` at
 the end they are put into the scales that the file holds. The set points go to the chargers and the
-battery.
+battery. A rule's file (`export rbc_c --env.site iquitos`) is run likewise.
 """
 
 import csv
@@ -23,7 +23,9 @@ def main() -> None:
     about = session.get_modelmeta().custom_metadata_map
     names = json.loads(about["observation_names"])
     centre, spread = (np.array(json.loads(about[f"observation_{k}"])) for k in ("centre", "spread"))
-    print(f"# {about['agent']} of {about['site']}, episode {about['episode']}", file=sys.stderr)
+    who = about.get("agent") or about["rule"]
+    which = f", episode {about['episode']}" if "agent" in about else f": {about['in_words']}"
+    print(f"# {who} of {about['site']}{which}", file=sys.stderr)
 
     print("time,ev_kw,battery_kw")
     for step in csv.DictReader(sys.stdin):
@@ -34,7 +36,7 @@ def main() -> None:
             sys.exit(f"{step['time']}: a sensor gave no number")
         if "--measured" in sys.argv:
             seen = np.divide(seen - centre, spread, out=np.zeros_like(seen), where=spread > 0)
-        observation = seen.clip(-10.0, 10.0).astype(np.float32)[np.newaxis]
+        observation = seen.astype(np.float32)[np.newaxis]
         (((ev_kw, battery_kw),),) = session.run(["power_kw"], {"observation": observation})
         print(f"{step['time']},{ev_kw:.2f},{battery_kw:.2f}", flush=True)
 

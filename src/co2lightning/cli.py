@@ -33,7 +33,7 @@ commands:
   history  what was trained      co2lightning history
   verify   check a run's files   co2lightning verify PPO
   predict  a day's plan as CSV   co2lightning predict PPO --output schedule.csv
-  export   the policy as ONNX    co2lightning export PPO --output policy.onnx
+  export   a controller as ONNX  co2lightning export PPO --output policy.onnx
   site     look at a site        co2lightning site check iquitos
 
 After a stop: co2lightning fit --config ppo.yaml --ckpt_path last
@@ -78,27 +78,17 @@ def _run(argv: list[str]) -> int:
 
         say(f"co2lightning {__version__}")
         return 0
-    command = _COMMANDS.get(argv[0])
-    if command is None:
+    if argv[0] not in _COMMANDS:
         raise UserError(f"{argv[0]}: no such command; choose one of {', '.join(_COMMANDS)}")
-    module, function = command
+    module, function = argv[0].replace("-", "_"), "main"
+    if module == "verify":
+        module, function = "history", "verify_main"
     with _importing():
-        run = getattr(import_module(f"co2lightning.{module}"), function)
+        run = getattr(import_module(f"co2lightning.commands.{module}"), function)
     return run(argv[1:])
 
 
-_COMMANDS = {
-    "fit": ("commands.fit", "main"),
-    "fit-all": ("commands.fit_all", "main"),
-    "test": ("commands.test", "main"),
-    "report": ("commands.report", "main"),
-    "history": ("commands.history", "main"),
-    "verify": ("commands.history", "verify_main"),
-    "predict": ("commands.predict", "main"),
-    "export": ("commands.export", "main"),
-    "site": ("commands.site", "main"),
-}
-"""Command -> its module and function there."""
+_COMMANDS = "fit", "fit-all", "test", "report", "history", "verify", "predict", "export", "site"
 
 
 @contextlib.contextmanager

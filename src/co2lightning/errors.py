@@ -34,3 +34,8 @@ def show(value: object) -> str:
     except (ValueError, RecursionError):  # an integer too long to be written out
         return f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def counted(number: int, noun: str) -> str:
+    """Say how many, such as 2 episodes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

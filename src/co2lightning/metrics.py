@@ -18,7 +18,6 @@ class Metric(NamedTuple):
         narrow: The heading in a terminal; without one it is broken at the comma.
         tag: In TensorBoard.
         chart: Title of its chart in TensorBoard's layout, where it has one.
-        axis: In a figure for papers.
     """
 
     key: str
@@ -27,7 +26,6 @@ class Metric(NamedTuple):
     narrow: str = ""
     tag: str = ""
     chart: str = ""
-    axis: str = ""
 
 
 def _of(group: str, *metrics: Metric) -> dict[str, Metric]:
@@ -45,14 +43,10 @@ TRAINING = _of(
         form="{:.0%}",
         narrow="of uncon-\ntrolled",
         chart="CO2, share of the same days uncontrolled",
-        axis="{settled}, % of the same days uncontrolled",
     ),
     Metric("cost", "cost", "{:.2f}", chart="cost a day"),
     Metric("uncontrolled_cost"),
-    Metric(
-        "objective_vs_uncontrolled",
-        axis="{settled}, % of the same days uncontrolled",
-    ),
+    Metric("objective_vs_uncontrolled"),
     Metric("grid_import_kwh", chart="grid import, kWh a day"),
     Metric("curtailment_kwh"),
     Metric("peak_import_kw", "peak, kW", "{:.0f}", chart="peak import, kW, mean of the days"),
@@ -62,7 +56,7 @@ TRAINING = _of(
     Metric(
         "reward",
         tag="rollout/ep_rew_mean",
-        chart="reward: CO2 saved against the rule RBC B, share of the site's uncontrolled day",
+        chart="reward: saved against no control, share of the site's uncontrolled day",
     ),
     Metric(
         "eval_vs_uncontrolled",
@@ -78,17 +72,11 @@ TRAINING = _of(
     Metric("env_steps_per_second", tag="time/env_steps_per_second"),
 )
 """Of an episode's training days, of the training weeks that `--evaluate_every` runs after it, and
-of its time. Whatever else an episode has is of its agent, in
-TensorBoard under `train/`."""
+of its time. Whatever else an episode has is of its agent, in TensorBoard under `train/`."""
 
 HELD_OUT = _of(
     "test",
-    Metric(
-        "co2_kg",
-        heading="CO2, kg/day",
-        form="{:.1f}",
-        chart="CO2 on held-out days, kg a day",
-    ),
+    Metric("co2_kg", "CO2, kg/day", "{:.1f}", chart="CO2 on held-out days, kg a day"),
     Metric("cost", "cost, {currency}/day", "{:.2f}", chart="cost a day on held-out days"),
     Metric("objective", "objective, a day", "{:.2f}", "objec-\ntive"),
     Metric("vs_best", "against {best}, {unit}/day", "{:+.1f}"),
@@ -142,30 +130,15 @@ class Settled(NamedTuple):
 
     def metrics(self) -> list[Metric]:
         """Return the figures on held-out days under the names that they have here."""
-        return [self.metric(key) for key in HELD_OUT]
-
-    def metric(self, key: str) -> Metric:
-        """Return one of them."""
-        found = HELD_OUT[key]
         words = {"best": self.best, "unit": self.unit, "currency": self.currency or ""}
-        heading = found.heading.format(**words).replace(", /day", ", a day")
-        form = found.form
-        if key == "vs_best" and self.key != "co2_kg":
-            form = "{:+.2f}"
-        return found._replace(heading=heading, form=form)
-
-
-def settled_words(objective: Mapping[str, float], currency: str | None, best: str) -> Settled:
-    """Return what policies are settled by, in words.
-
-    Args:
-        objective: Its weights, of `co2` and `cost`.
-        currency: Of costs; None where there are no prices.
-        best: Title of the reference that all are compared with.
-    """
-    weights = objective["co2"], objective["cost"]
-    known = {(1.0, 0.0): ("co2_kg", "CO2", "kg"), (0.0, 1.0): ("cost", "cost", currency or "")}
-    return Settled(*known.get(weights, ("objective", "objective", "")), best, currency)
+        forms = {} if self.key == "co2_kg" else {"vs_best": "{:+.2f}"}
+        return [
+            metric._replace(
+                heading=metric.heading.format(**words).replace(", /day", ", a day"),
+                form=forms.get(metric.key, metric.form),
+            )
+            for metric in HELD_OUT.values()
+        ]
 
 
 _KEYS = {metric.tag: metric.key for metric in TRAINING.values()}

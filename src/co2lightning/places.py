@@ -52,7 +52,7 @@ def check_output(flag: str, name: str | Path | None) -> Path | None:
         if not os.access(path, os.W_OK):
             raise UserError(f"{flag} {name}: is read-only")
     path = path.resolve()
-    check_directory(f"{flag} {name}", path.parent)
+    _check_directory(f"{flag} {name}", path.parent)
     return path
 
 
@@ -69,13 +69,13 @@ def check_output_directory(flag: str, name: str | Path | None) -> Path | None:
     directory = Path(name)
     if os.path.lexists(directory) and not directory.is_dir():
         raise UserError(f"{flag} {name}: is not a directory")
-    check_directory(
+    _check_directory(
         f"{flag} {name}", directory if directory.is_dir() else directory.resolve().parent
     )
     return directory
 
 
-def check_directory(what: str, directory: Path) -> None:
+def _check_directory(what: str, directory: Path) -> None:
     """Raise a UserError about `what` unless a file can be made in `directory`."""
     if not directory.is_dir():
         raise UserError(f"{what}: there is no directory {directory}; make it first")

@@ -78,9 +78,13 @@ def test_a_skipped_update_is_counted_and_training_goes_on(command: Command) -> N
 @pytest.mark.parametrize(
     ("words", "saved", "said"),
     [
-        (["--model", "PPO", "--model.learning_rate", "1e30"], 1, "without a finite gradient: 10"),
         (
-            ["--model", "A2C", "--model.reward_scale", "1e38"],
+            ["--model", "PPO", "--model.learning_rate", "1e30", "--model.n_epochs", "10"],
+            1,
+            "without a finite gradient: 10",
+        ),
+        (
+            ["--model", "A2C", "--model.reward_scale", "1e38", "--model.n_steps", "8"],
             0,
             "train/loss is nan, updates in a row without a finite gradient: 12",
         ),

@@ -2,9 +2,9 @@
 
 Each directory holds, for one version of the project, a run of two episodes of each agent as
 `co2lightning fit` left it, and in actions.json what `predict` said then. They are kept for ever
-and never made anew: tests/resume/test_old_versions.py shows that today's version still verifies,
-loads and continues them. Before a release that writes its files in another way, run this again;
-it adds a directory for the version and touches no other.
+and never made anew: tests/resume/test_old_versions.py shows that today's version still verifies
+and loads them, and continues those of 0.4.0 and later. Before a release that writes its files in
+another way, run this again; it adds a directory for the version and touches no other.
 """
 
 import json
@@ -20,10 +20,13 @@ from co2lightning.cli import main
 
 GOLDEN = Path(__file__).parent
 FLAGS = {
-    "A2C": ["--env.num_envs", "2", "--model.n_steps", "48", "--model.hidden", "[4]"],
-    "PPO": [
-        *("--env.num_envs", "2", "--model.n_epochs", "2", "--model.batch_size", "96"),
+    "A2C": [
+        *("--env.num_envs", "4", "--model.group_size", "2", "--model.n_steps", "48"),
         *("--model.hidden", "[4]"),
+    ],
+    "PPO": [
+        *("--env.num_envs", "4", "--model.group_size", "2", "--model.n_epochs", "2"),
+        *("--model.batch_size", "96", "--model.hidden", "[4]"),
     ],
     # The buffer is full after an episode and a half: its ring has wrapped once.
     "SAC": [

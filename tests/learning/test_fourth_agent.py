@@ -15,7 +15,6 @@ from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP, gaussian_log_prob
 from co2lightning.agents.ranges import POSITIVE, setting
 from co2lightning.learn.dataset import Rollout
-from co2lightning.sim.interface import Environment
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:lightning")
 
@@ -58,9 +57,6 @@ class Reinforce(Agent):
         advantage = rollout.reward - rollout.reward.mean()
         loss = -(log_prob * advantage * rollout.valid).mean()
         return loss, {"loss": loss}
-
-    def updates_per_episode(self, env: Environment) -> int:
-        return 1
 
 
 def test_it_learns_under_the_trainer() -> None:

@@ -32,7 +32,7 @@ from small_site import real, small_site, write_site
 
 Command = Callable[..., Outcome]
 FIT = ["fit", "--model", "PPO", "--env.site", "village", "--env.num_envs", "4", *TINY["PPO"]]
-EVAL = ["--evaluate_every", "2", "--model.learning_rate", "0.03"]
+EVAL = ["--evaluate_every", "2", "--model.learning_rate", "0.03", "--model.start", "even"]
 RUN = "checkpoints/PPO"
 
 

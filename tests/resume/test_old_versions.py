@@ -1,7 +1,8 @@
 """Runs that older versions of the project wrote verify, load and go on; tests/golden/make.py.
 
 Those on a site as 0.1.0 had it, whose days stand alone, and as 0.2.0 had it, whose observations
-have no names, are shown and checked, no more.
+have no names, are shown and checked, no more. Those of 0.3.0, whose critics looked ahead and
+whose rewards were others, act.
 """
 
 import json
@@ -25,7 +26,8 @@ from forged import seal_content, unseal
 GOLDEN = Path(__file__).parents[1] / "golden"
 RUNS = sorted(path.parent for path in GOLDEN.glob("*/*/history.json"))
 ENDED = [path for path in RUNS if path.parent.name in ("0.1.0", "0.2.0")]
-GOING_ON = [path for path in RUNS if path not in ENDED]
+ACTING = [path for path in RUNS if path not in ENDED]
+GOING_ON = [path for path in ACTING if path.parent.name != "0.3.0"]
 AGENTS = {"A2C", "SAC", "PPO"}
 
 
@@ -42,9 +44,24 @@ def run(golden: Path, place: Path) -> TrainingCheckpoint:
 def test_there_is_a_run_of_each_agent() -> None:
     assert {path.name for path in ENDED} == AGENTS
     assert {path.name for path in GOING_ON} == AGENTS
+    assert {path.name for path in ACTING if path not in GOING_ON} == AGENTS
 
 
-@each(GOING_ON)
+@each([path for path in ACTING if path not in GOING_ON])
+def test_whose_critics_looked_ahead_acts_and_is_not_trained(
+    golden: Path, run: TrainingCheckpoint, command: Callable[..., Outcome]
+) -> None:
+    outcome = command("fit", "--model", golden.name, "--ckpt_path", "last")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: checkpoints/{golden.name}/episode_0002.pt: trained by ")
+    assert "version 0.3.0 on rewards that are others now; " in outcome.err
+    outcome = command("predict", golden.name, "--day", "2025-03-01", "--output", "plan.csv")
+    assert outcome.code == 0
+    assert f"2025-03-01: {golden.name} after episode 2 emits" in outcome.err
+    assert tree(run.directory) == tree(golden), "using it changes nothing"
+
+
+@each(ACTING)
 def test_it_verifies_and_predicts_as_it_did(golden: Path, run: TrainingCheckpoint) -> None:
     check_history(str(run.directory), 2)
     assert run.load_metadata()["agent"] == golden.name
@@ -136,9 +153,12 @@ def test_a_run_on_a_site_as_it_was_is_not_used(
     assert tree(run.directory) == tree(golden)
 
 
-def test_training_anew_archives_it(place: Path, command: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize("version", ["0.1.0", "0.3.0"])
+def test_training_anew_archives_it(
+    place: Path, command: Callable[..., Outcome], version: str
+) -> None:
     """As any run, but that nothing says how it could go on."""
-    old = shutil.copytree(GOLDEN / "0.1.0" / "PPO", place / "checkpoints" / "PPO")
+    old = shutil.copytree(GOLDEN / version / "PPO", place / "checkpoints" / "PPO")
     files = tree(old)
     words = ("--env.num_envs", "2", *TINY["PPO"], "--episodes", "1")
     outcome = command("fit", "--model", "PPO", *words)
@@ -173,7 +193,7 @@ def test_a_run_on_a_site_says_by_which_version(place: Path, versions: Any) -> No
         co2lightning.PPO.load_from_checkpoint("odd.pt")
 
 
-@pytest.mark.parametrize("version", ["0.1.0", "0.2.0"])
+@pytest.mark.parametrize("version", ["0.1.0", "0.2.0", "0.3.0"])
 def test_a_run_on_a_gymnasium_environment_goes_on(
     place: Path, command: Callable[..., Outcome], version: str
 ) -> None:
@@ -184,8 +204,11 @@ def test_a_run_on_a_gymnasium_environment_goes_on(
     content, record = unseal(file)
     content["run"]["versions"]["co2lightning"] = version
     made, config = content["hyper_parameters"], content["run"]["config"]
-    del made["observation_names"], config["env.action"]
-    made["action"] = config["model.action"] = "direct"
+    made["hindsight_dim"], config["env.hindsight"] = 0, False
+    del made["group_size"], config["model.group_size"]
+    if version != "0.3.0":
+        del made["observation_names"], config["env.action"]
+        made["action"] = config["model.action"] = "direct"
     if version == "0.1.0":
         del made["step_minutes"], config["env.hours"]
     Path("old.pt").write_bytes(seal_content(content, record))

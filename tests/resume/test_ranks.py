@@ -88,15 +88,17 @@ def kept(place: Path, name: str, number: int) -> dict[str, Any]:
     "agent", [pytest.param(n, marks=[] if n == "SAC" else pytest.mark.slow) for n in AGENTS]
 )
 def test_ranks_stay_equal_and_a_cut_run_is_the_straight_one(agent: str, place: Path) -> None:
-    said = train(place, agent, "--episodes", "3", "--name", "straight")
+    evaluated = "--evaluate_every", "3"
+    said = train(place, agent, "--episodes", "3", *evaluated, "--name", "straight")
     assert f"Training {agent} for 3 episodes (seed 0) on 2 processes" in said
     assert said.count("Episode ") == 3
-    train(place, agent, "--episodes", "1", "--name", "cut")
+    train(place, agent, "--episodes", "1", *evaluated, "--name", "cut")
     said = train(place, agent, "--ckpt_path", "last", "--episodes", "2", "--name", "cut")
     assert f"Resuming {agent} at episode 2 (1 episode done) on 2 processes" in said
 
     for name in ("straight", "cut"):
         ranks = [kept(place, name, number) for number in (0, 1)]
+        assert all("eval/objective_vs_uncontrolled" in rank["metrics"] for rank in ranks)
         for part in ("weights", "optimizer", "metrics"):
             assert digest(ranks[0][part]) == digest(ranks[1][part]), part
         if agent == "SAC":  # their days are their own
@@ -118,7 +120,7 @@ def test_a_step_follows_the_mean_of_the_gradients(
     class Second(A2C):
         global_rank = 1
 
-    env = make_environment(num_envs=4, hindsight=True, action="moves")
+    env = make_environment(num_envs=4, action="moves")
     gradients: list[list[torch.Tensor]] = []
     reward: list[float] = []
     for kind in (Second, A2C):

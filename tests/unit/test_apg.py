@@ -37,11 +37,6 @@ def pupil(site: Site, num_envs: int = B, **settings: Any) -> Alone:
     return agent
 
 
-def windows_of(agent: APG) -> Windows:
-    (windows,) = agent.train_dataloader()
-    return windows
-
-
 def double(part: Any) -> Any:
     """Return tables in float64."""
     if isinstance(part, Tensor):
@@ -72,7 +67,7 @@ def test_the_gradient_is_that_of_finite_differences(other: dict[str, Any]) -> No
         for costate in (agent.stored_costate, agent.owed_costate):  # what prices the cut is held
             for weight in costate.weights:
                 weight.zero_()
-    windows = windows_of(agent)
+    windows = agent.draw_windows()
     # Nobody begins where waiting has just ended: less owed changes what must be, more does not.
     recorded = env.recorded(windows.days, windows.soc.detach())
     soc = (0.9 * windows.soc.detach().double()).requires_grad_()
@@ -125,7 +120,7 @@ def test_the_cut_is_priced_by_the_costates() -> None:
     agent = pupil(site, num_envs=1)
     flat(agent, stored=0.6, owed=0.0)
     agent.begin_at([0.0] * 5 + [0.99, -0.99, -0.99, -0.99, -0.99])  # hold
-    windows = windows_of(agent)
+    windows = agent.draw_windows()
     figures = {name: figure.detach() for name, figure in agent.loss(windows)[1].items()}
     left = -0.6 * 0.5 * 20.0 * float(windows.soc.detach()) / 24.0
     assert float(figures["left_at_end"]) == pytest.approx(left, rel=1e-2)
@@ -137,7 +132,7 @@ def test_what_a_beginning_is_worth_is_remembered() -> None:
     site = small_site(sockets=0, load_kw=2.0, carbon=0.5, capacity_kwh=20.0)
     agent = pupil(site, num_envs=2)
     agent.begin_at([0.0] * 5 + [-0.99, -0.99, 0.99, -0.99, -0.99])  # serve: empty by the end
-    windows = windows_of(agent)
+    windows = agent.draw_windows()
     windows.soc.data = torch.tensor([0.5, 0.6])
     descend(agent)(windows)
     assert int(agent.remembered) == 2
@@ -156,7 +151,7 @@ def test_what_a_vehicle_owes_is_remembered() -> None:
     )
     agent = pupil(site, num_envs=1)
     agent.begin_at([-0.99, -0.99, -0.99, 0.99, -0.99] + [0.0] * 5)
-    descend(agent)(windows_of(agent))
+    descend(agent)(agent.draw_windows())
     *stay, costate, weight = agent.of_owed[0, -9:].tolist()
     a_day = 96
     expected = [90 / a_day, 4 / a_day, 4 / 90, 86 / a_day, 0.0, 0.0, 4 / a_day]
@@ -170,7 +165,7 @@ def test_costates_follow_what_is_remembered() -> None:
     take, wrong = descend(agent), list[float]()
     for _ in range(15):
         take.begin(1e-2)
-        take(windows_of(agent))
+        take(agent.draw_windows())
         wrong.append(float(take.end()["costate_loss"]))
     assert int(agent.remembered) == 60
     assert wrong[0] == 0.0  # nothing is remembered yet
@@ -199,32 +194,19 @@ def test_nothing_is_nan_on_odd_sites(other: dict[str, Any]) -> None:
     agent = pupil(random_site(2, **{"days": 3, **other}), hidden=(8,))
     take = descend(agent)
     for _ in range(3):
-        take(windows_of(agent))
+        take(agent.draw_windows())
     figures = take.end()
     assert figures["skipped_updates"] == 0.0
     assert all(figure.isfinite() for figure in figures.values())
     assert all(tensor.isfinite().all() for tensor in agent.state_dict().values())
 
 
-def test_hindsight_is_not_for_it() -> None:
-    site, losses = random_site(2, days=3), list[float]()
-    for hindsight in (False, True):
-        env = SiteDays(site, B, hindsight=hindsight, action="moves")
-        agent = pupil(site, hidden=(8,), hindsight_dim=env.hindsight_dim)
-        agent.train_on(env)
-        take = descend(agent)
-        for _ in range(2):
-            take(windows_of(agent))
-        losses.append(float(take.end()["loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted() -> None:
     agent = pupil(random_site(3, days=3), hidden=(8,))
     take = descend(agent)
-    take(windows_of(agent))
+    take(agent.draw_windows())
     before = {name: tensor.clone() for name, tensor in agent.named_parameters()}
-    windows = windows_of(agent)
+    windows = agent.draw_windows()
     with torch.no_grad():
         windows.soc[0] = torch.nan
     take(windows)
@@ -240,3 +222,8 @@ def test_other_environments_are_refused_in_a_line() -> None:
     agent = Alone(env.observation_dim, env.action_dim)
     with pytest.raises(UserError, match="APG descends through the physics of a site"):
         agent.train_on(env)
+
+
+def test_without_an_environment_a_line_says_what_to_call() -> None:
+    with pytest.raises(UserError, match=r"no environment: call agent.train_on\(environment\)"):
+        Alone(3, 10).train_dataloader()

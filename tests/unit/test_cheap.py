@@ -174,18 +174,21 @@ def test_rows_of_choices_are_each_as_alone() -> None:
 
 
 def test_in_words() -> None:
+    def site(step_minutes: int, **parts: object) -> Site:
+        return random_site(1, days=1, step_minutes=step_minutes, **parts)
+
     choice = Choice("solar", Window(63, 7), True, Window(8, 12), 0.8, Window(68, 5))
-    assert words(choice, 96, battery=True, vehicles=True) == (
+    assert words(choice, site(15)) == (
         "charge all from 15:45 to 17:30, otherwise from the sun; battery: store surplus and serve "
         "the load, fill to 80 % from 02:00 to 05:00, hold from 17:00 to 18:15"
     )
-    assert words(Choice(), 96, battery=True, vehicles=True) == "charge on arrival; battery: idle"
+    assert words(Choice(), site(15)) == "charge on arrival; battery: idle"
     night = Choice("cheap", Window(46, 6))
-    assert words(night, 48, battery=False, vehicles=True) == (
+    assert words(night, site(30, capacity_kwh=None)) == (
         "charge all from 23:00 to 02:00, otherwise in the cheap hours of each stay"
     )
     all_day = Choice(greedy=True, hold=Window(5, 24))
-    assert words(all_day, 24, battery=True, vehicles=False) == (
+    assert words(all_day, site(60, sockets=0)) == (
         "battery: store surplus and serve the load, hold all day"
     )
 

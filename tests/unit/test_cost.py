@@ -121,7 +121,7 @@ def test_a_plan_there_is_whatever_the_prices(seed: int, kind: str, part: int) ->
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_rewards_are_of_order_one_and_numbers_whatever_the_prices(seed: int, kind: str) -> None:
-    env = SiteDays(priced(seed, kind), 3, hindsight=True)
+    env = SiteDays(priced(seed, kind), 3)
     obs, earned = [env.reset(1)], []
     for _ in range(env.horizon):
         step = env.step(torch.rand(3, 2) * 2 - 1)

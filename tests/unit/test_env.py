@@ -495,7 +495,7 @@ def test_what_is_seen_at_a_windows_end_is_what_a_longer_one_sees_there() -> None
     site, days, soc = shipped(), torch.tensor([3, 99]), torch.tensor([0.3, 0.6])
     seen = []
     for hours in (24, 48):
-        env = SiteDays(site, 2, hours=hours, hindsight=True)
+        env = SiteDays(site, 2, hours=hours)
         env.begin(days, soc)
         for _ in range(T):
             result = env.step(torch.tensor([[0.2, -0.1], [-0.4, 0.3]]))

@@ -17,7 +17,8 @@ from test_predict import rows_of
 from co2lightning.agents import agent_class
 from co2lightning.agents.agent import Agent
 from co2lightning.cli import main
-from co2lightning.commands.export import build_onnx, inputs_of, metadata
+from co2lightning.commands.export import metadata
+from co2lightning.commands.onnx_graph import build_onnx, inputs_of
 from co2lightning.control.moves import MOVES, kind_of, moves_of
 from co2lightning.control.observation import HIGHEST, NAMES
 from co2lightning.control.state import State
@@ -94,6 +95,22 @@ def test_actions_are_those_of_torch(
         assert np.abs(action - expected).max() < 1e-5
         reached |= set(np.sign(expected[np.abs(expected) > 0.5]).ravel())
     assert reached == {-1.0, 1.0}, "both ends of the range are tried"
+
+
+def test_only_the_network_sees_clamped_what_is_beyond_the_usual() -> None:
+    site = random_site(7, days=2)
+    agent = decided("PPO", 10)
+    about = metadata(agent, site)
+    obs = np.zeros((2, len(NAMES)), dtype=np.float32)
+    obs[:, NAMES.index("discharge_limit")] = 1e4
+    obs[:, NAMES.index("load")] = HIGHEST, 5 * HIGHEST
+    action, weights, power_kw = graph_of(agent, site)(obs, "action", "weights", "power_kw")
+    expected, _ = agent.predict(obs.clip(-HIGHEST, HIGHEST))
+    np.testing.assert_allclose(action, expected, atol=1e-5)
+    serves = weights[0, [at for at, (name, _) in enumerate(MOVES) if name in ("serve", "greedy")]]
+    more_kw = 4 * HIGHEST * about["observation_spread"][NAMES.index("load")]
+    assert serves.sum() > 0.01
+    assert power_kw[0, 1] - power_kw[1, 1] == pytest.approx(serves.sum() * more_kw, rel=1e-3)
 
 
 class Played(NamedTuple):

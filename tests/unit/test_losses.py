@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -135,13 +134,23 @@ def test_a_window_that_is_cut_goes_on_in_the_value(kind: type[A2C | PPO]) -> Non
     assert target[:, 0].tolist() == [1.5, 1.0]
 
 
+class Cut:
+    """An environment that only the clock cuts; nobody steps it."""
+
+    may_reset = False
+    observation_names = ()
+
+    def let_begin_alike(self, size: int) -> int:
+        return 1
+
+
 def test_sac_keeps_what_a_cut_led_to_and_bootstraps_from_it() -> None:
     agent = SAC(3, 1, hidden=(4,), gamma=0.5, ent_coef_init=1e-9, learning_starts=0, batch_size=9)
     for network in (agent.actor, agent.critic, agent.target):
         silence(network)
     with torch.no_grad():
         agent.target.biases[-1].fill_(8.0)
-    agent.train_on(cast(Any, SimpleNamespace(may_reset=False, observation_names=())))
+    agent.train_on(cast(Any, Cut()))
     agent.update_generator = torch.Generator().manual_seed(1)
     update = next(iter(agent.minibatches(cut_rollout())))
     assert not update.batch.terminated.any()

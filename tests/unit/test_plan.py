@@ -70,6 +70,9 @@ def test_a_window_s_length_is_a_setting_of_the_run() -> None:
     assert any(re.fullmatch(r"hours: 24(\.0)? -> 48(\.0)?", note) for note in changed.notes)
     with pytest.raises(UserError, match=r"--env\.hours 48.*: is for sites; Pendulum-v1 has a time"):
         plan(asked(**{"env.hours": 48.0, "env.id": "Pendulum-v1"}), None)
+    with pytest.raises(UserError, match=r"--evaluate_every 5: is for sites; Pendulum-v1 has no"):
+        plan(asked(**{"evaluate_every": 5, "env.id": "Pendulum-v1"}), None)
+    assert plan(asked(**{"evaluate_every": 0, "env.id": "Pendulum-v1"}), None).target == 10
     for wrong in ("0", "-1", "0.5", "nan", "x", "1e9"):
         with pytest.raises(UserError, match=r"--env\.hours .*must be"):
             parse_flags(["--env.hours", wrong], "PPO")

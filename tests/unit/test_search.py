@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from co2lightning.control.outlook import outlook_of
-from co2lightning.control.rules import Choice, Window, rbc_c
+from co2lightning.control.rules import Choice, Window, rbc_c, words
 from co2lightning.sim import search as module
 from co2lightning.sim.evaluate import evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.schedule import play, through
-from co2lightning.sim.search import choice_of, rbc_c_in_words, rules_of, search
+from co2lightning.sim.search import choice_of, rules_of, search
 from co2lightning.site.model import Site
 from hand_site import battery, hand_site
 from small_site import real, shipped
@@ -101,7 +101,7 @@ def test_nothing_held_out_is_looked_at() -> None:
 def test_where_nothing_can_be_gained_the_simplest_is_taken() -> None:
     site = ten_weeks(carbon=0.5, pv_kw=0.0)
     assert search(site) == Choice()
-    assert rbc_c_in_words(site) == "charge on arrival; battery: idle"
+    assert words(choice_of(site), site) == "charge on arrival; battery: idle"
 
 
 def test_a_short_site_is_searched_on_its_training_days() -> None:
@@ -123,7 +123,7 @@ def test_parts_that_are_absent() -> None:
     assert not search(ten_weeks(battery=own)).fill.steps
     nothing = hand_site(48, load_kw=1.0, stretches=[(1, 2)])
     assert search(nothing) == Choice()
-    assert rbc_c_in_words(nothing) == "nothing to control"
+    assert words(choice_of(nothing), nothing) == "nothing to control"
 
 
 def test_it_costs_no_more_than_what_it_is_made_of() -> None:
@@ -209,7 +209,7 @@ def test_what_is_damaged_is_found_anew(
 def test_the_rule_of_the_references_is_the_one_in_words() -> None:
     site = ten_weeks()
     found = evaluate(None, site)
-    assert found.rbc_c == rbc_c_in_words(site)
+    assert found.rbc_c == words(choice_of(site), site)
     rule = functools.partial(rbc_c, choice_of(site), outlook_of(site))
     played = play(priced_model(site), rule, site, site.stretch_bounds)
     for own, other in zip(found.schedules["rbc_c"], played, strict=True):

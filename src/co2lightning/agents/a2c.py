@@ -3,7 +3,6 @@
 Shapes: n steps of a rollout, B environments.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from co2lightning.agents.actor_critic import ActorCritic, weighted_mean
 from co2lightning.agents.networks import gaussian_entropy
 from co2lightning.agents.ranges import COUNT_OR_NONE, POSITIVE, SHARE, setting
 from co2lightning.learn.dataset import Rollout
-from co2lightning.sim.interface import Environment
 
 
 class A2C(ActorCritic):
@@ -48,10 +46,3 @@ class A2C(ActorCritic):
             "entropy": entropy,
             "explained_variance": explained_variance,
         }
-
-    def minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
-        """Hand out a rollout as it is."""
-        yield rollout
-
-    def updates_per_episode(self, env: Environment) -> int:
-        return -(-env.horizon // self.segment_steps(env.horizon))

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import MLP, gaussian_log_prob
-from co2lightning.agents.ranges import (
-    COUNT_OR_NONE,
-    POSITIVE,
-    SHARE,
-    Range,
-    setting,
-)
+from co2lightning.agents.ranges import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Range, setting
 from co2lightning.agents.returns import gae
 from co2lightning.learn.dataset import Rollout
 
@@ -31,6 +25,8 @@ class ActorCritic(Agent):
         Args:
             n_steps: Steps of 15 minutes between two updates; 0 is the whole episode.
             gae_lambda: Per 15 minutes; 0 trusts the value function, 1 the rollout.
+            group_size: Windows that begin alike, on one day with one state of charge: what they
+                have in common is no advantage. Fewer where num_envs is no multiple of it.
             normalize_advantage: To mean 0 and standard deviation 1 over a rollout.
             ent_coef: Weight of the entropy bonus.
             vf_coef: Weight of the value loss.
@@ -40,6 +36,7 @@ class ActorCritic(Agent):
 
         n_steps: int = setting(0, COUNT_OR_NONE)
         gae_lambda: float = setting(0.95, SHARE)
+        group_size: int = setting(1, COUNT)
         normalize_advantage: bool = True
         ent_coef: float = setting(0.0, Range(0))
         vf_coef: float = setting(0.5, Range(0))
@@ -52,7 +49,7 @@ class ActorCritic(Agent):
         shape = self.shape_of_networks()
         n_in, n_actions = self.observation_dim, self.action_dim
         self.actor = MLP(n_in, n_out=n_actions, output_gain=0.01, **shape)
-        self.critic = MLP(n_in + self.hindsight_dim, n_out=1, output_gain=1.0, **shape)
+        self.critic = MLP(n_in, n_out=1, output_gain=1.0, **shape)
         log_std = torch.full((n_actions,), float(self.settings.log_std_init))
         self.log_std = nn.Parameter(log_std)
 
@@ -66,11 +63,11 @@ class ActorCritic(Agent):
         return min(self.in_steps(n_steps), horizon) if n_steps else horizon
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.actor(self.policy_obs(obs)) + self.log_std.exp() * noise
+        return self.actor(obs) + self.log_std.exp() * noise
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Return the log density [...] of the policy's outputs [..., A] at obs [..., O]."""
-        return gaussian_log_prob(action, self.actor(self.policy_obs(obs)), self.log_std)
+        return gaussian_log_prob(action, self.actor(obs), self.log_std)
 
     def values(self, rollout: Rollout) -> Tensor:
         """Return the critic's values [n + 1, B] of what is seen before and after each step."""
@@ -101,11 +98,20 @@ class ActorCritic(Agent):
             gae_lambda=self.per_step(self.settings.gae_lambda),
         )
         target = advantage + value
-        mean, variance = _moments(advantage, rollout.valid)
-        _, spread = _moments(target, rollout.valid)
+        explained = _explained(advantage, target, rollout.valid)
+        if (size := self.group_size) > 1:
+            own = advantage.unflatten(1, (-1, size))
+            advantage = (own - own.mean(2, keepdim=True)).flatten(1)
         if self.settings.normalize_advantage:
+            mean, variance = _moments(advantage, rollout.valid)
             advantage = (advantage - mean) / (variance.sqrt() + 1e-8)
-        return advantage, target, 1.0 - variance / (spread + 1e-8)
+        return advantage, target, explained
+
+
+def _explained(error: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Return a value function's explained variance; `error` is what targets exceed it by."""
+    (_, left), (_, spread) = (_moments(values, weight) for values in (error, target))
+    return 1.0 - left / (spread + 1e-8)
 
 
 def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

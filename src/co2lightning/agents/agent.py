@@ -44,7 +44,6 @@ class Agent(pl.LightningModule):
         observation_dim: O; set by the environment.
         action_dim: A; set by the environment.
         seed: Seed of the run; every draw follows from (seed, episode, rank).
-        hindsight_dim: K, what only critics observe; set by the environment.
         step_minutes: Length of a step; set by the environment.
         observation_names: Of the features, in their order; () of what has none.
         settings: Those of `Settings`.
@@ -86,7 +85,6 @@ class Agent(pl.LightningModule):
         observation_dim: int,
         action_dim: int,
         seed: int = 0,
-        hindsight_dim: int = 0,
         step_minutes: int = NOMINAL_STEP_MINUTES,
         observation_names: Sequence[str] = (),
         **settings: Any,
@@ -95,7 +93,6 @@ class Agent(pl.LightningModule):
         self.observation_dim = observation_dim
         self.action_dim = action_dim
         self.seed = seed
-        self.hindsight_dim = hindsight_dim
         self.step_minutes = step_minutes
         self.observation_names = tuple(observation_names)
         self.settings = self.Settings(**settings)
@@ -103,6 +100,7 @@ class Agent(pl.LightningModule):
         self.automatic_optimization = False
         self.env: Environment | None = None
         self.world_size = 1
+        self.group_size = 1  # windows of the environment that begin alike
         self.env_steps = 0
         self.updates = 0
         self.metrics: dict[str, float] = {}
@@ -111,7 +109,7 @@ class Agent(pl.LightningModule):
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the constructor's arguments, which a checkpoint holds."""
-        given = ("observation_dim", "action_dim", "seed", "hindsight_dim", "step_minutes")
+        given = ("observation_dim", "action_dim", "seed", "step_minutes")
         names = {"observation_names": self.observation_names}
         return {key: getattr(self, key) for key in given} | names | vars(self.settings)
 
@@ -146,13 +144,16 @@ class Agent(pl.LightningModule):
     def follow(self) -> None:
         """Move what follows the weights after each step of the optimizer."""
 
-    def minibatches(self, rollout: Rollout) -> Iterator[Any]:
-        """Hand out what a segment teaches, each to be descended before the next is asked for."""
-        raise NotImplementedError
+    def minibatches(self, rollout: Any, /) -> Iterator[Any]:
+        """Hand out what a segment teaches, each to be descended before the next is asked for.
+
+        By default that is the segment as it is.
+        """
+        yield rollout
 
     def updates_per_episode(self, env: Environment) -> int:
-        """Return the number of updates in an episode."""
-        raise NotImplementedError
+        """Return the number of updates in an episode; by default there is one a segment."""
+        return -(-env.horizon // self.segment_steps(env.horizon))
 
     descends = Descent
     """Takes the steps."""
@@ -170,12 +171,8 @@ class Agent(pl.LightningModule):
 
         Another agent's may not be anything else: `export` writes this down as a graph.
         """
-        mean = self.actor(self.policy_obs(obs))[..., : self.action_dim]
+        mean = self.actor(obs)[..., : self.action_dim]
         return mean.tanh() if self.squashed else mean
-
-    def policy_obs(self, obs: Tensor) -> Tensor:
-        """Return what the policy sees [..., O] of obs [..., O + K]; the rest is for critics."""
-        return obs[..., : self.observation_dim]
 
     def environment_action(self, output: Tensor) -> Tensor:
         """Return the environment's action [..., A] in [-1, 1] for a policy's output [..., A]."""
@@ -250,6 +247,7 @@ class Agent(pl.LightningModule):
         elif env.observation_names != self.observation_names:
             env.show(self.observation_names)
         env.discount = self.per_step(self.settings.gamma)
+        self.group_size = env.let_begin_alike(getattr(self.settings, "group_size", 1))
         self.env = env
 
     def train_dataloader(self) -> RolloutDataset:
@@ -260,12 +258,6 @@ class Agent(pl.LightningModule):
                 "Trainer.fit, or co2lightning.fit instead, which saves every episode too"
             )
         return RolloutDataset(self.env, self)
-
-    def transfer_batch_to_device(
-        self, batch: Iterator[Rollout], device: torch.device, dataloader_idx: int
-    ) -> Iterator[Rollout]:
-        """Leave an episode where the agent acts, on its own device."""
-        return batch
 
     def on_train_start(self) -> None:
         """Take hold of the weights and the optimizer, restored by now."""

@@ -9,13 +9,11 @@ Shapes: B windows, C columns of sockets, O features, R rows that are remembered.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch import Tensor, nn
 
 from co2lightning.agents.actor_critic import weighted_mean
 from co2lightning.agents.agent import Agent
@@ -44,31 +42,6 @@ class Windows(NamedTuple):
     days: Tensor  # [B]
     soc: Tensor  # [B]
     more_kw: Tensor  # [B, C] 0: what vehicles are owed beyond what was recorded
-
-
-class WindowDataset(IterableDataset[Windows]):
-    """Draws windows for an agent that plays them itself; one `iter` is one episode.
-
-    Args:
-        env: The site.
-        agent: Says which episode it is in.
-    """
-
-    def __init__(self, env: SiteDays, agent: Agent) -> None:
-        self.env = env
-        self.agent = agent
-
-    def __len__(self) -> int:
-        """Return the number of episodes of an epoch."""
-        return 1
-
-    def __iter__(self) -> Iterator[Windows]:
-        """Draw the windows of the agent's current episode."""
-        self.env.to(self.agent.device)
-        days, soc = self.env.draw(self.agent.episode_seed("days"), self.env.num_envs)
-        soc = soc.to(self.agent.device)
-        more_kw = torch.zeros_like(self.env.recorded(days, soc).owed_kw)
-        yield Windows(days, soc.requires_grad_(), more_kw.requires_grad_())
 
 
 class _Through(Descent):
@@ -140,8 +113,8 @@ class APG(Agent):
         least = self.settings.anneal_to
         return value * (least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done)))
 
-    def updates_per_episode(self, env: Environment) -> int:
-        return 1
+    def segment_steps(self, horizon: int) -> int:
+        return horizon
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Return the policy's own output: nothing is tried at random."""
@@ -162,28 +135,30 @@ class APG(Agent):
             )
         super().train_on(env)
 
-    def train_dataloader(self) -> WindowDataset:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return WindowDataset(self._site, self)
-
     @property
     def _site(self) -> SiteDays:
         assert isinstance(self.env, SiteDays)
         return self.env
 
-    def training_step(self, windows: Windows, batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take one step of descent through the windows of an episode."""
+    def draw_windows(self) -> Windows:
+        """Return the windows of this episode, still to be played."""
+        env = self._site
+        env.to(self.device)
+        days, soc = env.draw(self.episode_seed("days"), env.num_envs)
+        soc = soc.to(self.device)
+        more_kw = torch.zeros_like(env.recorded(days, soc).owed_kw)
+        return Windows(days, soc.requires_grad_(), more_kw.requires_grad_())
+
+    def training_step(self, episode: object, batch_idx: int) -> None:
+        """Take one step of descent; `episode` is not begun, since the loss plays its windows."""
         self.between_segments()
-        for minibatch in self.minibatches(windows):
+        for minibatch in self.minibatches(self.draw_windows()):
             self.descent(minibatch)
             self.updates += 1
         self.env_steps += self._rewards.numel() * self.world_size
         none, all_ = torch.zeros_like(self._rewards), torch.ones_like(self._rewards)
         cut = torch.cat([none[1:], all_[:1]])
         self._outcomes.append((self._rewards, none, cut, all_))
-
-    def minibatches(self, windows: Windows) -> Iterator[Windows]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Hand out the windows as they are."""
-        yield windows
 
     def loss(self, windows: Windows, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Play windows; return what they cost and leave, and how wrong costates have been.
@@ -199,7 +174,7 @@ class APG(Agent):
         obs = env.begin_at(carry._replace(owed_kw=owed_kw, true_kw=true_kw))
         first, cost, rewards = env.state, 0.0, list[Tensor]()
         assert first is not None
-        seen, stays = self.policy_obs(obs).detach(), stay_features(env, first).detach()
+        seen, stays = obs.detach(), stay_features(env, first).detach()
         self._starts = seen, stays, first.owed_kw.detach() > 0
         full, each_kw = _at_mean_price(env)
         for _ in range(env.horizon):
@@ -210,7 +185,7 @@ class APG(Agent):
             rewards.append(result.reward.detach())
             obs = result.obs
         self._rewards = torch.stack(rewards)
-        stored, owed = self._costates(self.policy_obs(obs))
+        stored, owed = self._costates(obs)
         carry = env.carry
         left = (owed * carry.truly_owed_kw).sum(1) * each_kw - stored * carry.soc * full
         costate_loss = self._costate_loss()
@@ -233,12 +208,10 @@ class APG(Agent):
 
     def _costate_loss(self) -> Tensor:
         """Return how far the costates are from what is remembered."""
+        both = (self.stored_costate, self.of_stored), (self.owed_costate, self.of_owed)
         stored, owed = (
             weighted_mean((network(rows[:, :-2]) - rows[:, -2:-1]).square(), rows[:, -1:])
-            for network, rows in (
-                (self.stored_costate, self.of_stored),
-                (self.owed_costate, self.of_owed),
-            )
+            for network, rows in both
         )
         return stored + owed
 
@@ -264,9 +237,8 @@ class APG(Agent):
         of_owed = torch.cat([seen[window], stays.flatten(0, 1)[some]], dim=1)
         tables = (self.of_stored, seen, stored), (self.of_owed, of_owed, owed.flatten()[some])
         for table, features, known in tables:
-            rows = torch.cat(
-                [features, known.unsqueeze(1), torch.ones_like(features[:, :1])], dim=1
-            )
+            rows = torch.cat([features, known.unsqueeze(1)], dim=1)
+            rows = nn.functional.pad(rows, (0, 1), value=1.0)
             rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
             if self.world_size > 1:
                 rows = ranks.together(rows)

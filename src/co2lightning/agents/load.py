@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SIZES = {
     "observation_dim": "observations",
-    "hindsight_dim": "features of hindsight",
     "action_dim": "actions",
     "step_minutes": "minutes a step",
 }
@@ -36,7 +35,9 @@ SIZES = {
 _UNSAID = dict.fromkeys(SIZES, 0) | {"step_minutes": NOMINAL_STEP_MINUTES}  # in older files
 _TIME_GOES_ON = (0, 2)  # the version from which a site's days go on into each other
 _NAMED = (0, 3)  # that from which observations have names
-_GONE = "action"  # a setting of versions before that: how the two numbers were read
+_AHEAD = "hindsight_dim"  # how many features critics saw of what was to come, until 0.3.0
+_GONE = ("action", _AHEAD)  # "action", a setting before 0.3.0: how the two numbers were read
+_SAVED = (0, 4)  # that from which rewards are what is saved against no control
 
 
 def policy_of(agent: Agent, site: Site) -> Rule:
@@ -99,11 +100,7 @@ def outdated_on_site(run: Mapping[str, Any]) -> Outdated | None:
     """
     if not isinstance(run.get("site"), dict):
         return None  # Gymnasium's environments are what they were
-    versions = run.get("versions")
-    said = versions.get("co2lightning") if isinstance(versions, dict) else None
-    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
-    by = f"trained by version {found.string[:20] if found else 'unknown'}"
+    version, by = _trained_by(run)
     if version < _TIME_GOES_ON:
         return Outdated(
             f"{by} on days that stand alone", "now a site's time goes on from day to day"
@@ -113,6 +110,29 @@ def outdated_on_site(run: Mapping[str, Any]) -> Outdated | None:
             f"{by} on observations without names", "now a site's forecast is observed by name"
         )
     return None
+
+
+def rewarded_otherwise(run: Mapping[str, Any]) -> str | None:
+    """Return why a run on a site cannot be trained on, though its policy acts; None of others.
+
+    APG learns from no rewards.
+
+    Args:
+        run: What a checkpoint or metadata.json says of the run.
+    """
+    version, by = _trained_by(run)
+    if version >= _SAVED or run.get("agent") == "APG" or not isinstance(run.get("site"), dict):
+        return None
+    return f"{by} on rewards that are others now"
+
+
+def _trained_by(run: Mapping[str, Any]) -> tuple[tuple[int, int], str]:
+    """Return the version that trained a run, (0, 0) where it says none, and say so."""
+    versions = run.get("versions")
+    said = versions.get("co2lightning") if isinstance(versions, dict) else None
+    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", said) if isinstance(said, str) else None
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    return version, f"trained by version {found.string[:20] if found else 'unknown'}"
 
 
 def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, Any]:
@@ -125,7 +145,7 @@ def stored_settings(content: dict[str, Any], origin: str | Path) -> dict[str, An
     kinds |= {"step_minutes": (int, COUNT), "observation_names": (tuple[str, ...], None)}
     settings_class = agent_class(agent_of(content, origin)).Settings
     kinds |= {"seed": (int, SEED), **kinds_of(settings_class)}
-    stored = {key: value for key, value in content["hyper_parameters"].items() if key != _GONE}
+    stored = {key: value for key, value in content["hyper_parameters"].items() if key not in _GONE}
     return check_types(stored, kinds, str(origin))
 
 
@@ -133,33 +153,36 @@ def restore_agent(
     content: dict[str, Any],
     origin: str | Path,
     settings: Mapping[str, Any] | None = None,
-    environment: tuple[str, Mapping[str, int]] | None = None,
 ) -> Agent:
     """Make an agent with the weights and counters that an episode's content holds.
 
     Args:
         content: That of an episode.
         origin: Its file, for messages.
-        settings: What the agent is made of, checked already; by default what is stored.
-        environment: What the agent is to act in, in a word, and its sizes.
+        settings: What the agent is made of, checked already, the sizes of the environment that it
+            is to act in among them; by default what is stored.
 
     Raises:
         UserError: It is no such content, or was trained on other sizes; the weights are not those
             of such an agent, then none were made, or not finite.
     """
     made = agent_class(agent_of(content, origin))
-    place, sizes = environment or ("", {})
-    for key, size in sizes.items():
-        trained = content["hyper_parameters"].get(key, _UNSAID[key])
-        if type(trained) is int and trained != size:
-            raise UserError(
-                f"{origin}: trained on {trained} {SIZES[key]}, {place} has {size}; a run keeps its "
-                "environment, start a new one for another"
-            )
     if settings is None:
         settings = stored_settings(content, origin)
-    state = content["state_dict"]
+    for key, counted in SIZES.items():
+        trained = content["hyper_parameters"].get(key, _UNSAID[key])
+        if type(trained) is int and trained != (size := settings.get(key, trained)):
+            raise UserError(
+                f"{origin}: trained on {trained} {counted}, the environment has {size}; a run "
+                "keeps its environment, start a new one for another"
+            )
+    state = dict(content["state_dict"])
     try:
+        if ahead := content["hyper_parameters"].get(_AHEAD):
+            seen = content["hyper_parameters"]["observation_dim"]
+            for name in {"critic.weights.0", "target.weights.0"} & state.keys():
+                own, _, action = state[name].tensor_split((seen, seen + ahead), dim=1)
+                state[name] = torch.cat([own, action], dim=1)
         with torch.device("meta"):  # weights without numbers, however many would be asked for
             wanted = made(**settings).state_dict()
         for name in {**wanted, **state}:

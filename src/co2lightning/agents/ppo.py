@@ -20,7 +20,7 @@ from co2lightning.sim.interface import Environment
 class Samples(NamedTuple):
     """Transitions of a rollout, or a minibatch of them, with what they teach."""
 
-    obs: Tensor  # [N, O + K], K features that only the critic observes
+    obs: Tensor  # [N, O]
     action: Tensor  # [N, A]
     log_prob: Tensor  # [N] log density of the action under the policy that acted
     advantage: Tensor  # [N]
@@ -99,9 +99,7 @@ class PPO(ActorCritic):
         self.clip_range.fill_(self.annealed(self.settings.clip_range))
 
     def updates_per_episode(self, env: Environment) -> int:
-        steps = self.segment_steps(env.horizon)
-        minibatches = 0
-        for start in range(0, env.horizon, steps):
-            size = min(steps, env.horizon - start) * env.num_envs
-            minibatches += -(-size // self.settings.batch_size)
+        steps, batch_size = self.segment_steps(env.horizon), self.settings.batch_size
+        segments = (min(steps, env.horizon - start) for start in range(0, env.horizon, steps))
+        minibatches = sum(-(-size * env.num_envs // batch_size) for size in segments)
         return minibatches * self.settings.n_epochs

@@ -66,8 +66,8 @@ class SAC(Agent):
 
     def build(self) -> None:
         shape = self.shape_of_networks()
-        n_seen, n_actions = self.observation_dim + self.hindsight_dim, self.action_dim
-        self.actor = MLP(self.observation_dim, n_out=2 * n_actions, output_gain=0.01, **shape)
+        n_seen, n_actions = self.observation_dim, self.action_dim
+        self.actor = MLP(n_seen, n_out=2 * n_actions, output_gain=0.01, **shape)
         nn.init.constant_(self.actor.last[1][n_actions:], self.settings.log_std_init)
         self.critic = TwinCritic(n_seen + n_actions, **shape)
         self.target = TwinCritic(n_seen + n_actions, **shape)
@@ -87,7 +87,7 @@ class SAC(Agent):
         return min(self.in_steps(self.settings.train_freq), horizon)
 
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return squashed_gaussian(self.actor(self.policy_obs(obs)), noise)[0]
+        return squashed_gaussian(self.actor(obs), noise)[0]
 
     def loss(self, update: Update, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
@@ -99,7 +99,7 @@ class SAC(Agent):
         ent_coef = self.log_ent_coef.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob = squashed_gaussian(
-                self.actor(self.policy_obs(batch.next_obs)), update.next_noise
+                self.actor(batch.next_obs), update.next_noise
             )
             next_value = self.target(batch.next_obs, next_action).amin(0) - ent_coef * next_log_prob
             reward = batch.reward * self.settings.reward_scale
@@ -107,7 +107,7 @@ class SAC(Agent):
         value = self.critic(batch.obs, batch.action)
         critic_loss = (value - target).square().mean(1).sum()
 
-        action, log_prob = squashed_gaussian(self.actor(self.policy_obs(batch.obs)), update.noise)
+        action, log_prob = squashed_gaussian(self.actor(batch.obs), update.noise)
         soft_value = self.critic(batch.obs, action, frozen=True).amin(0)
         actor_loss = (ent_coef * log_prob - soft_value).mean()
 
@@ -143,7 +143,7 @@ class SAC(Agent):
         self.target.follow(self.critic, self.settings.tau)
 
     def updates_per_episode(self, env: Environment) -> int:
-        return -(-env.horizon // self.segment_steps(env.horizon)) * self.settings.gradient_steps
+        return super().updates_per_episode(env) * self.settings.gradient_steps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this episode put into the replay buffer; it is stored beside the weights."""
@@ -163,5 +163,5 @@ class SAC(Agent):
         self.replay.take_up(pieces)
 
     def _empty_replay(self) -> Replay:
-        seen = self.observation_dim + self.hindsight_dim
-        return Replay(self.settings.buffer_size, seen, self.action_dim, self.device)
+        seen, acted = self.observation_dim, self.action_dim
+        return Replay(self.settings.buffer_size, seen, acted, self.device)

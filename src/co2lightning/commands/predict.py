@@ -3,11 +3,10 @@
 Shapes: n steps, O features.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from co2lightning.report.comparison import evaluation_data, settled_in
 from co2lightning.report.steps import columns_of, rows_of
 from co2lightning.runs.files import write_atomic
 from co2lightning.sim.days import day_index
-from co2lightning.sim.evaluate import RULE_NAMES, TITLES, Evaluation, evaluate, violations
+from co2lightning.sim.evaluate import TITLES, Evaluation, evaluate, violations
 from co2lightning.sim.scales import observer_of
 from co2lightning.sim.search import rules_of
 from co2lightning.site import trained_days
@@ -54,9 +53,7 @@ def main(argv: Sequence[str]) -> int:
         "misled_kwh, where drivers announce: of it what is due to that. "
         "cost, where the site has prices: of the import less the export, in its currency.",
         "co2lightning predict PPO --day 2025-02-05 --output schedule.csv",
-        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_objective()
     parser.add_argument(
         "--day", metavar="YYYY-MM-DD", help="a day of the site [default: the first held-out one]"
     )
@@ -71,8 +68,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     output = check_output("--output", arguments.output)
     observations = check_output("--observations", arguments.observations)
-    acting = _acting(arguments)
-    site, facts = acting.site, acting.facts
+    policy: Agent | str = arguments.name
+    facts: dict[str, Any] = {}  # what the checkpoint says of a run
+    if is_rule(arguments.name, arguments):
+        site, who = site_of_rules([arguments.name], arguments), TITLES[arguments.name]
+    else:
+        policy, episode, site, _, _, facts = open_run(arguments)
+        who = f"{type(policy).__name__} after episode {episode}"
     if arguments.day:
         try:
             day = day_index(site, arguments.day)
@@ -93,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         which = site.days[day + int(np.flatnonzero(known)[0])]
         say(f"{which} is a training day of {site.name}", err=True)
     keep = Path(arguments.directory) / "references"
-    found, seen = predict(acting.policy, site, day, arguments.days, keep)
+    found, seen = predict(policy, site, day, arguments.days, keep)
     begin = int(site.day_bounds[day])
     text = _csv(site, begin, columns_of(site, found.schedules["agent"][0]))
     if output is None:
@@ -101,7 +103,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         write_atomic(output, text.encode())
     if observations is not None:
-        policy = acting.policy
         names = NAMES if isinstance(policy, str) else policy.observation_names
         features = {name: seen[:, i] for i, name in enumerate(names)}
         write_atomic(observations, _csv(site, begin, features).encode())
@@ -122,28 +123,11 @@ def main(argv: Sequence[str]) -> int:
         beside.append(f"{own.co2_kg[0]:.1f} kg CO2")
     until = f" to {site.days[day + arguments.days - 1]}" if arguments.days > 1 else ""
     say(
-        f"{site.days[day]}{until}: {acting.who} "
-        f"{own_words}, what is left at the end settled; {told}; by the meter {', '.join(beside)}",
+        f"{site.days[day]}{until}: {who} {own_words}, what is left at the end settled; {told}; "
+        f"by the meter {', '.join(beside)}",
         err=True,
     )
     return check_bound(violations(found))
-
-
-class _Acting(NamedTuple):
-    """Who is asked for a plan, and where."""
-
-    policy: Agent | str  # a rule's name
-    who: str
-    site: Site
-    facts: dict[str, Any]  # what the checkpoint says of a run
-
-
-def _acting(arguments: argparse.Namespace) -> _Acting:
-    name = arguments.name
-    if is_rule(name, arguments):
-        return _Acting(name, TITLES[name], site_of_rules([name], arguments), {})
-    agent, episode, site, _, _, facts = open_run(arguments)
-    return _Acting(agent, f"{type(agent).__name__} after episode {episode}", site, facts)
 
 
 def predict(
@@ -163,17 +147,19 @@ def predict(
         or could have seen [n, O].
     """
     stretch = replace(site, stretches=np.array([[day, day + count]]))
-    rule = rules_of(stretch, keep=keep)[policy] if isinstance(policy, str) else None
     device = torch.device("cpu") if isinstance(policy, str) else policy.device
     observer = observer_of(site, device)
-    if isinstance(policy, Agent):
+    if isinstance(policy, str):
+        rule = rules_of(stretch, keep=keep)[policy]
+    else:
         observer = give(observer, policy.observation_names, type(policy).__name__)
         rule = as_rule(observer, policy.act)
     seen: list[Tensor] = []
 
     def watched(model: SiteModel, state: State) -> Tensor | Powers:
-        assert rule is not None
-        seen.append(observe(observer, model, state, moves_of(observer.moves, model, state)))
+        # As an exported file takes them: only a network's are clamped.
+        free = observer._replace(high=torch.full_like(observer.high, torch.inf))
+        seen.append(observe(free, model, state, moves_of(observer.moves, model, state)))
         return rule(model, state)
 
     found = evaluate(watched, stretch, device=device, keep=keep)

@@ -3,7 +3,6 @@
 import shlex
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from co2lightning.commands.run import (
@@ -56,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_directory()
     parser.add_site("evaluate on this site [default: the one each run was trained on]")
     parser.add_objective()
-    parser.set_defaults(command="report")
     options = parser.parse_args(list(argv))
     output = check_output("--output", options.output)
     assert output is not None
@@ -79,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
     keep = Path(options.directory) / "references"
     site = options.site if runs else site_of_rules(rules, options)
-    best, warn = options.best == "best", partial(say, err=True)
-    results = collect(runs, rules, site, options.announced, say, warn, keep, best=best)
+    results = collect(runs, rules, site, options.announced, keep, options.best == "best")
     command = shlex.join(["co2lightning", "report", *argv])
     page = render(results, command, now())
     files = {output: page}

@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
             epilog=f"example: {example}",
             allow_abbrev=False,
         )
+        self.set_defaults(command=command)
         self.command = command
         self.hint = "--help shows what there is"
 
@@ -96,17 +97,18 @@ class _Place(argparse.Action):
         setattr(namespace, self.dest, local(str(option_string), values))
 
 
-def run_parser(
-    command: str, description: str, example: str, name: str = "the run, such as PPO"
-) -> Parser:
-    """Return the parser of a command that uses one episode of a run, for `open_run`."""
+def run_parser(command: str, description: str, example: str) -> Parser:
+    """Return the parser of a command that uses one episode of a run, for `open_run`, or a rule."""
+    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+
     parser = Parser(command, description, example)
     parser.hint = f"such as: {example}"
-    parser.set_defaults(command=command)
+    name = f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}"
     parser.add_argument("name", metavar="NAME", help=name)
     parser.add_place("--ckpt_path", help="last, best, or an episode file [default: last]")
     parser.add_directory()
     parser.add_site("a shipped site or a site folder [default: the run's]")
+    parser.add_objective()
     return parser
 
 
@@ -114,7 +116,7 @@ def is_rule(name: str, arguments: argparse.Namespace) -> bool:
     """Return whether a name that a command was given is that of a rule; a run's comes first."""
     if getattr(arguments, "ckpt_path", None) or (Path(arguments.directory) / name).is_dir():
         return False
-    from co2lightning.sim.evaluate import RULE_NAMES  # only now: `history` starts without torch
+    from co2lightning.sim.evaluate import RULE_NAMES
 
     return name in RULE_NAMES
 
@@ -165,12 +167,12 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
     checkpoint, path = _read(run, arguments)
     agent = load_agent(checkpoint, path)
     described = checkpoint["run"].get("site")
-    config = checkpoint["run"].get("config", {})
+    config = checkpoint["run"]["config"]
     refuse_objective(arguments, arguments.name)
     wanted, objective = arguments.site or config.get("env.site"), config.get("env.objective", "co2")
-    announced = config.get("env.announced") is not False
-    if arguments.announced is not None:
-        announced = arguments.announced
+    announced = arguments.announced
+    if announced is None:
+        announced = config.get("env.announced") is not False
     if not isinstance(described, dict) or not isinstance(wanted, str):
         raise UserError(f"{path}: was not trained on a site; {arguments.command} is for sites only")
     with named_in(None if arguments.site else path):
@@ -188,7 +190,7 @@ def open_run(arguments: argparse.Namespace) -> _Trained:
 
 def refuse_objective(arguments: argparse.Namespace, name: str) -> None:
     """Raise a UserError if a run shall be settled by something: it has what it was trained for."""
-    if getattr(arguments, "objective", None) is not None:
+    if arguments.objective is not None:
         raise UserError(f"--env.objective: {name} is settled by what it was trained for")
 
 
@@ -213,9 +215,12 @@ def _read(run: TrainingCheckpoint, arguments: argparse.Namespace) -> tuple[dict[
         return TrainingCheckpoint.read(given), Path(given)
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
+        from co2lightning.sim.evaluate import RULE_NAMES
+
         place = run.directory.parent
         runs = sorted({p.parent.name for p in place.glob("*/episode_*.pt")})
         known = f"runs there: {', '.join(runs)}" if runs else "co2lightning fit trains one"
+        known += f"; rules: {', '.join(RULE_NAMES)}"
         raise UserError(f"{arguments.command} {run.name}: no episode in {run.directory}; {known}")
     newest, episode = run.path(run.episodes()[-1]), checkpoint["episode"]
     if run.path(episode) != newest:

@@ -27,13 +27,10 @@ def main(argv: Sequence[str]) -> int:
     """
     example = "co2lightning site check iquitos"
     parser = Parser("site", "Look at sites; each command has a --help of its own.", example)
-    parser.add_argument(
-        "command",
-        metavar="COMMAND",
-        choices=tuple(_COMMANDS),
-        help="check: what a site folder holds, and what it is worth without training",
-    )
-    return _COMMANDS[parser.parse_args(list(argv[:1])).command](argv[1:])
+    words = "check: what a site folder holds, and what it is worth without training"
+    parser.add_argument("command", metavar="COMMAND", choices=("check",), help=words)
+    parser.parse_args(list(argv[:1]))
+    return _check(argv[1:])
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -69,14 +66,13 @@ def _check(argv: Sequence[str]) -> int:
     parser.add_announced("true")
     options = parser.parse_args(list(argv))
     figures = check_output_directory("--figures", options.figures)
-    given = {key: getattr(options, key) for key in _WHAT_IF}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes = {k: value for k in _WHAT_IF if (value := getattr(options, k)) is not None}
     # Only now: torch takes seconds, a mistyped flag should not.
     from co2lightning.site.load import load_site
 
     site = load_site(options.site, changes, options.objective, options.announced is not False)
     from co2lightning.report.comparison import comparison_tables, evaluation_data
-    from co2lightning.report.site import describe, draw_site, site_table
+    from co2lightning.report.site import describe, site_table
     from co2lightning.report.tables import in_terminal
     from co2lightning.sim.evaluate import evaluate, violations
 
@@ -93,12 +89,11 @@ def _check(argv: Sequence[str]) -> int:
         show_tables(*map(in_terminal, tables), width=110)
         say(*below)
     if figures:
+        from co2lightning.report.figures import draw_site
+
         files = draw_site(site, evaluation)
         figures.mkdir(exist_ok=True)
         for name, content in files.items():
             write_atomic(figures / name, content, durable=False)
         say(*(str(figures / name) for name in files), err=options.json)
     return check_bound(violations(evaluation))
-
-
-_COMMANDS = {"check": _check}

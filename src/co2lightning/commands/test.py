@@ -32,7 +32,6 @@ from co2lightning.runs.files import write_atomic
 from co2lightning.runs.run import TrainingCheckpoint
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
-    RULE_NAMES,
     TITLES,
     Evaluation,
     beside,
@@ -57,9 +56,7 @@ def main(argv: list[str]) -> int:
         "Evaluate a run's newest episode, or a rule, on the held-out weeks, beside the rules and "
         "the optimum: CO2 in kg a day, energy in kWh a day, power in kW.",
         "co2lightning test PPO --json",
-        name=f"the run, such as PPO; or a rule on --env.site: {', '.join(RULE_NAMES)}",
     )
-    parser.add_objective()
     parser.add_argument("--json", action="store_true", help="data on standard output")
     parser.add_argument(
         "--mpc",

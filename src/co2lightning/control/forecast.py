@@ -46,15 +46,10 @@ def usual(site: Site, values: Floats, weekends: bool, steps_more: int = 0) -> Fl
     return np.where(np.isnan(apart), plain, apart)
 
 
-def clock(site: Site, steps_more: int = 0) -> NDArray[np.datetime64]:
-    """Return the wall clock at the beginning of each step and of some more."""
-    more = np.arange(1, steps_more + 1) * np.timedelta64(site.step_minutes, "m")
-    return np.concatenate([site.local, site.local[-1:] + more])
-
-
 def slots(site: Site, steps_more: int = 0) -> tuple[Ints, Ints]:
     """Return the step of the day and whether it is a weekend, of each step and of some more."""
-    local = clock(site, steps_more)
+    more = np.arange(1, steps_more + 1) * np.timedelta64(site.step_minutes, "m")
+    local = np.concatenate([site.local, site.local[-1:] + more])
     day = local.astype("datetime64[D]")
     slot = (local - day).astype("timedelta64[m]").astype(np.int64) // site.step_minutes
     return slot, ((day.astype(np.int64) + 3) % 7 >= 5).astype(np.int64)  # 1970-01-01: a Thursday

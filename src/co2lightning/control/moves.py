@@ -19,8 +19,8 @@ from torch import Tensor
 
 from co2lightning.control.outlook import Outlook, sun_exceeds_load
 from co2lightning.control.rules import beyond_cheaper_kw, solar_powers_kw, steps_left
-from co2lightning.control.shield import vehicle_powers_kw
-from co2lightning.control.state import Powers, SiteModel, State, laxity_order, within
+from co2lightning.control.shield import vehicles_total_kw
+from co2lightning.control.state import Powers, SiteModel, State, laxity_order
 from co2lightning.site.model import Site
 
 MOVES = (
@@ -162,10 +162,7 @@ def powers_of(
     of_vehicles, of_battery = weights.unbind(1)
     each_kw = moves.socket_kw.transpose(0, 1)
     wanted_kw = torch.bmm(of_vehicles.unsqueeze(1), each_kw).squeeze(1)
-    if model.floor_kw is None:  # the connection alone may cut the sum
-        ev_kw = within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
-    else:
-        ev_kw = vehicle_powers_kw(model, state, wanted_kw, moves.order).sum(1)
+    ev_kw = vehicles_total_kw(model, state, wanted_kw, moves.order)
     surplus_kw = (-(state.net_kw + ev_kw)).clamp(state.battery_min_kw, state.battery_max_kw)
     _, store, serve, greedy, fill = of_battery.unbind(1)
     stored_kw = (store + greedy) * surplus_kw.relu()

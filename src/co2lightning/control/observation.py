@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.forecast import (
-    clock,
     forecast,
     mean_of_last,
     slots,
@@ -285,7 +284,8 @@ def observe(observer: Observer, model: SiteModel, state: State, moves: Moves) ->
         [
             exogenous,
             state.soc,
-            state.limits_kw,
+            state.battery_max_kw,
+            state.battery_min_kw,
             spare_kw.flatten(0, 1),
             spare_kw[:, -1] - owed_kw,
             state.need_kw,
@@ -318,8 +318,7 @@ def as_rule(observer: Observer, act: Callable[[Tensor], Tensor]) -> Rule:
 def _exogenous_features(site: Site) -> list[Floats]:
     """Return len(_EXOGENOUS) of [P]; a step's value uses what is known at that step only."""
     _, weekend = slots(site)
-    local = clock(site)
-    since_midnight = (local - local.astype("datetime64[D]")).astype("timedelta64[m]")
+    since_midnight = (site.local - site.local.astype("datetime64[D]")).astype("timedelta64[m]")
     angle = 2 * np.pi * (since_midnight.astype(np.int64) / 60 + site.step_h / 2) / DAY_H
     return [
         np.sin(angle),
@@ -349,9 +348,8 @@ def _price(site: Site) -> list[Floats]:
         now - mean_of_last(now, site.steps(DAY_H)),
     ]
     within = [expected[:, : _leads(site, hours)] for hours in _PRICE_H]
-    changes += [ahead.mean(axis=1) - now for ahead in within]
-    changes += [ahead.min(axis=1) - now for ahead in within]
-    changes += [ahead.max(axis=1) - now for ahead in within]
+    for summary in (np.mean, np.min, np.max):
+        changes += [summary(ahead, axis=1) - now for ahead in within]
     cheaper = [(ahead < now[:, None] - _SAME).mean(axis=1) for ahead in within]
     return [now, *(_plain(site, change, now) for change in changes), *cheaper]
 
@@ -373,13 +371,11 @@ def _plain(site: Site, change: Floats, now: Floats) -> Floats:
 def _net(site: Site) -> list[Floats]:
     """Return surplus and deficit expected in the next hours in kWh, each [P]."""
     load_kw, pv_kw = forecast(site, "load_kw"), forecast(site, "pv_kw")
-    lead_h = steps_per_lead(site) * site.step_h
+    lead_h, a_day = steps_per_lead(site) * site.step_h, _leads(site, DAY_H)
     found = np.empty((2, len(_NET_H), site.n_steps))
     for first in range(0, site.n_steps, _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        net_kw = load_kw[rows, : _leads(site, DAY_H)] - np.maximum(
-            pv_kw[rows, : _leads(site, DAY_H)], 0.0
-        )
+        net_kw = load_kw[rows, :a_day] - np.maximum(pv_kw[rows, :a_day], 0.0)
         for column, hours in enumerate(_NET_H):
             ahead = net_kw[:, : _leads(site, hours)]
             found[0, column, rows] = lead_h * np.maximum(-ahead, 0.0).sum(axis=1)

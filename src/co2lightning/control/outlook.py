@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.forecast import cheaper, forecast, slots, steps_per_lead, to_come
-from co2lightning.site.model import DAY_H, Floats, Site
+from co2lightning.site.model import DAY_H, Site
 
 _ROWS_AT_ONCE = 8192
 
@@ -25,21 +25,11 @@ class Outlook(NamedTuple):
     cheaper_or_sun: Tensor  # likewise, if a step whose PV exceeds the load costs nothing
 
 
-def price(site: Site) -> tuple[Floats, Floats]:
-    """Return what a kWh of import costs in each step [P], and is expected to cost [P, L]."""
-    return site.import_price, forecast(site, "import_price")
-
-
 def _unit(site: Site) -> float:
     """Return how much dearer a kWh is than it emits: in any currency the same is the same."""
     known = site.training_steps
     price, carbon = np.abs(site.import_price[known]).sum(), site.carbon_kg_per_kwh[known].sum()
     return float(price / carbon) if price > 0.0 and carbon > 0.0 else 1.0
-
-
-def slots_a_day(site: Site) -> int:
-    """Return how many steps a day by the clock on the wall has."""
-    return site.steps(DAY_H)
 
 
 def sun_exceeds_load(site: Site) -> bool:
@@ -61,7 +51,8 @@ def outlook_of(site: Site, device: torch.device | str = "cpu", foresight: bool =
 @functools.lru_cache(maxsize=8)
 def _outlook_of(site: Site, device: torch.device, foresight: bool) -> Outlook:
     stays = site.sessions_told.departure - site.sessions_told.arrival
-    (now, expected), each = price(site), steps_per_lead(site)
+    now, expected = site.import_price, forecast(site, "import_price")
+    each = steps_per_lead(site)
     leads = min(expected.shape[1], -(-int(stays.max(initial=1)) // each))  # nobody looks further
     sun, credit, unit = site.load_kw - site.pv_kw < 0.0, site.export_credit, _unit(site)
     sunny = sun_exceeds_load(site)
@@ -86,4 +77,4 @@ def _outlook_of(site: Site, device: torch.device, foresight: bool) -> Outlook:
     slot, _ = slots(site, 1)
     tensors = (torch.as_tensor(table, device=device) for table in (slot, counts, with_sun))
     of_step, plain, with_surplus = tensors
-    return Outlook(of_step, slots_a_day(site), plain, with_surplus)
+    return Outlook(of_step, site.steps(DAY_H), plain, with_surplus)

@@ -12,31 +12,11 @@ import torch
 from torch import Tensor
 
 from co2lightning.control.outlook import Outlook
-from co2lightning.control.shield import dispatch, ev_power_kw, vehicle_powers_kw
+from co2lightning.control.shield import dispatch, ev_power_kw, vehicles_total_kw
 from co2lightning.control.state import Powers, SiteModel, State, within
+from co2lightning.site.model import DAY_H, Site
 
 Rule = Callable[[SiteModel, State], Tensor | Powers]
-
-
-def solar_share(model: SiteModel, state: State) -> Tensor:
-    """Return where [B] load - PV lies between -must (0) and -could (-1); it can lie beyond."""
-    return state.need_kw / torch.maximum(state.spread_kw, model.tiny)
-
-
-def _solar_following(model: SiteModel, state: State) -> Tensor:
-    """Return the EV action [B] that charges at max(must, PV - load), as far as vehicles allow."""
-    return -2.0 * solar_share(model, state).clamp(-1.0, 0.0) - 1.0
-
-
-def after_solar_kw(model: SiteModel, state: State) -> Tensor:
-    """Return load + vehicles - PV [B] in kW under solar-following.
-
-    The grid connection does not matter: beyond must these vehicles take a surplus only.
-    """
-    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
-    if model.floor_kw is None:
-        return others_kw
-    return state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
 
 
 def _greedy_battery(model: SiteModel, others_kw: Tensor) -> Tensor:
@@ -63,19 +43,14 @@ def rbc_a(model: SiteModel, state: State) -> Tensor:
 
 def rbc_b(model: SiteModel, state: State) -> Tensor:
     """Charge vehicles from the sun where they can wait, greedy battery."""
-    action_ev = _solar_following(model, state)
-    return torch.stack([action_ev, _greedy_battery(model, after_solar_kw(model, state))], dim=1)
-
-
-def cheap_powers_kw(cheaper: Tensor, state: State) -> Tensor:
-    """Return the power [B, C] of vehicles of which each charges in the cheap hours of its stay.
-
-    Args:
-        cheaper: As `Outlook` has it.
-    """
-    of_stay = cheaper.index_select(0, state.place)
-    steps = of_stay.gather(1, steps_left(state.later_kw, state.power_kw, cheaper.shape[1]))
-    return beyond_cheaper_kw(state, steps)
+    # Where load - PV lies between -must (0) and -could (-1): vehicles take max(must, PV - load).
+    share = state.need_kw / torch.maximum(state.spread_kw, model.tiny)
+    action_ev = -2.0 * share.clamp(-1.0, 0.0) - 1.0
+    # The grid connection does not matter: beyond must these vehicles take a surplus only.
+    others_kw = model.zero.clamp(state.need_kw, state.net_kw + state.could_total_kw)
+    if model.floor_kw is not None:
+        others_kw = state.net_kw + dispatch(model, state, others_kw - state.net_kw).sum(1)
+    return torch.stack([action_ev, _greedy_battery(model, others_kw)], dim=1)
 
 
 def steps_left(later_kw: Tensor, power_kw: Tensor, known: int) -> Tensor:
@@ -136,7 +111,13 @@ class Choice(NamedTuple):
     hold: Window = Window()  # in which it gives nothing
 
 
-VEHICLES = ("arrival", "solar", "cheap", "solar_cheap")
+_IN_WORDS = {
+    "arrival": "on arrival",
+    "solar": "from the sun",
+    "cheap": "in the cheap hours of each stay",
+    "solar_cheap": "from the sun and in the cheap hours of each stay",
+}
+VEHICLES = tuple(_IN_WORDS)
 """When vehicles charge, the simplest first."""
 
 
@@ -151,11 +132,8 @@ def rbc_c(choice: Choice, outlook: Outlook, model: SiteModel, state: State) -> P
     if choice.vehicles != "arrival":
         wanted_kw = _vehicles_kw(choice.vehicles, outlook, model, state)
         wanted_kw = torch.where(within(choice.charge)[:, None], state.could_kw, wanted_kw)
-    if model.floor_kw is None:  # the connection alone may cut the sum
-        ev_kw = state.supply_kw.clamp(state.must_total_kw, wanted_kw.sum(1))
-    else:
-        ev_kw = vehicle_powers_kw(model, state, wanted_kw).sum(1)
-    battery_kw = -(state.net_kw + ev_kw) * choice.greedy
+    others_kw = state.net_kw + vehicles_total_kw(model, state, wanted_kw)
+    battery_kw = -others_kw * choice.greedy
     battery_kw = torch.where(within(choice.hold), battery_kw.relu(), battery_kw)
     # Up to the level at what charging takes, down to it at what discharging gives: the greater.
     level_kw = ((choice.fill_soc - state.soc) * model.kw_per_soc).amax(0)
@@ -165,25 +143,20 @@ def rbc_c(choice: Choice, outlook: Outlook, model: SiteModel, state: State) -> P
 
 def _vehicles_kw(vehicles: str, outlook: Outlook, model: SiteModel, state: State) -> Tensor:
     """Return the power [B, C] of vehicles that charge from the sun, in cheap hours, or both."""
-    if vehicles == "cheap":
-        return cheap_powers_kw(outlook.cheaper, state)
     if vehicles == "solar":
         return solar_powers_kw(model, state)
-    return solar_powers_kw(model, state, cheap_powers_kw(outlook.cheaper_or_sun, state))
+    cheaper = outlook.cheaper if vehicles == "cheap" else outlook.cheaper_or_sun
+    steps = steps_left(state.later_kw, state.power_kw, cheaper.shape[1])
+    cheap_kw = beyond_cheaper_kw(state, cheaper.index_select(0, state.place).gather(1, steps))
+    return cheap_kw if vehicles == "cheap" else solar_powers_kw(model, state, cheap_kw)
 
 
-def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
-    """Say what RBC C does, so that a person can do it by hand.
-
-    Args:
-        choice: What was chosen.
-        slots: Steps of a day.
-        battery: Whether the site has one.
-        vehicles: Whether any come.
-    """
+def words(choice: Choice, site: Site) -> str:
+    """Say what RBC C does with what a site has, so that a person can do it by hand."""
+    slots = site.steps(DAY_H)
 
     def clock(slot: int) -> str:
-        minutes = slot % slots * (24 * 60 // slots)
+        minutes = slot % slots * site.step_minutes
         return f"{minutes // 60:02d}:{minutes % 60:02d}"
 
     def times(window: Window) -> str:
@@ -191,13 +164,13 @@ def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
         return "all day" if steps >= slots else f"from {clock(begin)} to {clock(begin + steps)}"
 
     parts: list[str] = []
-    if vehicles:
+    if len(site.sessions.arrival):
         plain = _IN_WORDS[choice.vehicles]
         charging = f"charge {plain}"
         if choice.charge.steps and choice.vehicles != "arrival":
             charging = f"charge all {times(choice.charge)}, otherwise {plain}"
         parts.append(charging)
-    if battery:
+    if site.battery:
         doing = ["store surplus and serve the load" if choice.greedy else "idle"]
         if choice.fill.steps:
             doing.append(f"fill to {100 * float(choice.fill_soc):.0f} % {times(choice.fill)}")
@@ -206,13 +179,6 @@ def words(choice: Choice, slots: int, battery: bool, vehicles: bool) -> str:
         parts.append(f"battery: {', '.join(doing)}")
     return "; ".join(parts) or "nothing to control"
 
-
-_IN_WORDS = {
-    "arrival": "on arrival",
-    "solar": "from the sun",
-    "cheap": "in the cheap hours of each stay",
-    "solar_cheap": "from the sun and in the cheap hours of each stay",
-}
 
 RULES: dict[str, Rule] = {"uncontrolled": uncontrolled, "rbc_a": rbc_a, "rbc_b": rbc_b}
 """Those that are the same on every site."""

@@ -69,6 +69,15 @@ def vehicle_powers_kw(
     return dispatch(model, state, ev_kw, most_kw=wanted_kw, order=order)
 
 
+def vehicles_total_kw(
+    model: SiteModel, state: State, wanted_kw: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Return what all vehicles together get [B] where `wanted_kw` [B, C] is wanted of each."""
+    if model.floor_kw is None:  # the connection alone may cut the sum
+        return within(state.supply_kw, state.must_total_kw, wanted_kw.sum(1))
+    return vehicle_powers_kw(model, state, wanted_kw, order).sum(1)
+
+
 def battery_power_kw(model: SiteModel, state: State, wanted_kw: Tensor, ev_kw: Tensor) -> Tensor:
     """Return the battery's power [B] in kW, charging positive, as near to `wanted_kw` as can be.
 

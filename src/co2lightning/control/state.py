@@ -90,9 +90,8 @@ class State(NamedTuple):
     room_kw: Tensor  # [B] what the grid connection leaves for vehicles and battery
     prices: list[Tensor]  # K of [B], of nobody's business here: see `sim.objective`
     reach_kw: Tensor  # [2, B] what would fill the battery within this step, what would empty it
-    limits_kw: Tensor  # [2, B] what the battery can take in this step, >= 0, and give, <= 0
-    battery_max_kw: Tensor  # [B] the first of them
-    battery_min_kw: Tensor  # [B] the second
+    battery_max_kw: Tensor  # [B] what the battery can take in this step, >= 0
+    battery_min_kw: Tensor  # [B] what it can give, <= 0
     owed_kw: Tensor  # [B, C] at the meter: the power that would finish a vehicle within this step
     power_kw: Tensor  # [B, C] a vehicle's full power, 1.0 where none stands
     later_kw: Tensor  # [B, C] that times the steps after this one in its stay
@@ -162,6 +161,8 @@ def build_model(
         standing_kw += np.bincount(stay // n_columns, power_kw, places)
         stays[stay] = since > 0
 
+    floor_kw = np.zeros(n_columns)
+    floor_kw[sessions.column] = sessions.min_kw
     net_kw = site.load_kw - site.pv_kw
     series = np.stack([net_kw, site.import_limit_kw - net_kw, *prices])
     afterwards = np.stack(metered) if metered else np.zeros((0, n_steps))
@@ -177,7 +178,7 @@ def build_model(
         metered=tensor(np.pad(afterwards, ((0, 0), (0, 1)))),
         sockets=tensor(sockets.reshape(4, places, n_columns)),
         truth=None if truth is None else tensor(truth.reshape(2, places, n_columns)),
-        floor_kw=tensor(_floor_kw(site, n_columns)) if sessions.min_kw.any() else None,
+        floor_kw=tensor(floor_kw) if floor_kw.any() else None,
         soc_bounds=tensor([[battery.soc_max], [battery.least_soc]]),
         kw_per_soc=tensor([[charge_kw_per_soc], [discharge_kw_per_soc]]),
         most_kw=tensor([[battery.power_kw], [0.0]]),
@@ -196,12 +197,6 @@ def build_model(
         minus_one=tensor(-1.0),
         tiny=tensor(1e-6),
     )
-
-
-def _floor_kw(site: Site, n_columns: int) -> Floats:
-    floor_kw = np.zeros(n_columns)
-    floor_kw[site.sessions.column] = site.sessions.min_kw
-    return floor_kw
 
 
 def arrive(
@@ -261,8 +256,7 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
     laxity = torch.addcdiv(model.one, pressing_kw, power_kw, value=-1.0)
     must_total_kw, could_total_kw = must_kw.sum(1), could_kw.sum(1)
     reach_kw = (model.soc_bounds - soc) * model.kw_per_soc
-    limits_kw = reach_kw.clamp(model.least_kw, model.most_kw)
-    battery_max_kw, battery_min_kw = limits_kw.unbind(0)
+    battery_max_kw, battery_min_kw = reach_kw.clamp(model.least_kw, model.most_kw).unbind(0)
     return State(
         place=place,
         soc=soc,
@@ -270,7 +264,6 @@ def _work_out(model: SiteModel, carry: Carry, later_kw: Tensor, power_kw: Tensor
         room_kw=room_kw,
         prices=prices,
         reach_kw=reach_kw,
-        limits_kw=limits_kw,
         battery_max_kw=battery_max_kw,
         battery_min_kw=battery_min_kw,
         owed_kw=owed_kw,

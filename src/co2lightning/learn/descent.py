@@ -5,6 +5,7 @@ Shapes: none of its own; gradients have the shapes of the parameters.
 
 # pyright: reportPrivateImportUsage=false
 # torch's foreach functions bear underscores, and are in its documentation.
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -98,11 +99,8 @@ class Descent:
 
     def skipped_in_a_row(self) -> int:
         """Return how many updates of the episode were skipped in a row; waits for the device."""
-        row = longest = 0
-        for skipped in torch.stack(self._figures)[:, -1].tolist():
-            row = row + 1 if skipped else 0
-            longest = max(longest, row)
-        return longest
+        skipped = torch.stack(self._figures)[:, -1].tolist()
+        return max(sum(map(int, row)) for _, row in itertools.groupby(skipped))
 
     def __call__(self, batch: Any) -> None:
         """Take one step on a minibatch, a tuple of tensors."""

@@ -1,6 +1,6 @@
 """Several steps at once: an agent acts in an environment, eagerly or as compiled graphs.
 
-Shapes: n steps, B environments, O features, K more that only critics see, A actions.
+Shapes: n steps, B environments, O features, A actions.
 """
 
 import warnings
@@ -34,7 +34,7 @@ class Actor(Protocol):
 
 
 _Play = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Step]]
-"""From observations [B, O + K] and noise [n, B, A] to the observations after n steps, the policy's
+"""From observations [B, O] and noise [n, B, A] to the observations after n steps, the policy's
 outputs [n, B, A] and what the environment made of them, each part of it [n, ...]."""
 
 

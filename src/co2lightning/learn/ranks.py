@@ -28,9 +28,7 @@ def average(values: Tensor) -> Tensor:
     Gathered and summed in the ranks' order: for tensors of this size gloo takes half as long as for
     `all_reduce`, and the sum does not depend on how a library routes its messages.
     """
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return torch.stack(parts).mean(0)
+    return together(values.unsqueeze(0)).mean(0)
 
 
 def together(rows: Tensor) -> Tensor:
@@ -47,10 +45,11 @@ def average_all(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def from_first(values: Tensor) -> Tensor:
-    """Return rank 0's tensor; the others' has the same shape and is overwritten."""
-    dist.broadcast(values, 0)
-    return values
+def from_first(value: Any) -> Any:
+    """Return what rank 0 has, plain data; waits for the device."""
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
 
 
 def highest(value: int, device: torch.device) -> int:

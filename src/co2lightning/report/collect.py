@@ -4,7 +4,7 @@ Shapes: W held-out stretches, H = 24 hours, K classes of SoC, one where there is
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,25 +19,13 @@ from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Powers, SiteModel, State
 from co2lightning.errors import UserError
 from co2lightning.metrics import Settled
-from co2lightning.report.comparison import (
-    count_text,
-    evaluation_data,
-    knowledge_data,
-    settled_in,
-)
-from co2lightning.report.looks import RuleLook, RunLook, run_looks
+from co2lightning.report.comparison import count_text, evaluation_data, knowledge_data, settled_in
+from co2lightning.report.looks import Look, rule_look, run_looks
 from co2lightning.report.tables import summarize
 from co2lightning.runs.files import read_file
 from co2lightning.runs.reading import hash_row
 from co2lightning.runs.run import TrainingCheckpoint
-from co2lightning.sim.evaluate import (
-    TITLES,
-    Evaluation,
-    Summary,
-    elsewhere,
-    evaluate,
-    summarise,
-)
+from co2lightning.sim.evaluate import TITLES, Evaluation, Summary, elsewhere, evaluate, summarise
 from co2lightning.sim.objective import priced_model
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import Schedule, play
@@ -46,6 +34,7 @@ from co2lightning.sim.worlds import knowing
 from co2lightning.site.load import load_site, named_in
 from co2lightning.site.model import DAY_H, Battery, Floats, Objective, Site
 from co2lightning.site.trained_days import unseen
+from co2lightning.terminal import say
 
 HOURS = 24
 SOC_CLASSES = 20
@@ -77,47 +66,39 @@ class HeldOutDay(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class RuleResult:
-    """A rule that is looked at as a run is.
+class Shown:
+    """A rule, or a run, that is looked at closely.
 
     Attributes:
-        name: The rule's.
-        evaluation: The references, it among them.
+        name: The rule's or the run's.
+        policy: Its name in the evaluation.
+        evaluation: The references, with the agent beside them where it is a run.
     """
 
     name: str
+    title: str
+    policy: str
     evaluation: Evaluation
     heat: _Heat
 
     @property
-    def policy(self) -> str:
-        """Its name in the evaluation."""
-        return self.name
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.name]
-
-    @property
     def summary(self) -> Summary:
         """What it reaches on the held-out stretches."""
-        return summarise(self.evaluation)[self.name]
+        return summarise(self.evaluation)[self.policy]
 
 
 @dataclass(frozen=True, eq=False)
-class RunResult:
+class RunResult(Shown):
     """A run with its newest episode on the held-out stretches.
 
     Attributes:
-        policy: Its name in the evaluation.
         row: What `history` tells of it.
         agent: The class that acts.
         episode: The evaluated episode.
         file: Its file.
         sha256: Of that file.
         trained_on: Name and SHA-256 of the site it was trained on.
-        evaluation: The agent beside the references.
-        knowing: Both where more is known, by the names of `worlds.KNOWLEDGE`.
+        knowing: Its evaluation where more is known, by the names of `worlds.KNOWLEDGE`.
     """
 
     row: dict[str, Any]
@@ -126,30 +107,12 @@ class RunResult:
     file: Path
     sha256: str
     trained_on: tuple[str, str]
-    evaluation: Evaluation
-    heat: _Heat
     knowing: dict[str, Evaluation]
-    policy: str = "agent"
-
-    @property
-    def name(self) -> str:
-        return self.row["name"]
-
-    @property
-    def title(self) -> str:
-        """The run's name; with its agent where the name does not say it."""
-        agent = self.row["agent"]
-        return self.name if self.name == agent else f"{self.name} ({agent})"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """Those of every episode."""
         return [metrics for session in self.row["sessions"] for metrics in session["metrics"]]
-
-    @property
-    def summary(self) -> Summary:
-        """What the run reaches on the held-out stretches."""
-        return summarise(self.evaluation)["agent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,10 +127,10 @@ class SiteResult:
     references: Evaluation
     knowing: dict[str, Evaluation]
     runs: list[RunResult]
-    rules: list[RuleResult]
+    rules: list[Shown]
 
     @property
-    def shown(self) -> list[RunResult | RuleResult]:
+    def shown(self) -> list[Shown]:
         """What is looked at closely."""
         return [*self.runs, *self.rules]
 
@@ -234,10 +197,10 @@ class SiteResult:
         return values / self.references.hours * DAY_H
 
     @property
-    def looks(self) -> dict[str, RunLook | RuleLook]:
+    def looks(self) -> dict[str, Look]:
         """How each of those that are shown is drawn, by its name."""
         looks = run_looks((run.name, run.agent) for run in self.runs)
-        return looks | {rule.name: RuleLook(rule.name) for rule in self.rules}
+        return looks | {rule.name: rule_look(rule.name) for rule in self.rules}
 
     @property
     def paired(self) -> list[str]:
@@ -302,13 +265,13 @@ def collect(
     rules: Sequence[str],
     site: str | Site | None,
     announced: bool | None,
-    echo: Callable[[str], None],
-    warn: Callable[[str], None],
     keep: Path,
-    *,
-    best: bool = False,
+    best: bool,
 ) -> list[SiteResult]:
     """Read and evaluate runs; what is wrong with any of them comes out before the long part.
+
+    Prints a line for each step of the work; on standard error whatever a site's reader left out,
+    and each run that is left out or evaluated on another site.
 
     Args:
         runs: The run directories.
@@ -316,9 +279,6 @@ def collect(
         site: Evaluate all runs on this site, not on their own; where there are none, the rules' as
             it is loaded.
         announced: Whether of vehicles what drivers announce is known; None: as each run has it.
-        echo: Gets a line for each step of the work.
-        warn: Gets a line for whatever a site's reader left out, and for each run that is left out
-            or evaluated on another site.
         keep: Directory where the optimum is kept from one command to the next.
         best: Show of each run the best evaluated episode, not the newest.
 
@@ -326,9 +286,8 @@ def collect(
         UserError: A run is damaged, or was never evaluated where `best` is asked for, a site cannot
             be read, no run is left to show.
     """
-    alone = site if isinstance(site, Site) else None
-    named = None if isinstance(site, Site) else site
-    loaded = [one for run in runs if (one := _load(run, named, announced, warn, best))]
+    alone, named = (site, None) if isinstance(site, Site) else (None, site)
+    loaded = [one for run in runs if (one := _load(run, named, announced, best))]
     if not loaded and alone is None:
         raise UserError("no run with an episode on a site; co2lightning fit trains one")
     sites: dict[tuple[str, str, bool], Site] = {}
@@ -341,28 +300,28 @@ def collect(
                     one.site, objective=one.objective, announced=one.announced
                 )
             if one.site not in [known for known, *_ in list(sites)[:-1]]:
-                for note in sites[wanted].notes:
-                    warn(f"{sites[wanted].name}: {note}")
+                say(*(f"{sites[wanted].name}: {note}" for note in sites[wanted].notes), err=True)
         found = sites[wanted]
         name, sha256 = one.trained_on
         if sha256 != found.sha256:
-            warn(
+            say(
                 f"{one.run.name}: evaluated on {found.name} (sha256 {found.sha256[:12]}), trained "
-                f"on {name} (sha256 {sha256[:12]})"
+                f"on {name} (sha256 {sha256[:12]})",
+                err=True,
             )
         try:
             found, remark = unseen(one.facts, found)
         except UserError as error:
             raise UserError(f"{one.run.name}: {error}") from None
         if remark:
-            warn(f"{one.run.name}: {remark}")
+            say(f"{one.run.name}: {remark}", err=True)
         stretches, told = found.stretches.tobytes(), found.told is not None
         key = found.sha256, found.objective, stretches, told
         groups.setdefault(key, (found, []))[1].append(one)
     results: list[SiteResult] = []
     for found, members in [(alone, [])] if alone else groups.values():
         held_out = count_text([{"days": end - begin} for begin, end in found.stretches.tolist()])
-        echo(f"{found.name}: the rules and the optimum in {held_out}")
+        say(f"{found.name}: the rules and the optimum in {held_out}")
         references = evaluate(None, found, keep=keep)
         worlds = knowing(found)
         told = {name: elsewhere(references, world, keep) for name, world in worlds.items()}
@@ -370,28 +329,26 @@ def collect(
         own = rules_of(found, keep=keep)
         for name in rules:
             if name not in own:
-                warn(f"{name}: no vehicle comes to {found.name} for it to charge, left out")
+                say(
+                    f"{name}: no vehicle comes to {found.name} for it to charge, left out", err=True
+                )
                 continue
             heat = compare_to_rule(own[name], found)
-            results[-1].rules.append(RuleResult(name, references, heat))
+            results[-1].rules.append(Shown(name, TITLES[name], name, references, heat))
         for one in members:
-            echo(f"{one.run.name}: episode {one.episode} there")
+            say(f"{one.run.name}: episode {one.episode} there")
             results[-1].runs.append(_evaluated(one, results[-1], worlds))
     return results
 
 
 def _load(
-    run: TrainingCheckpoint,
-    site: str | None,
-    announced: bool | None,
-    warn: Callable[[str], None],
-    best: bool,
+    run: TrainingCheckpoint, site: str | None, announced: bool | None, best: bool
 ) -> _Loaded | None:
     """Read a run's newest or best episode, None where it has nothing to show."""
     episodes = run.episodes()
     checkpoint = run.load_latest_checkpoint()
     if checkpoint is None:
-        warn(f"{run.name}: has no episode yet, left out")
+        say(f"{run.name}: has no episode yet, left out", err=True)
         return None
     if checkpoint["episode"] < episodes[-1]:
         raise UserError(
@@ -401,32 +358,34 @@ def _load(
     path = run.path(checkpoint["episode"])
     if best:
         checkpoint, path, remarks = run.load_best_checkpoint()
-        for remark in remarks:
-            warn(remark)
-    described = checkpoint.get("run")
-    if isinstance(described, dict) and described.get("agent") and not described.get("site"):
-        warn(f"{run.name}: was not trained on a site, which alone has CO2, left out")
+        say(*remarks, err=True)
+    facts = checkpoint.get("run")
+    if isinstance(facts, dict) and facts.get("agent") and not facts.get("site"):
+        say(f"{run.name}: was not trained on a site, which alone has CO2, left out", err=True)
         return None
-    if isinstance(described, dict) and (outdated := outdated_on_site(described)):
-        warn(f"{run.name}: {outdated.trained}, left out")
+    if isinstance(facts, dict) and (outdated := outdated_on_site(facts)):
+        say(f"{run.name}: {outdated.trained}, left out", err=True)
         return None
-    agent = load_agent(checkpoint, path)
-    config = checkpoint["run"].get("config", {})
+    agent, facts = load_agent(checkpoint, path), checkpoint["run"]
+    config = facts["config"]
     wanted = site or config.get("env.site")
-    if not isinstance(wanted, str) or not isinstance(checkpoint["run"]["site"], dict):
+    if not isinstance(wanted, str) or not isinstance(facts["site"], dict):
         raise UserError(f"{path}: does not say which site it was trained on")
     objective = config.get("env.objective", "co2")
     known = config.get("env.announced") is not False if announced is None else announced
-    facts = checkpoint["run"]
     return _Loaded(run, agent, checkpoint["episode"], facts, wanted, objective, known, path)
 
 
 def _evaluated(one: _Loaded, result: SiteResult, worlds: Mapping[str, Site]) -> RunResult:
     site, device = result.site, one.agent.device
-    policy = policy_of(one.agent, site)
+    policy, row = policy_of(one.agent, site), summarize(one.run)
+    name, agent = row["name"], row["agent"]
     files = {row["file"]: row["sha256"] for row in one.run.load_history()["checkpoints"]}
     return RunResult(
-        row=summarize(one.run),
+        name=name,
+        title=name if name == agent else f"{name} ({agent})",
+        policy="agent",
+        row=row,
         agent=type(one.agent).__name__,
         episode=one.episode,
         file=one.path,
@@ -460,7 +419,7 @@ def compare_to_rule(policy: Rule, site: Site, device: torch.device | str = "cpu"
     first, end = soc_band(site.battery)
     level = np.clip(soc * SOC_CLASSES, first, end - 1).astype(int)
     clock = site.local[place.astype(int)]
-    hour = (clock - clock.astype("datetime64[D]")).astype("timedelta64[h]").astype(int)
+    hour = clock.astype("datetime64[h]").astype(int) % HOURS
     classes = SOC_CLASSES if site.battery else 1
     cell = hour * classes + level
 

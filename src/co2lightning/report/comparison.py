@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from co2lightning.metrics import Settled, settled_words
-from co2lightning.report.tables import (
-    Table,
-    comparison_table,
-    perturbed_table,
-    stretches_table,
-)
+from co2lightning.metrics import HELD_OUT, Settled
+from co2lightning.report.tables import Table, comparison_table, perturbed_table, stretches_table
 from co2lightning.sim.evaluate import (
     MPC_TITLE,
     STRETCHES_FOR_AN_INTERVAL,
@@ -34,7 +29,7 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
 
     Numbers to 1e-6.
     """
-    summaries, days = summarise(evaluation), evaluation.hours.sum() / DAY_H
+    summaries = summarise(evaluation)
     stretches = {
         "begin": evaluation.days,
         "days": evaluation.n_days.tolist(),
@@ -42,30 +37,21 @@ def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
         "turned_away_kwh": np.round(evaluation.turned_away_kwh, 6).tolist(),
         "clipped_kwh": np.round(evaluation.clipped_kwh, 6).tolist(),
     }
-    policies = {
-        name: {
-            "co2_kg_per_day": round(summaries[name].co2_kg, 6),
-            **(
-                {}
-                if evaluation.currency is None
-                else {"cost_per_day": round(float(figures.cost.sum() / days), 6)}
-            ),
-            "unmet_kwh_per_day": round(summaries[name].unmet_kwh, 6),
-            **(
-                {"misled_kwh_per_day": round(misled_kwh, 6)}
-                if (misled_kwh := summaries[name].misled_kwh) is not None
-                else {}
-            ),
-            "peak_kw": round(summaries[name].peak_import_kw, 6),
-            "stretches": _by_row(
-                {
-                    key: (np.round(column, 6) + 0.0).tolist()  # no zero has a sign
-                    for key, column in _figures_told(evaluation, name).items()
-                }
-            ),
+    policies: dict[str, dict[str, Any]] = {}
+    for name, of in summaries.items():
+        told = {
+            "co2_kg_per_day": of.co2_kg,
+            "cost_per_day": of.cost,
+            "unmet_kwh_per_day": of.unmet_kwh,
+            "misled_kwh_per_day": of.misled_kwh,
+            "peak_kw": of.peak_import_kw,
         }
-        for name, figures in evaluation.policies.items()
-    }
+        policies[name] = {key: round(v, 6) for key, v in told.items() if v is not None}
+        figures = _figures_told(evaluation, name).items()
+        # Adding 0.0 takes the sign off a zero.
+        policies[name]["stretches"] = _by_row(
+            {key: (np.round(column, 6) + 0.0).tolist() for key, column in figures}
+        )
     summary = {
         name: {key: None if v is None else round(v, 6) for key, v in of._asdict().items()}
         for name, of in summaries.items()
@@ -140,7 +126,10 @@ def _figures_told(evaluation: Evaluation, name: str) -> dict[str, Floats]:
 
 def settled_in(data: _Data) -> Settled:
     """Return what the policies in what `evaluation_data` returns are settled by, in words."""
-    return settled_words(data["objective"], data["currency"], TITLES[data["best"]])
+    weights, currency = data["objective"], data["currency"]
+    known = {(1.0, 0.0): ("co2_kg", "CO2", "kg"), (0.0, 1.0): ("cost", "cost", currency or "")}
+    key, name, unit = known.get((weights["co2"], weights["cost"]), ("objective", "objective", ""))
+    return Settled(key, name, unit, TITLES[data["best"]], currency)
 
 
 def _by_row(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -188,7 +177,9 @@ def comparison_tables(
         first = next(iter(data["summary"]))
         shown = {name: titles[name] for name in dict.fromkeys((first, data["best"], "rbc_b"))}
         worlds = {"as it is": data["summary"]}
-        worlds |= {words_of(name, settled): told for name, told in data["perturbed"].items()}
+        price = {"co2_kg": "carbon", "cost": "price"}.get(settled.key, "carbon and price")
+        for name, told in data["perturbed"].items():
+            worlds[PERTURBATIONS[name].format(price=price)] = told
         tables.append(perturbed_table(worlds, shown, settled))
     found = [f"RBC C: {data['rbc_c']}"] if data["rbc_c"] else []
     found += knowledge_lines(data, titles)
@@ -204,48 +195,36 @@ def verdict(data: _Data, name: str, title: str) -> str:
         title: What it is called.
     """
     settled, own, best = settled_in(data), data["summary"][name], data["best"]
-    rule = settled.best
-    use_rule = "Leave it uncontrolled" if best == "uncontrolled" else f"Use {rule}"
+    use_rule = "Leave it uncontrolled" if best == "uncontrolled" else f"Use {settled.best}"
+    less = f"less than the best simple rule, {settled.best}"
     if data["summary"]["optimum"]["gap_closed"] is None:
         return "Nothing is to be gained: the optimum is less than 0.1 % below uncontrolled."
     if name == best:
         return f"{use_rule}: no other rule does better here."
     verb = {"co2_kg": "emits", "cost": "costs"}.get(settled.key, "comes to")
     difference, half = own["vs_best"], own["vs_best_interval"]
-    amount = settled.written(abs(difference))
+    amount, sign = settled.written(abs(difference)), "less" if difference < 0 else "more"
     if half is not None:
         told = f"{amount} \N{PLUS-MINUS SIGN} {settled.written(half)} {settled.a_day}"
         if difference < -half:
-            said = f"Use {title}: it {verb} {told} less than the best simple rule, {rule}"
+            said = f"Use {title}: it {verb} {told} {less}"
         elif difference > half:
             said = f"{use_rule}: {title} {verb} {told} more"
         else:
-            sign = "less" if difference < 0 else "more"
             said = f"{use_rule}: it is as good and simpler; {title} {verb} {told} {sign}"
     else:
         rows = (data["policies"][which]["stretches"] for which in (name, best))
         lower = [a["compared"] < b["compared"] - 1e-6 for a, b in zip(*rows, strict=True)]
-        sign = "less" if difference < 0 else "more"
         told = f"{amount} {settled.a_day} {sign} in the mean"
+        held_out = count_text(data["stretches"])
         if all(lower):
-            said = (
-                f"Use {title}: it {verb} less than the best simple rule, {rule}, in each of "
-                f"{count_text(data['stretches'])}, {told}"
-            )
+            said = f"Use {title}: it {verb} {less}, in each of {held_out}, {told}"
         else:
-            said = (
-                f"{use_rule}: it is simpler, and {title} {verb} less in {sum(lower)} of "
-                f"{count_text(data['stretches'])}, {told}"
-            )
+            which = f"{sum(lower)} of {held_out}"
+            said = f"{use_rule}: it is simpler, and {title} {verb} less in {which}, {told}"
     unmet_kwh = own["unmet_kwh"] - data["summary"][best]["unmet_kwh"]
     more = f"; {title} leaves {unmet_kwh:.2f} kWh a day more unmet, which is counted"
     return f"{said}{more if unmet_kwh >= 0.005 else ''}."
-
-
-def words_of(perturbation: str, settled: Settled) -> str:
-    """Return what a perturbation is called."""
-    price = {"co2_kg": "carbon", "cost": "price"}.get(settled.key, "carbon and price")
-    return PERTURBATIONS[perturbation].format(price=price)
 
 
 def knowledge_lines(data: _Data, titles: Mapping[str, str]) -> list[str]:
@@ -265,7 +244,7 @@ def knowledge_lines(data: _Data, titles: Mapping[str, str]) -> list[str]:
         key, what = "gap_closed", "gap closed"
         if any(figures[key] is None for figures in others.values()):
             key, what = settled.key, settled.a_day
-        form = settled.metric(key).form
+        form = HELD_OUT[key].form
         known = [f"{titles[policy]} {form.format(of[key])}" for policy, of in others.items()]
         lines.append(f"With {KNOWLEDGE[world]}, {what}: {', '.join(known)}")
     return lines

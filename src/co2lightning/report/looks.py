@@ -4,6 +4,7 @@ A colour belongs to an agent, wherever and beside whatever it is drawn; runs of 
 their lines and marks. Okabe and Ito's colours, darkened for paper. Imports nothing.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -45,64 +46,14 @@ MARKS = (("dot", "o"), ("square", "s"), ("triangle", "^"))
 """Marks likewise, as the page and as matplotlib name them."""
 
 
-class RunLook(NamedTuple):
-    """How a run is drawn: whose colour, and the place of its line and mark."""
+class Look(NamedTuple):
+    """How a run or a rule is drawn."""
 
-    agent: str
-    place: int
-
-    @property
-    def colour(self) -> str:
-        """The colour on white."""
-        return agent_colour(self.agent)
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Colour and dashes, for matplotlib."""
-        dashes = DASHES[self.place % len(DASHES)]
-        return {"color": self.colour, "ls": (0, dashes) if dashes else "-"}
-
-    @property
-    def marker(self) -> str:
-        """The mark's name in matplotlib."""
-        return MARKS[self.place % len(MARKS)][1]
-
-    @property
-    def classes(self) -> str:
-        """The classes of its elements in the page."""
-        agent = self.agent if self.agent in AGENTS else "other"
-        return f"agent-{agent} line-{self.place % len(DASHES)}"
-
-    @property
-    def mark(self) -> str:
-        """The mark's name in the page."""
-        return MARKS[self.place % len(MARKS)][0]
-
-
-class RuleLook(NamedTuple):
-    """How a rule is drawn that a report looks at as at a run; as `RunLook`."""
-
-    name: str
-
-    @property
-    def colour(self) -> str:
-        return LOOKS[self.name]["color"]
-
-    @property
-    def line(self) -> dict[str, Any]:
-        return LOOKS[self.name]
-
-    @property
-    def marker(self) -> str:
-        return "D"
-
-    @property
-    def classes(self) -> str:
-        return self.name
-
-    @property
-    def mark(self) -> str:
-        return "square"
+    colour: str  # on white
+    line: dict[str, Any]  # colour and dashes, for matplotlib
+    marker: str  # the mark's name in matplotlib
+    mark: str  # in the page
+    classes: str  # of its elements in the page
 
 
 def agent_colour(agent: str) -> str:
@@ -110,13 +61,23 @@ def agent_colour(agent: str) -> str:
     return AGENTS.get(agent, OTHER)[0]
 
 
-def run_looks(runs: Iterable[tuple[str, str]]) -> dict[str, RunLook]:
+def run_looks(runs: Iterable[tuple[str, str]]) -> dict[str, Look]:
     """Return each run's look, by its name, from names and agents in any order."""
-    looks: dict[str, RunLook] = {}
+    looks: dict[str, Look] = {}
+    places = Counter[str]()
     for name, agent in sorted(runs):
-        place = sum(look.agent == agent for look in looks.values())
-        looks[name] = RunLook(agent, place)
+        colour, number = agent_colour(agent), places[agent] % len(DASHES)
+        line = {"color": colour, "ls": (0, DASHES[number]) if DASHES[number] else "-"}
+        mark, marker = MARKS[places[agent] % len(MARKS)]
+        classes = f"agent-{agent if agent in AGENTS else 'other'} line-{number}"
+        looks[name] = Look(colour, line, marker, mark, classes)
+        places[agent] += 1
     return looks
+
+
+def rule_look(name: str) -> Look:
+    """Return the look of a rule that a report looks at as at a run."""
+    return Look(LOOKS[name]["color"], LOOKS[name], "D", "square", name)
 
 
 def style() -> str:

@@ -20,14 +20,7 @@ import numpy as np
 from co2lightning import __version__
 from co2lightning.metrics import HELD_OUT, Settled
 from co2lightning.report import looks
-from co2lightning.report.collect import (
-    HOURS,
-    SOC_CLASSES,
-    RuleResult,
-    RunResult,
-    SiteResult,
-    soc_band,
-)
+from co2lightning.report.collect import HOURS, SOC_CLASSES, RunResult, Shown, SiteResult, soc_band
 from co2lightning.report.comparison import (
     count_text,
     evaluation_data,
@@ -49,10 +42,7 @@ from co2lightning.sim.evaluate import TITLES, Evaluation, summarise
 from co2lightning.sim.schedule import start_soc
 from co2lightning.site.model import DAY_H, Floats, Site
 
-_SESSION_KEYS = (
-    *("session_timestamp", "duration_seconds", "status", "device"),
-    *("start_episode", "end_episode"),
-)
+_SESSION_KEYS = "session_timestamp", "duration_seconds", "status", "device"
 
 
 def render(results: Sequence[SiteResult], command: str, made: str) -> bytes:
@@ -158,7 +148,7 @@ def _minutes(site: Site, steps: slice) -> list[int]:
     return [60 * clock.hour + clock.minute for clock in clocks]
 
 
-def _shown_data(result: SiteResult, one: RunResult | RuleResult) -> dict[str, Any]:
+def _shown_data(result: SiteResult, one: Shown) -> dict[str, Any]:
     look = result.looks[one.name]
     return {
         "key": one.name,
@@ -316,16 +306,16 @@ def _site(index: int, result: SiteResult) -> str:
     what = settled.name[0].upper() + settled.name[1:]
     by = "" if settled.currency is None else f" Settled by {escape(_by(settled, site))}."
     if (read := site.sessions_read) and read.announcements:
-        by += f" Of vehicles {_KNOWN[site.told is not None]} is known."
+        known = "what drivers announce" if site.told else "the truth, not what drivers announce,"
+        by += f" Of vehicles {known} is known."
     meter = "cost" if settled.key == "cost" else "CO2"
     verb = "emit" if settled.key == "co2_kg" else "come to"
     unit = escape(settled.unit or "absolute figures")
     in_unit = escape(f"in {settled.a_day}" if settled.unit else "a day")
     tested = [run.name for run in result.runs]
     tested += [f"{rule.name} --env.site {site.name}" for rule in result.rules]
-    tested = " ".join(escape(f"co2lightning test {name};") for name in tested)[:-1]
-    sources = [f"files: {files}"] if files else []
-    sources = "; ".join([*sources, held_out])
+    tested = "; ".join(escape(f"co2lightning test {name}") for name in tested)
+    sources = f"files: {files}; {held_out}" if files else held_out
     curves = f"""
 <h3>Learning curves</h3>
 <figure><div class="chart" data-site="{index}" data-chart="learning"></div>
@@ -385,10 +375,10 @@ def _each_stretch(result: SiteResult) -> str:
     """Return a table of the stretches where they are too few for an interval."""
     if result.shown[0].summary.co2_kg_interval is not None:
         return ""
-    data, runs = result.data, [run.title for run in result.runs]
-    policies = {title: data["policies"][title]["stretches"] for title in runs}
-    references = result.references.policies
-    policies |= {TITLES[name]: data["policies"][name]["stretches"] for name in references}
+    data = result.data
+    names = {run.title: run.title for run in result.runs}
+    names |= {TITLES[name]: name for name in result.references.policies}
+    policies = {title: data["policies"][name]["stretches"] for title, name in names.items()}
     table = stretches_table(data["stretches"], policies, result.settled)
     return f'{table_in_page(table)}\n<p class="source">{escape(table.caption or "")}</p>'
 
@@ -403,9 +393,6 @@ def _comparison(result: SiteResult) -> str:
         for name, summary in summarise(result.references).items()
     ]
     return table_in_page(comparison_table(rows, result.settled))
-
-
-_KNOWN = {True: "what drivers announce", False: "the truth, not what drivers announce,"}
 
 
 def _by(settled: Settled, site: Site) -> str:

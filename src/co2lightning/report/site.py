@@ -1,27 +1,20 @@
-"""What a site folder holds: as plain data, as a table, as figures for papers.
+"""What a site folder holds: as plain data, as a table.
 
-Importing it imports no matplotlib, which takes a start-up a second. Shapes: P steps, W held-out
-stretches, H times of the day.
+Shapes: P steps.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from co2lightning.control.forecast import forecast, provided, steps_per_lead
 from co2lightning.metrics import Metric
-from co2lightning.report.comparison import count_text, evaluation_data, settled_in
-from co2lightning.report.looks import FLOWS, LOOKS
+from co2lightning.report.comparison import count_text
 from co2lightning.report.tables import Table
-from co2lightning.sim.evaluate import TITLES, Evaluation
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MANY = 12  # stretches; more are not named one by one
 _LEADS_H = 0.25, 1.0, 6.0, 24.0
@@ -117,19 +110,17 @@ def _forecasts(site: Site) -> dict[str, Any]:
 
     Persistence expects of any step to come what there is now.
     """
-    signals = {signal: getattr(site, signal) for signal in _FORECAST}
     held_out, found = ~site.training_steps, dict[str, Any]()
-    for signal, values in signals.items():
+    for signal in _FORECAST:
+        values = getattr(site, signal)
         if values is None or np.ptp(values) == 0.0:
             continue
         expected, rows = forecast(site, signal), list[dict[str, float]]()
         for lead in _leads(site, _LEADS_H):
-            target = held_out[lead:]
-            own = np.abs(_at(site, expected, lead)[:-lead] - values[lead:])[target]
-            same = np.abs(values[:-lead] - values[lead:])[target]
-            row = {"lead_h": lead * site.step_h, "own": own.mean(), "persistence": same.mean()}
-            if len(own):
-                rows.append({key: _rounded(value) for key, value in row.items()})
+            tables = {"own": _at(site, expected, lead), "persistence": values}
+            if held_out[lead:].any():
+                errors = _errors(tables, values, lead, held_out[lead:])
+                rows.append({"lead_h": _rounded(lead * site.step_h), **errors})
         found[signal] = rows
     return found
 
@@ -151,12 +142,19 @@ def _provider(site: Site, signal: str) -> list[dict[str, float]]:
         tables |= {"own": _at(site, own, lead), "both": _at(site, both, lead)}
         if target.any():
             row = {"lead_h": lead * site.step_h, "share": target.sum() / held_out[lead:].sum()}
-            row |= {
-                name: np.abs(table[:-lead] - values[lead:])[target].mean()
-                for name, table in tables.items()
-            }
-            rows.append({key: _rounded(value) for key, value in row.items()})
+            row = {key: _rounded(value) for key, value in row.items()}
+            rows.append(row | _errors(tables, values, lead, target))
     return rows
+
+
+def _errors(
+    tables: Mapping[str, Floats], values: Floats, lead: int, target: NDArray[np.bool_]
+) -> dict[str, float]:
+    """Return how far tables [P] of what is expected lie off on target steps [P - lead]."""
+    return {
+        name: _rounded(np.abs(table[:-lead] - values[lead:])[target].mean())
+        for name, table in tables.items()
+    }
 
 
 def _leads(site: Site, hours: tuple[float, ...]) -> list[int]:
@@ -175,6 +173,8 @@ def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
     read, admitted = site.sessions_read, site.sessions
     if read is None:
         return None
+    if told := read.announcements and read.announcements._asdict():
+        told = {key: value and _rounded(value) for key, value in told.items()}
     return {
         "rows": read.rows,
         "kwh": _rounded(read.energy_kwh),
@@ -187,21 +187,14 @@ def _sessions(site: Site, in_days: float) -> dict[str, Any] | None:
         "admitted": len(admitted.socket),
         "admitted_kwh": _rounded(admitted.energy_kwh.sum()),
         "admitted_per_day": _rounded(len(admitted.socket) * in_days),
-        "most_at_once": int(_present(site).max()),
-        "announcements": _announcements(site),
+        "most_at_once": int(present(site).max()),
+        "announcements": told and {"known": site.told is not None, **told},
         "share_across_midnight": _rounded(read.span_share[0]),
         "share_across_day_start": _rounded(read.span_share[site.day_start_h]),
     }
 
 
-def _announcements(site: Site) -> dict[str, Any] | None:
-    if site.sessions_read is None or (said := site.sessions_read.announcements) is None:
-        return None
-    told = {key: value and _rounded(value) for key, value in said._asdict().items()}
-    return {"known": site.told is not None, **told}
-
-
-def _present(site: Site) -> Ints:
+def present(site: Site) -> Ints:
     """Return how many vehicles stand at a socket in each step, [P]."""
     comes, goes = (
         np.bincount(places, minlength=site.n_steps + 1)
@@ -233,24 +226,38 @@ def site_table(facts: Mapping[str, Any]) -> Table:
         *([("price", _price_text(facts["price"]))] if facts["price"] else []),
         *_sessions_rows(facts["sessions"], facts["day_start"]),
         *_known_rows(facts["known_ahead"]),
-        *_forecast_rows(facts["forecasts"]),
-        *_provider_rows(facts["provider"]),
+        *_error_rows(
+            "forecasts",
+            "mean error on held-out steps after so many hours (of persistence)",
+            facts["forecasts"],
+            ("own",),
+        ),
+        *_error_rows(
+            "provider",
+            "mean error there at its word / of the site's own forecast without it / of both "
+            "together, which is used (of persistence)",
+            facts["provider"],
+            ("provider", "own", "both"),
+        ),
     ]
     rows = [{"what": what, "told": text} for what, text in told]
     return Table((Metric("what"), Metric("told")), rows, title=f"site {facts['site']}")
 
 
-def _forecast_rows(forecasts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Tell the mean absolute error of each signal on held-out steps, and that of persistence."""
-    if forecasts:
-        yield "forecasts", "mean error on held-out steps after so many hours (of persistence)"
-    for signal, rows in forecasts.items():
+def _error_rows(
+    what: str, words: str, signals: Mapping[str, Any], keys: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Tell mean absolute errors of each signal by these keys, and that of persistence."""
+    if signals:
+        yield what, words
+    for signal, rows in signals.items():
         name, unit = _FORECAST[signal]
         told = ", ".join(
-            f"{row['lead_h']:g} h: {_short(row['own'])} ({_short(row['persistence'])}){unit}"
+            f"{row['lead_h']:g} h: {' / '.join(_short(row[key]) for key in keys)} "
+            f"({_short(row['persistence'])}){unit}"
             for row in rows
         )
-        yield f"  {name}", told
+        yield f"  {name}", told or "nothing of held-out steps"
 
 
 def _known_rows(known_ahead: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -260,24 +267,6 @@ def _known_rows(known_ahead: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     ]
     if told:
         yield "known ahead", ", ".join(told)
-
-
-def _provider_rows(provider: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Tell the mean absolute errors on held-out steps of which the provider says something."""
-    if provider:
-        yield (
-            "provider",
-            "mean error there at its word / of the site's own forecast without it / of both "
-            "together, which is used (of persistence)",
-        )
-    for signal, rows in provider.items():
-        name, unit = _FORECAST[signal]
-        told = ", ".join(
-            f"{row['lead_h']:g} h: {_short(row['provider'])} / {_short(row['own'])} / "
-            f"{_short(row['both'])} ({_short(row['persistence'])}){unit}"
-            for row in rows
-        )
-        yield f"  {name}", told or "says nothing of held-out steps"
 
 
 def _short(value: float) -> str:
@@ -345,31 +334,31 @@ def _grid(facts: Mapping[str, Any]) -> str:
 
 
 def _carbon_text(carbon: Mapping[str, Any]) -> str:
-    by_hour = carbon["by_hour_kg_per_kwh"]
-    lowest, highest = carbon["lowest_hour"], carbon["highest_hour"]
-    if by_hour[lowest] == by_hour[highest]:
-        return f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh at every hour"
-    return (
-        f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh in the mean; least from {lowest:02d}:00, "
-        f"{by_hour[lowest]:.3f}, most from {highest:02d}:00, {by_hour[highest]:.3f}"
-    )
+    hours = _extremes(carbon, "kg_per_kwh", ".3f")
+    when = f"in the mean{hours}" if hours else "at every hour"
+    return f"{carbon['mean_kg_per_kwh']:.3f} kg/kWh {when}"
 
 
 def _price_text(price: Mapping[str, Any]) -> str:
-    by_hour = price["by_hour_per_kwh"]
-    lowest, highest = price["lowest_hour"], price["highest_hour"]
     text = f"{price['mean_per_kwh']:.4g} {price['currency']}/kWh".replace(" /", " a ")
     if price["lowest_per_kwh"] == price["highest_per_kwh"]:
         text += " at every hour"
     else:
         text += f" in the mean, {price['lowest_per_kwh']:.4g} to {price['highest_per_kwh']:.4g}"
-    if by_hour[lowest] < by_hour[highest]:
-        text += (
-            f"; least from {lowest:02d}:00, {by_hour[lowest]:.4g}, most from {highest:02d}:00, "
-            f"{by_hour[highest]:.4g}"
-        )
+    text += _extremes(price, "per_kwh", ".4g")
     earned = price["mean_export_per_kwh"]
     return f"{text}; export earns {earned:.4g}" if earned else text
+
+
+def _extremes(signal: Mapping[str, Any], unit: str, form: str) -> str:
+    """Tell the lowest and the highest hour, with a semicolon before; "" where all are the same."""
+    lowest, highest = signal["lowest_hour"], signal["highest_hour"]
+    least, most = (signal[f"by_hour_{unit}"][hour] for hour in (lowest, highest))
+    if least == most:
+        return ""
+    return (
+        f"; least from {lowest:02d}:00, {least:{form}}, most from {highest:02d}:00, {most:{form}}"
+    )
 
 
 def _sessions_rows(sessions: Mapping[str, Any] | None, day_start: int) -> list[tuple[str, str]]:
@@ -412,79 +401,3 @@ def _announced(said: Mapping[str, Any], rows: int) -> str:
     if said["energies"]:
         parts.append(f"in the median {said['energy_ratio']:.2g} times what is taken")
     return "; ".join(parts) + ("" if said["known"] else "; the truth is known here")
-
-
-# --- as figures ----------------------------------------------------------------------------------
-
-
-def draw_site(site: Site, evaluation: Evaluation) -> dict[str, bytes]:
-    """Return the figures by file name, each as PNG and as PDF; what a site has not is not drawn."""
-    from co2lightning.report.figures import as_files
-
-    return as_files(_figures(site, evaluation))
-
-
-def _figures(site: Site, evaluation: Evaluation) -> Iterator[tuple[str, Figure]]:
-    yield "site_day", _usual_day(site)
-    yield "site_references", _references(evaluation)
-
-
-def _usual_day(site: Site) -> Figure:
-    """Draw what there is at each time of the day: the mean, and what 80 % of the days lie in."""
-    from matplotlib.figure import Figure
-
-    load, pv, ev, carbon = (FLOWS[name][0] for name in ("load", "pv", "ev", "carbon"))
-    shown = [
-        (site.load_kw, "load, kW", load, load),
-        (site.pv_kw, "PV, kW", pv, FLOWS["pv"][1]),
-        (_present(site), "vehicles present", ev, ev),
-        (
-            site.money_per_kwh[0],
-            f"price, {site.currency}/kWh".replace(", /", " of a "),
-            carbon,
-            carbon,
-        ),
-        (site.carbon_kg_per_kwh, "carbon, kg/kWh", carbon, carbon),
-    ]
-    shown = [one for i, one in enumerate(shown, 1) if one[0].any() or i == len(shown)]
-    minute = site.local.astype("datetime64[m]").astype(np.int64) % 1440
-    times, which = np.unique(minute, return_inverse=True)
-    order = np.argsort(which, kind="stable")
-    begins = np.flatnonzero(np.diff(which[order], prepend=-1))
-    edges = np.append(times, times[0] + 1440) / 60
-    figure = Figure(figsize=(6.3, 0.9 + 1.5 * len(shown)))
-    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (values, label, band, line) in zip(panels, shown, strict=True):
-        each = np.split(values[order], begins[1:])
-        low, high = np.array([np.percentile(some, (10, 90)) for some in each]).T
-        axes.stairs(high, edges, baseline=low, fill=True, color=band, alpha=0.4)
-        axes.stairs([some.mean() for some in each], edges, baseline=None, color=line, lw=1.5)
-        axes.set(ylabel=label, xlim=(0, 24), xticks=range(0, 25, 3))
-        if low.min() >= 0:
-            axes.set_ylim(bottom=0)
-    panels[-1].set(xlabel="time of day, h")
-    figure.suptitle(
-        f"{site.name}: mean of all days, and from the 10 % to the 90 % point", fontsize=9
-    )
-    figure.align_ylabels()
-    return figure
-
-
-def _references(evaluation: Evaluation) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.2))
-    axes = figure.add_subplot()
-    begins, days = evaluation.days, evaluation.hours / DAY_H
-    at = np.arange(len(begins))
-    for mark, (name, figures) in zip("os^vDPXd*", evaluation.policies.items(), strict=False):
-        look = {"marker": mark, "ms": 4, "mfc": "w", "lw": 1.2, **LOOKS[name]}
-        axes.plot(at, figures.settled / days, label=TITLES[name], **look)
-    shown = at[:: max(1, -(-len(at) // 7))]
-    axes.set_xticks(shown, [begins[i] for i in shown])
-    settled = settled_in(evaluation_data(evaluation))
-    axes.set(xlabel="held-out stretch from", ylabel=f"{settled.name}, {settled.a_day}")
-    if axes.get_ylim()[0] > 0:
-        axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # room for whole marks
-    figure.legend(loc="outside upper center", ncols=4)
-    return figure

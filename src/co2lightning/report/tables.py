@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table as TerminalTable
 
-from co2lightning.metrics import TRAINING, Metric, Settled
+from co2lightning.metrics import HELD_OUT, TRAINING, Metric, Settled
 from co2lightning.runs.run import TrainingCheckpoint
 
 _Row = dict[str, Any]
@@ -201,7 +201,7 @@ def stretches_table(
         settled: What that is.
         title: Above it, in a terminal.
     """
-    form = settled.metric(settled.key).form
+    form = HELD_OUT[settled.key].form
     rows: list[_Row] = []
     for w, stretch in enumerate(stretches):
         whole = {_OF + name: figures[w]["settled"] for name, figures in policies.items()}
@@ -209,16 +209,11 @@ def stretches_table(
         whole |= {key: stretch[key] for key in ("turned_away_kwh", "clipped_kwh")}
         a_day = {key: value / stretch["hours"] * 24 for key, value in whole.items()}
         rows.append({"begin": stretch["begin"], **a_day})
+    soft, hard = "uncon\u00adtr", "uncon-\ntr"  # where page and terminal may break the longest one
     columns = (
         Metric("begin", "from"),
-        # The page may break the longest one at a soft hyphen.
         *(
-            Metric(
-                _OF + name,
-                name.replace("uncontr", "uncon\u00adtr"),
-                form,
-                name.replace("uncontr", "uncon-\ntr"),
-            )
+            Metric(_OF + name, name.replace("uncontr", soft), form, name.replace("uncontr", hard))
             for name in policies
         ),
         Metric("unmet_kwh", "unmet, kWh/day", "{:.3f}"),
@@ -251,7 +246,7 @@ def perturbed_table(
         left = {f"left_{name}": told[name].get("gain_left", "") for name in policies}
         unmet_kwh = told[first]["unmet_kwh"]
         rows.append({"world": world, **bounds, **shares, **left, "unmet_kwh": unmet_kwh})
-    form = settled.metric(settled.key).form
+    form = HELD_OUT[settled.key].form
     each = [
         metric
         for name, title in policies.items()

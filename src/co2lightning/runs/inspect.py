@@ -2,6 +2,7 @@
 
 import os
 
+from co2lightning.errors import counted
 from co2lightning.runs.branches import finish, half_archived, is_filled, unfinished
 from co2lightning.runs.files import instead_of_file, stray, sweep, sync_directory
 from co2lightning.runs.ledger import Ledger
@@ -80,7 +81,7 @@ def leftovers(layout: Layout) -> list[str]:
         if any(session.status == "running" for session in stored.sessions):
             found.append("session not closed")
         if late := [n for n in layout.episodes() if n not in stored.episodes]:
-            found.append(f"history.json {_plural(len(late), 'episode')} behind")
+            found.append(f"history.json {counted(len(late), 'episode')} behind")
     ledger = read_ledger(layout)
     if read_metadata(layout)[0].get("last_episode", ledger.last) < ledger.last:
         found.append("metadata.json behind")
@@ -88,18 +89,15 @@ def leftovers(layout: Layout) -> list[str]:
     if ledger.last + 1 in needless:
         found.append("replay piece of the next episode")
     if old := [n for n in needless if n <= ledger.replay_pruned_to]:
-        found.append(f"{_plural(len(old), 'replay piece')} no longer needed")
+        found.append(f"{counted(len(old), 'replay piece')} no longer needed")
     strays = [*stray(layout.directory), *stray(layout.replay_directory), *unfinished(layout)]
     if strays:
-        found.append(_plural(len(strays), "temporary file"))
+        found.append(counted(len(strays), "temporary file"))
     return found
 
 
 def recover(layout: Layout) -> list[str]:
-    """Put a run in order whose lock is held; returns one line for each thing the user must know.
-
-    Of the episode files only the newest good one is read, unless history must be rebuilt.
-    """
+    """Put a run in order whose lock is held, see `TrainingCheckpoint.recover`."""
     sweep(layout.directory)
     sweep(layout.replay_directory)
     messages = finish(layout)
@@ -126,7 +124,7 @@ def recover(layout: Layout) -> list[str]:
     moved = [_quarantine(layout, error) for error in (*older, *damaged)]
     if moved:
         lost = max(files) - newest
-        moved[-1] += f", {_plural(lost, 'episode') + ' lost, ' if lost else ''}{end}"
+        moved[-1] += f", {counted(lost, 'episode') + ' lost, ' if lost else ''}{end}"
     messages += moved
     stored = stored or Ledger("")
     marked = {n for n, e in stored.episodes.items() if e.deleted}
@@ -162,7 +160,3 @@ def _set_aside(layout: Layout) -> list[str]:
     files += [*map(layout.path, (0, *layout.episodes())), *map(layout.replay_path, layout.pieces())]
     found = ((path, instead_of_file(path)) for path in files)
     return [_quarantine(layout, Damaged(path, problem)) for path, problem in found if problem]
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

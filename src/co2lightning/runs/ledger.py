@@ -192,24 +192,15 @@ class Ledger:
             for s in self.sessions
         ]
 
-    def _head(self) -> Row:
-        head: Row = {"schema_version": 1, "agent": self.agent, "total_episodes": len(self.episodes)}
-        if self.replay_pruned_to:
-            head["replay_pruned_to"] = self.replay_pruned_to
-        return head
-
     def view(self) -> Row:
         """Return the content of history.json."""
-        return self._head() | {
-            "trainings": [
-                row | {"metrics": [e.metrics for e in members if e.metrics is not None]}
-                for row, members in self.trainings()
-            ],
-            "checkpoints": [episode.file for episode in self.episodes.values()],
-        }
+        return json.loads(self.text())
 
     def text(self) -> str:
         """Return the same as JSON, one row a line, encoding only rows not encoded before."""
+        head: Row = {"schema_version": 1, "agent": self.agent, "total_episodes": len(self.episodes)}
+        if self.replay_pruned_to:
+            head["replay_pruned_to"] = self.replay_pruned_to
         for episode in self.episodes.values():
             if not episode.text[1]:
                 metrics = json.dumps(episode.metrics, allow_nan=False) if episode.metrics else ""
@@ -222,8 +213,8 @@ class Ledger:
             for row, members in self.trainings()
         )
         files = ",\n  ".join(e.text[1] for e in self.episodes.values())
-        head = json.dumps(self._head())[:-1]
-        return f'{head},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
+        above = json.dumps(head)[:-1]
+        return f'{above},\n "trainings": [\n  {trainings}],\n "checkpoints": [\n  {files}]}}'
 
 
 def rebuild(

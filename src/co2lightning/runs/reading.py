@@ -200,14 +200,7 @@ def load_newest(layout: Layout) -> tuple[int, Row | None, list[Damaged]]:
 
 
 def load_best(layout: Layout) -> tuple[Row, Path, list[str]]:
-    """Load the best evaluated episode, or what the run began with if none is better.
-
-    Returns:
-        What was saved, its file, and a line for each thing the user must know.
-
-    Raises:
-        UserError: No episode was evaluated, or none of them has a good file.
-    """
+    """Load the best evaluated episode, see `TrainingCheckpoint.load_best_checkpoint`."""
     ledger, remarks = read_ledger(layout), list[str]()
     ranking = ledger.evaluated()
     if not ranking:

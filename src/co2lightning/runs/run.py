@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from co2lightning.errors import UserError
+from co2lightning.errors import UserError, counted
 from co2lightning.places import local
 from co2lightning.runs import branches, inspect, pieces, reading
 from co2lightning.runs.ledger import STATUSES, Ledger, Row
@@ -108,7 +108,7 @@ class TrainingCheckpoint(reading.Layout):
         """
         _, content, _ = reading.load_newest(self)
         if content is None and (bad := self.episodes()):
-            count = f"{len(bad)} checkpoint{'s' if len(bad) > 1 else ''}"
+            count = counted(len(bad), "checkpoint")
             raise UserError(f"{self.directory}: {count}, none of them good; see `verify`")
         return content
 

@@ -39,6 +39,7 @@ _BY_WHAT_TO_DO = {
     "each process draws days of its own": "use_distributed_sampler",
     "every episode draws its days anew": "reload_dataloaders_every_n_epochs",
     "use --seed_everything": "seed",
+    "critics see what policies see since 0.4.0; leave it out": "hindsight",
     "use --model.learning_rate": "lr",
 }
 INSTEAD = {name: what for what, names in _BY_WHAT_TO_DO.items() for name in names.split()}

@@ -3,10 +3,11 @@
 `SiteDays` is the one simulator. One episode is a window of a day, cut out of a time that goes on.
 
 Shapes: n steps of a window, P steps of the site, D days of the site, B windows at once, A
-actions, O features, K more that only critics see, C columns of sockets.
+actions, O features, C columns of sockets.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from co2lightning.control.moves import ACTIONS, Moves, moves_of, powers_of
 from co2lightning.control.observation import NAMES, give, observe
-from co2lightning.control.rules import rbc_b, uncontrolled
+from co2lightning.control.rules import uncontrolled
 from co2lightning.control.state import Carry, SiteModel, State, restore
 from co2lightning.errors import UserError
-from co2lightning.sim.hindsight import HINDSIGHT, hindsight
 from co2lightning.sim.interface import Environment, Step
 from co2lightning.sim.objective import (
     mean_per_kwh,
@@ -40,8 +40,7 @@ from co2lightning.site.model import DAY_H, Objective, Site
 class _Tables(NamedTuple):
     """What all environments of a site share; never written."""
 
-    model: SiteModel  # with rewards against RBC B
-    hindsight: Tensor  # [P + 1, K]
+    model: SiteModel  # with rewards
     # What the cheap rule, run through the whole series, has at each day's beginning:
     soc: Tensor  # [D], on the CPU
     owed_kw: tuple[Tensor, ...]  # [D, C] each, to the vehicles, as `Carry` has it
@@ -58,24 +57,22 @@ class _Tables(NamedTuple):
 @torch.inference_mode(False)  # what it would make can never be trained on
 def _tables(site: Site, device: torch.device) -> _Tables:
     # Of what is truly owed: nothing is to be won by a wrong announcement.
-    idle, rule = through(site.truth, uncontrolled), through(site, rbc_b)
+    idle = through(site.truth, uncontrolled)
     training = site.training_steps
     days = training.sum() * site.step_h / DAY_H
     objective = site.objective
-    a_day = float(objective.of(idle.co2_kg, idle.cost)[training].sum() / days)
-    of_rule = objective.of(rule.co2_kg, rule.cost)
-    model = rewarded(priced_model(site, device), site, a_day, of_rule, rule.credited_kw)
-    ahead = np.ascontiguousarray(hindsight(site, rule))
-    starts = starts_of(site)
+    without = objective.of(idle.co2_kg, idle.cost)
+    a_day = float(without[training].sum() / days)
+    model = rewarded(priced_model(site, device), site, a_day, without, idle.ev_kw)
+    soc, owed_kw = starts_of(site)
 
     def until(values: np.ndarray) -> Tensor:
         return torch.as_tensor(np.concatenate([[0.0], values.cumsum()])).to(device)
 
     return _Tables(
         model=model,
-        hindsight=torch.as_tensor(ahead).to(model.zero),
-        soc=torch.as_tensor(starts.soc, dtype=torch.float32),
-        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in starts.owed_kw),
+        soc=torch.as_tensor(soc, dtype=torch.float32),
+        owed_kw=tuple(torch.as_tensor(owed).to(model.zero) for owed in owed_kw),
         uncontrolled_kg=until(idle.co2_kg),
         uncontrolled_cost=until(idle.cost),
         pv_kwh=until(site.pv_kw * site.step_h),
@@ -92,7 +89,6 @@ class SiteDays:
         site: The site.
         num_envs: B, windows simulated at once.
         device: Where the tables and the state live.
-        hindsight: Whether observations end with the K features for critics, see `hindsight.py`.
         hours: Length of a window; it begins where a day of the site does.
         action: What actions are: "powers", A = 2, of vehicles and battery; "moves", what each
             move weighs, see `control.moves`.
@@ -109,7 +105,6 @@ class SiteDays:
         site: Site,
         num_envs: int,
         device: torch.device | str = "cpu",
-        hindsight: bool = False,
         hours: float = DAY_H,
         action: str = "powers",
     ) -> None:
@@ -119,13 +114,13 @@ class SiteDays:
         self.num_envs = num_envs
         self.step_minutes = site.step_minutes
         self.horizon = site.steps(hours)
-        self.hindsight_dim = len(HINDSIGHT) if hindsight else 0
         self._days = self.horizon * site.step_h / DAY_H
         self._training_days = torch.as_tensor(_windows(site, self.horizon, hours))
+        self._alike = 1  # how many windows
         self._length = self.horizon  # of the running window, in steps
         self._past: list[Tensor] = []  # of each step [2 or 3, B]: see `_past_of`
         self._at: State | Carry | None = None
-        self._moves: Moves | None = None  # of that state
+        self.moves: Moves | None = None  # what they would do in the next step, for `advance`
         self._build(torch.device(device))
 
     def _build(self, device: torch.device) -> None:
@@ -155,8 +150,21 @@ class SiteDays:
             self._at = None
 
     def reset(self, seed: int) -> Tensor:
-        """Begin B training days drawn with `seed`; no day twice before each was drawn once."""
-        return self.begin(*self.draw(seed, self.num_envs), recorded=True)
+        """Begin training days drawn with `seed`, none for two groups before each for one.
+
+        Windows of a group have one day and one state of charge, see `let_begin_alike`.
+        """
+        days, soc = self.draw(seed, self.num_envs // self._alike)
+        days, soc = (drawn.repeat_interleave(self._alike) for drawn in (days, soc))
+        return self.begin(days, soc, recorded=True)
+
+    def let_begin_alike(self, size: int) -> int:
+        """Let `reset` begin windows in groups, one after another; returns how many a group has.
+
+        It is the largest number that divides both `size` and B.
+        """
+        self._alike = math.gcd(size, self.num_envs)
+        return self._alike
 
     def draw(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
         """Draw training days [count] and their battery starts [count].
@@ -181,7 +189,7 @@ class SiteDays:
     def begin(
         self, days: Tensor, soc: Tensor, steps: int | None = None, *, recorded: bool = False
     ) -> Tensor:
-        """Begin given days [B] with given batteries [B]; returns observations [B, O + K].
+        """Begin given days [B] with given batteries [B]; returns observations [B, O].
 
         Args:
             days: Indices of the site's days.
@@ -202,14 +210,14 @@ class SiteDays:
         return Carry(places.to(model.device), soc.to(model.zero), *owed_kw)
 
     def begin_at(self, carry: Carry, steps: int | None = None) -> Tensor:
-        """Begin windows of so many steps; returns observations [B, O + K]."""
+        """Begin windows of so many steps; returns observations [B, O]."""
         self._length = steps or self.horizon
         self.place, self._began = carry.place, carry
         self._at = state = restore(self.model, carry)
         self._past = []
         self._ones = torch.ones_like(state.soc)
         self._zeros = torch.zeros_like(state.soc)
-        obs, self._moves = self._observe(state)
+        obs, self.moves = self._observe(state)
         return obs
 
     @property
@@ -227,9 +235,6 @@ class SiteDays:
     def _observe(self, state: State) -> tuple[Tensor, Moves]:
         moves = moves_of(self.observer.moves, self.model, state)
         obs = observe(self.observer, self.model, state, moves)
-        if self.hindsight_dim:
-            ahead = self.tables.hindsight.index_select(0, state.place)
-            obs = torch.cat([obs, ahead], dim=1)
         return obs, moves
 
     def _step(self, state: State, moves: Moves | None, action: Tensor) -> tuple[State, Flows]:
@@ -246,12 +251,12 @@ class SiteDays:
         state = self.state
         if state is None or not self.steps_left:
             raise RuntimeError(_NO_DAY)
-        following, self.flows = self._step(state, self._moves, action)
+        following, self.flows = self._step(state, self.moves, action)
         self._at = following
         self._past.append(_past_of(self.flows))
         zeros, ones = self._zeros, self._ones
         truncated = zeros if self.steps_left else ones
-        obs, self._moves = self._observe(following)
+        obs, self.moves = self._observe(following)
         return Step(obs, self._reward(state, self.flows), zeros, truncated, ones)
 
     @property
@@ -265,11 +270,6 @@ class SiteDays:
             raise RuntimeError(_NO_DAY)
         return self._at.carry if isinstance(self._at, State) else self._at
 
-    @property
-    def moves(self) -> Moves | None:
-        """What the moves would do in the next step, for `advance`; None before a window."""
-        return self._moves
-
     def advance(
         self, carry: Carry, action: Tensor, moves: Moves | None = None
     ) -> tuple[Carry, Moves, Tensor, Tensor, Tensor]:
@@ -281,7 +281,7 @@ class SiteDays:
             moves: What they would do there, where that is known already.
 
         Returns:
-            The next step's carry and moves, the observations [B, O + K], the rewards [B] and the
+            The next step's carry and moves, the observations [B, O], the rewards [B] and the
             step's past [2 or 3, B], for `go_on`.
         """
         state = restore(self.model, carry)
@@ -292,7 +292,7 @@ class SiteDays:
     def go_on(self, carry: Carry, past: Tensor, moves: Moves | None = None) -> None:
         """Set the window to a carry that `advance` led to, with the past [n, ..., B] of n steps."""
         self._past += past.unbind(0)
-        self._at, self._moves = carry, moves
+        self._at, self.moves = carry, moves
 
     @torch.no_grad()
     def totals(self) -> dict[str, Tensor]:
@@ -345,25 +345,19 @@ class SiteDays:
         means = mean(torch.stack(list(totals.values())).mean(1) / self._days).tolist()
         day = dict(zip(totals, means, strict=True))
         peak_kw = day["peak_import_kw"] * self._days  # a window has one, however long it is
-        site = self.site
-        money = (
-            {}
-            if site.price_per_kwh is None
-            else {
-                "site/cost": day["cost"],
-                "site/uncontrolled_cost": day["uncontrolled_cost"],
-            }
-        )
+        site, figures = self.site, dict[str, float]()
+        if site.price_per_kwh is not None:
+            figures["site/cost"] = day["cost"]
+            figures["site/uncontrolled_cost"] = day["uncontrolled_cost"]
         if site.objective != Objective():
             # Above 0 whatever the sign of what is paid: what is gained, in units of a day.
             gained = site.objective.of(
                 day["uncontrolled_kg"] - day["co2_kg"], day["uncontrolled_cost"] - day["cost"]
             )
-            money["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
-        misled = {"site/misled_kwh": day["misled_kwh"]} if "misled_kwh" in day else {}
-        return {
-            **money,
-            **misled,
+            figures["site/objective_vs_uncontrolled"] = 1.0 - gained / self.tables.unit
+        if "misled_kwh" in day:
+            figures["site/misled_kwh"] = day["misled_kwh"]
+        return figures | {
             "site/co2_kg": day["co2_kg"],
             "site/uncontrolled_kg": day["uncontrolled_kg"],
             "site/co2_vs_uncontrolled": day["co2_kg"] / max(day["uncontrolled_kg"], 1e-9),
@@ -419,7 +413,6 @@ def make_environment(
     site: str = "iquitos",
     num_envs: int = 64,
     hours: float = DAY_H,
-    hindsight: bool = False,
     id: str | None = None,
     objective: dict[str, float] | str = "co2",
     action: Literal["powers", "moves"] = "powers",
@@ -431,8 +424,6 @@ def make_environment(
         site: Name of a shipped site, or a site folder.
         num_envs: Windows simulated at once; an episode is one of each.
         hours: Length of a window, which begins where a day of the site does.
-        hindsight: Let critics see how a training day goes on; policies never do. A Gymnasium
-            environment has no hindsight.
         id: A Gymnasium environment instead of a site, such as Pendulum-v1, for checking the
             algorithms; an episode is then one horizon of each of its copies.
         objective: What is to be made small: co2, cost where the site has prices, or weights of
@@ -451,4 +442,4 @@ def make_environment(
     if not 1 <= hours <= 168:
         raise UserError(f"--env.hours {hours:g}: must be at least 1 and at most 168")
     found = load_site(site, objective=objective, announced=announced)
-    return SiteDays(found, num_envs, hindsight=hindsight, hours=hours, action=action)
+    return SiteDays(found, num_envs, hours=hours, action=action)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from scipy import stats
 
-from co2lightning.control.rules import Rule
+from co2lightning.control.rules import Rule, words
 from co2lightning.errors import UserError
 from co2lightning.sim.kept import bounds_of
 from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
-from co2lightning.sim.schedule import Played, Schedule, play, start_soc
-from co2lightning.sim.search import rbc_c_in_words, rules_of
+from co2lightning.sim.schedule import Played, Schedule, play
+from co2lightning.sim.search import choice_of, rules_of
 from co2lightning.site.model import DAY_H, OF_CO2, Floats, Ints, Objective, Site
 
 # All that may be among the references of a site, in their order.
@@ -184,8 +184,11 @@ def evaluate(
     if policy is None:
         return references or _references(site, keep, foresight)
     own = play(priced_model(site, device), policy, site, site.stretch_bounds)
-    for played in own:
-        check_finite(played.schedule)
+    if not all(np.isfinite(played.schedule.co2_kg).all() for played in own):
+        raise UserError(  # finite weights can be too large, too
+            "the policy's actions are no finite numbers, training diverged; give an earlier "
+            "episode: --ckpt_path FILE"
+        )
     references = references or _references(site, keep, foresight)
     figures = _settled(site, own, references.standard, references.unavoidable_kwh)
     return replace(
@@ -229,8 +232,7 @@ def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) 
         name: The policy's.
         played: How each held-out stretch has gone under it.
     """
-    standard_kg, unavoidable_kwh = evaluation.standard, evaluation.unavoidable_kwh
-    figures = _settled(site, played, standard_kg, unavoidable_kwh)
+    figures = _settled(site, played, evaluation.standard, evaluation.unavoidable_kwh)
     policies = evaluation.policies | {name: figures}
     schedules = evaluation.schedules | {name: _schedules(played)}
     policies["optimum"] = policies.pop("optimum")
@@ -238,20 +240,8 @@ def beside(evaluation: Evaluation, site: Site, name: str, played: list[Played]) 
     return replace(evaluation, policies=policies, schedules=schedules)
 
 
-def check_finite(own: Schedule) -> None:
-    """Raise a UserError if an agent's actions were none: finite weights can be too large, too."""
-    if not np.isfinite(own.co2_kg).all():
-        raise UserError(
-            "the policy's actions are no finite numbers, training diverged; give an earlier "
-            "episode: --ckpt_path FILE"
-        )
-
-
 def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
-    # As the physics holds it: whoever leaves the battery idle then settles at 0.
-    soc = float(np.float32(start_soc(site)))
-    bounds = bounds_of(site, soc * site.battery.capacity_kwh if site.battery else 0.0, keep)
-    standard = bounds.standard
+    bounds, standard = bounds_of(site, keep)
     model, places = priced_model(site), site.stretch_bounds
     own = rules_of(site, keep=keep, foresight=foresight)
     rules = {name: play(model, rule, site, places) for name, rule in own.items()}
@@ -259,8 +249,8 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
     policies = {
         name: _settled(site, played, standard, unavoidable_kwh) for name, played in rules.items()
     }
-    best = [one.schedule for one in bounds.best]
-    rest = np.array([one.settled for one in bounds.best]) - _each(_meter(site), best)
+    best = [one.schedule for one in bounds]
+    rest = np.array([one.settled for one in bounds]) - _each(_meter(site), best)
     policies["optimum"] = _figures(site, best, rest - standard, unavoidable_kwh)
     starts, ends = places.T
     hours = (ends - starts) * site.step_h
@@ -287,7 +277,7 @@ def _references(site: Site, keep: Path | None, foresight: bool) -> Evaluation:
         unserved_price=unserved_price(site),
         policies=policies,
         schedules={name: _schedules(played) for name, played in rules.items()} | {"optimum": best},
-        rbc_c=rbc_c_in_words(site, keep),
+        rbc_c=words(choice_of(site, keep), site),
         dearest=_dearest(site) if site.told else None,
     )
 
@@ -392,13 +382,13 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
         difference = compared - best
         summaries[name] = Summary(
             co2_kg=a_day(figures.co2_kg),
-            co2_kg_interval=mean_interval(figures.co2_kg / days)[1],
+            co2_kg_interval=interval(figures.co2_kg / days),
             cost=a_day(figures.cost) if priced else None,
-            cost_interval=mean_interval(figures.cost / days)[1] if priced else None,
+            cost_interval=interval(figures.cost / days) if priced else None,
             objective=a_day(figures.settled) if mixed else None,
-            objective_interval=mean_interval(figures.settled / days)[1] if mixed else None,
+            objective_interval=interval(figures.settled / days) if mixed else None,
             vs_best=a_day(difference),
-            vs_best_interval=mean_interval(difference / days)[1],
+            vs_best_interval=interval(difference / days),
             gap_closed=(uncontrolled - a_day(compared)) / gap
             if gap > _LEAST_GAP * evaluation.unit
             else None,
@@ -413,16 +403,15 @@ def summarise(evaluation: Evaluation) -> dict[str, Summary]:
     return summaries
 
 
-def mean_interval(values: Floats) -> tuple[float, float | None]:
-    """Return the mean and the half width of its 95 % interval, Student's t over stretches [W].
+def interval(values: Floats) -> float | None:
+    """Return the half width of a mean's 95 % interval, Student's t over stretches [W].
 
     Fewer than eight have none.
     """
     count = len(values)
     if count < STRETCHES_FOR_AN_INTERVAL:
-        return float(values.mean()), None
-    half_width = stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5
-    return float(values.mean()), float(half_width)
+        return None
+    return float(stats.t.ppf(0.975, count - 1) * values.std(ddof=1) / count**0.5)
 
 
 def violations(evaluation: Evaluation) -> list[str]:

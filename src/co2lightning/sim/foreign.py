@@ -31,7 +31,6 @@ class GymEnvironment:
         UserError: No such environment, spaces other than Box, or no time limit.
     """
 
-    hindsight_dim = 0
     step_minutes = NOMINAL_STEP_MINUTES  # whatever it simulates: settings are per step as they are
     observation_names: tuple[str, ...] = ()
     may_reset = True
@@ -69,6 +68,10 @@ class GymEnvironment:
 
     def show(self, names: tuple[str, ...], who: str = "the agent") -> None:
         """Do nothing: what is observed has no names here."""
+
+    def let_begin_alike(self, size: int) -> int:
+        """Return 1: every episode begins for itself."""
+        return 1
 
     def reset(self, seed: int) -> Tensor:
         """Begin B episodes; returns observations [B, O]."""

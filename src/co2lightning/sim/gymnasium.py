@@ -41,8 +41,8 @@ class ChargingSiteVectorEnv(gym.vector.VectorEnv[np.ndarray, np.ndarray, np.ndar
 
     A shield charges first what a vehicle's departure
     demands, so no policy leaves energy unserved that charging on arrival would have served. The
-    reward is the CO2, or what else the objective is, by which the rule RBC B is beaten, in units of
-    what the site emits on a day without control (see `co2lightning.sim.objective`).
+    reward is the CO2, or what else the objective is, that is saved against no control at the same
+    step, in units of what the site emits on a day without it (see `co2lightning.sim.objective`).
 
     `info` carries `co2_kg`, `grid_import_kwh`, `curtailed_kwh` and `unmet_kwh` of the step, and
     `cost` where the site has prices, `misled_kwh` where drivers announce: what of the unmet is due
@@ -303,9 +303,9 @@ def _moves_table() -> str:
 
 
 if ChargingSiteVectorEnv.__doc__:
-    ChargingSiteVectorEnv.__doc__ = inspect.cleandoc(ChargingSiteVectorEnv.__doc__).replace(
-        "OBSERVATION_TABLE", _observation_table()
+    ChargingSiteVectorEnv.__doc__ = (
+        inspect.cleandoc(ChargingSiteVectorEnv.__doc__)
+        .replace("OBSERVATION_TABLE", _observation_table())
+        .replace("MOVES_TABLE", _moves_table())
+        .replace("N_FEATURES", str(len(FEATURES)))
     )
-    ChargingSiteVectorEnv.__doc__ = ChargingSiteVectorEnv.__doc__.replace(
-        "MOVES_TABLE", _moves_table()
-    ).replace("N_FEATURES", str(len(FEATURES)))

@@ -1,6 +1,6 @@
 """What a rollout needs of an environment, whatever is simulated.
 
-Shapes: B copies at once, A actions, O features, K more that only critics see, n steps.
+Shapes: B copies at once, A actions, O features, n steps.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ NOMINAL_STEP_MINUTES = 15
 class Step(NamedTuple):
     """What one step of B environments gave."""
 
-    obs: Tensor  # [B, O + K] after the step; of the finished episode where one ended
+    obs: Tensor  # [B, O] after the step; of the finished episode where one ended
     reward: Tensor  # [B]
     terminated: Tensor  # [B] 1.0 where the future is worth nothing
     truncated: Tensor  # [B] 1.0 where only the clock stopped it
@@ -24,14 +24,10 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """What a rollout needs of an environment: B copies in lockstep, tensors on one device.
-
-    Observations are [B, O + K]: what the policy sees, then what only a critic may see (K may be 0).
-    """
+    """What a rollout needs of an environment: B copies in lockstep, tensors on one device."""
 
     num_envs: int
     observation_dim: int
-    hindsight_dim: int
     action_dim: int
     horizon: int
     step_minutes: int
@@ -41,6 +37,7 @@ class Environment(Protocol):
 
     def to(self, device: torch.device) -> None: ...
     def show(self, names: tuple[str, ...], who: str = "the agent") -> None: ...
+    def let_begin_alike(self, size: int) -> int: ...
     def reset(self, seed: int) -> Tensor: ...
     def step(self, action: Tensor) -> Step: ...
     def metrics(self, mean: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, float]: ...

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,35 +19,27 @@ from numpy.typing import NDArray
 from co2lightning import __version__
 from co2lightning.runs.files import make_directory, read_file, write_atomic
 from co2lightning.sim.optimum import Best, optimum, tail_objective
-from co2lightning.sim.schedule import Schedule
+from co2lightning.sim.schedule import Schedule, start_kwh
 from co2lightning.site.model import Floats, Site
 
 _FIELDS = len(Schedule._fields)
 
 
-class Bounds(NamedTuple):
-    """What the stretches of a site are measured against."""
+def bounds_of(site: Site, keep: Path | None = None) -> tuple[list[Best], Floats]:
+    """Return the optimum of each held-out stretch, and what the tail takes at least [W].
 
-    best: list[Best]
-    standard: Floats  # [W] what the tail takes of whoever charges on arrival, battery idle
-
-
-def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds:
-    """Return the optimum of each held-out stretch and what its tail costs at the least.
+    At least: of whoever charges on arrival and leaves the battery idle.
 
     Args:
         site: The site.
-        stored_kwh: What the battery holds where a stretch begins.
         keep: Directory where they are kept. One that cannot be read or written costs time alone.
     """
-    places = site.stretch_bounds.tolist()
+    places, stored_kwh = site.stretch_bounds.tolist(), start_kwh(site)
 
     def compute() -> Floats:
         best = [optimum(site, a, b, stored_kwh, site.owed_on_arrival_kwh(a)) for a, b in places]
-        owed_kwh = [site.owed_on_arrival_kwh(b) for _, b in places]
         tails = [
-            tail_objective(site, b, stored_kwh, owed)
-            for (_, b), owed in zip(places, owed_kwh, strict=True)
+            tail_objective(site, b, stored_kwh, site.owed_on_arrival_kwh(b)) for _, b in places
         ]
         numbers = [np.array([one.settled for one in best]), np.array(tails)]
         numbers += [np.stack(one.schedule).ravel() for one in best]
@@ -61,7 +53,7 @@ def bounds_of(site: Site, stored_kwh: float, keep: Path | None = None) -> Bounds
     parts = np.split(each, np.cumsum(_FIELDS * lengths)[:-1]) if count else []
     schedules = [Schedule(*part.reshape(_FIELDS, -1)) for part in parts]
     best = [Best(float(one), plan) for one, plan in zip(settled, schedules, strict=True)]
-    return Bounds(best, standard)
+    return best, standard
 
 
 def digest_of(site: Site, *more: NDArray[Any]) -> bytes:
@@ -107,7 +99,19 @@ def recall(
 
 def find(keep: Path | None, kind: str, key: bytes, count: int) -> Floats | None:
     """Return numbers [count] that were kept; None if they are not there, or not as they were."""
-    return _read(keep / f"{key.hex()}.{kind}", key, count) if keep else None
+    if keep is None:
+        return None
+    head_bytes = 2 * len(key)
+    size = head_bytes + 8 * count
+    try:
+        content = read_file(keep / f"{key.hex()}.{kind}", limit=size)
+    except (OSError, ValueError):
+        return None
+    head, content = content[:head_bytes], content[head_bytes:]
+    if len(content) != 8 * count or head != key + hashlib.sha256(content).digest():
+        return None
+    numbers = np.frombuffer(content, "<f8").astype(np.float64)
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def store(keep: Path | None, kind: str, key: bytes, numbers: Floats) -> None:
@@ -118,17 +122,3 @@ def store(keep: Path | None, kind: str, key: bytes, numbers: Floats) -> None:
             make_directory(keep)
             file = keep / f"{key.hex()}.{kind}"
             write_atomic(file, key + hashlib.sha256(content).digest() + content, durable=False)
-
-
-def _read(file: Path, key: bytes, count: int) -> Floats | None:
-    head_bytes = 2 * len(key)
-    size = head_bytes + 8 * count
-    try:
-        content = read_file(file, limit=size)
-    except (OSError, ValueError):
-        return None
-    head, content = content[:head_bytes], content[head_bytes:]
-    if len(content) != size - len(head) or head != key + hashlib.sha256(content).digest():
-        return None
-    numbers = np.frombuffer(content, "<f8").astype(np.float64)
-    return numbers if np.isfinite(numbers).all() else None

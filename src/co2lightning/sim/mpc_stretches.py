@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +139,12 @@ _of_site: dict[str, Callable[[int, int], Played]] = {}
 def _begin_process(site: Site) -> None:
     torch.set_num_threads(1)
     if parent := multiprocessing.parent_process():
-        threading.Thread(target=partial(_end_after, parent.join), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _of_site["one"] = _stretches(site)
 
 
-def _end_after(join: Callable[[], None]) -> None:
-    join()
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
     os._exit(1)
 
 

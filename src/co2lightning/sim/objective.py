@@ -5,22 +5,22 @@ imported kWh adds and what an exported one takes off (`Site.import_price`, `Site
 Kilograms of CO2, which export does not lessen, and money follow afterwards from what the meter has
 counted.
 
-A step's reward is what the rule RBC B is exceeded by, in units of what the site costs on a day
-without control, so that one recipe fits sites of any size: reference - cost, where the reference is
-the rule's own at that step of one run through the whole series. Within it energy that is stored
-counts at half the mean price and what vehicles are given at 0.8 of it: what is stored less what is
-owed is a potential in the sense of Ng, Harada and Russell 1999, which moves reward to the step that
-earned it. At half the price, storing a surplus pays at once and storing grid power does not;
-vehicles will be charged anyhow, so that it pays at once where it is cheap. To who discounts what is
-to come, holding costs what the discount takes off; otherwise it would pay to store and charge
-early, whatever the hour. Where drivers announce, what a vehicle leaves without costs what is
-missing to the whole mean price more: nobody wins by a driver's error.
+A step's reward is what is saved against the same step without control, in units of what the site
+costs on a day without control, so that one recipe fits sites of any size: reference - cost, where
+the reference comes from one run of charging on arrival through the whole series. What no action
+changes, such as load and arrivals, is in both. Within it energy that is stored counts at half the
+mean price and what vehicles are given at 0.8 of it: what is stored less what is owed is a potential
+in the sense of Ng, Harada and Russell 1999, which moves reward to the step that earned it. At half
+the price, storing a surplus pays at once and storing grid power does not; vehicles will be charged
+anyhow, so that it pays at once where it is cheap. To who discounts what is to come, holding costs
+what the discount takes off; otherwise it would pay to store and charge early, whatever the hour.
+Where drivers announce, what a vehicle leaves without costs what is missing to the whole mean price
+more: nobody wins by a driver's error.
 
 Shapes: P steps, B at once, n steps of a run.
 """
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,13 +36,6 @@ _STORED = 0.5 / _CREDIT_SHARE  # of that: when it is stored
 # The prices among the model's series. What is imported is counted at the price less the export
 # credit, and all that flows at the credit: a sum instead of two cases.
 _MARGIN, _EXPORT, _REFERENCE, _CREDIT = -4, -3, -2, -1
-
-
-class Metered(NamedTuple):
-    """What the meter's power comes to; every field is [n, B]."""
-
-    co2_kg: Tensor  # of the import
-    cost: Tensor  # of import less export, in the site's currency; 0 without prices
 
 
 def mean_per_kwh(site: Site) -> tuple[float, float]:
@@ -103,37 +96,31 @@ def _priced_model(site: Site, device: torch.device, dtype: torch.dtype) -> SiteM
     carbon_kg_per_kw = site.carbon_kg_per_kwh * site.step_h
     price, credit = site.money_per_kwh * site.step_h
     per_kw = np.stack([site.import_price - site.export_credit, site.export_credit]) * site.step_h
-    nothing = np.zeros(site.n_steps)
     metered = [carbon_kg_per_kw, price - credit, credit]
-    return build_model(site, device, dtype, [*per_kw, nothing, nothing], metered)
+    return build_model(site, device, dtype, [*per_kw, *np.zeros((2, site.n_steps))], metered)
 
 
 def rewarded(
-    model: SiteModel, site: Site, uncontrolled: float, rule: Floats, credited: Floats
+    model: SiteModel, site: Site, a_day: float, uncontrolled: Floats, ev_kw: Floats
 ) -> SiteModel:
     """Return a priced model that gives rewards.
 
     Args:
         model: As `priced_model` makes it.
         site: Its site.
-        uncontrolled: What its objective is on a training day without control.
-        rule: The objective of the rule that is to be exceeded, in each step [P].
-        credited: Its `credited_kw`, [P].
+        a_day: What its objective is on a training day without control.
+        uncontrolled: What it is in each step [P].
+        ev_kw: What vehicles are given then, [P].
     """
-    unit = unit_a_day(site, uncontrolled)
+    unit = unit_a_day(site, a_day)
     of_training = float(site.import_price[site.training_steps].mean())
     credit_per_kw = _CREDIT_SHARE * of_training * site.step_h / unit
-    reference = rule / unit - credit_per_kw * credited
+    reference = uncontrolled / unit - credit_per_kw * ev_kw
     series = model.series.clone()
     series[_MARGIN], series[_EXPORT] = series[_MARGIN] / unit, series[_EXPORT] / unit
     series[_REFERENCE, :-1] = torch.as_tensor(reference).to(series)
     series[_CREDIT, :-1] = credit_per_kw
     return model._replace(series=series)
-
-
-def credited_kw(flows: Flows) -> Tensor:
-    """Return what of a step's energy [B] earns the credit, in kW given to vehicles."""
-    return torch.add(flows.ev_kw, flows.stored_kw, alpha=_STORED)
 
 
 def reward(model: SiteModel, state: State, flows: Flows, discount: float = 1.0) -> Tensor:
@@ -145,13 +132,12 @@ def reward(model: SiteModel, state: State, flows: Flows, discount: float = 1.0) 
         flows: What flowed.
         discount: What the next step's reward counts to who learns from these.
     """
-    margin_per_kw, export_per_kw, reference, credit_per_kw = state.prices
-    earned = torch.addcmul(reference, flows.grid_kw.relu(), margin_per_kw, value=-1.0)
-    earned = torch.addcmul(earned, flows.grid_kw, export_per_kw, value=-1.0)
+    _, _, reference, credit_per_kw = state.prices
+    earned = reference - objective(state, flows)
     if flows.misled_kw is not None:
         rest = 1.0 / _CREDIT_SHARE - 1.0
         earned = torch.addcmul(earned, credit_per_kw, flows.unmet_kw, value=-rest)
-    gained_kw = credited_kw(flows)
+    gained_kw = torch.add(flows.ev_kw, flows.stored_kw, alpha=_STORED)
     if discount < 1.0:
         held_kw = _STORED * state.soc * model.kw_per_soc[0] - state.owed_kw.sum(1)
         gained_kw = torch.sub(gained_kw, held_kw + gained_kw, alpha=1.0 - discount)
@@ -164,8 +150,10 @@ def objective(state: State, flows: Flows) -> Tensor:
     return torch.addcmul(flows.grid_kw.relu() * margin_per_kw, flows.grid_kw, export_per_kw)
 
 
-def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
-    """Return what n steps came to.
+def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what n steps came to: CO2 of the import in kg, and cost, [n, B] each.
+
+    Cost is of import less export, in the site's currency; 0 without prices.
 
     Args:
         model: As `priced_model` makes it.
@@ -177,4 +165,4 @@ def metered(model: SiteModel, begin: Tensor, grid_kw: Tensor) -> Metered:
     carbon_kg_per_kw, margin_per_kw, export_per_kw = model.metered[:, places]
     import_kw = grid_kw.relu()
     cost = torch.addcmul(import_kw * margin_per_kw, grid_kw, export_per_kw)
-    return Metered(import_kw * carbon_kg_per_kw, cost)
+    return import_kw * carbon_kg_per_kw, cost

@@ -61,23 +61,8 @@ def optimum(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Float
     Raises:
         RuntimeError: HiGHS found no optimum. Every stretch of a checked site has one.
     """
-    best, n = _solve(site, begin, end, stored_kwh, owed_kwh), end - begin
-    capacity_kwh = site.battery.capacity_kwh if site.battery else 1.0
-    price, credit = site.money_per_kwh[:, begin:end]
-    return Best(
-        settled=float(best.objective.sum()),
-        schedule=Schedule(
-            ev_kw=best.ev_kw[:n],
-            battery_kw=best.battery_kw[:n],
-            grid_import_kw=best.import_kw[:n],
-            curtailed_kwh=best.surplus_kw[:n] * site.step_h,
-            unmet_kwh=np.zeros(n),
-            misled_kwh=np.zeros(n),
-            soc=best.stored_kwh[:n] / capacity_kwh,
-            co2_kg=site.step_h * site.carbon_kg_per_kwh[begin:end] * best.import_kw[:n],
-            cost=site.step_h * (price * best.import_kw[:n] - credit * best.surplus_kw[:n]),
-        ),
-    )
+    objective, schedule = _solve(site, begin, end, stored_kwh, owed_kwh)
+    return Best(float(objective.sum()), Schedule(*(field[: end - begin] for field in schedule)))
 
 
 def tail_objective(site: Site, place: int, stored_kwh: float, owed_kwh: Floats) -> float:
@@ -97,21 +82,14 @@ def tail_objective(site: Site, place: int, stored_kwh: float, owed_kwh: Floats) 
     """
     if place >= site.n_steps:
         return 0.0
-    return float(_solve(site, place, place, stored_kwh, owed_kwh).objective.sum())
+    objective, _ = _solve(site, place, place, stored_kwh, owed_kwh)
+    return float(objective.sum())
 
 
-class _Operation(NamedTuple):
-    """How stretch and tail go; every field is [T]."""
-
-    ev_kw: Floats
-    battery_kw: Floats  # charging positive
-    stored_kwh: Floats  # at the end of the step
-    import_kw: Floats
-    surplus_kw: Floats  # what is exported, or curtailed where that earns nothing
-    objective: Floats
-
-
-def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats) -> _Operation:
+def _solve(
+    site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
+) -> tuple[Floats, Schedule]:
+    """Return the objective of each step [T], and how stretch and tail go."""
     battery = site.battery or NO_BATTERY
     steps = slice(begin, min(end + site.steps(TAIL_H), site.n_steps))
     # What a kWh of import costs and one of export earns, and in which steps import is paid for.
@@ -128,11 +106,12 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
     )
     fleet_kw = in_step @ fleet.most_kw
 
-    each_step, zeros = sparse.csr_matrix(sparse.identity(n)), sparse.csr_matrix((n, n))
+    one, zeros = sparse.csr_matrix(sparse.identity(n)), sparse.csr_matrix((n, n))
     import_kw = np.maximum(np.maximum(site.import_limit_kw[steps], net_kw + fleet_kw), 0.0)
     before = sparse.diags(np.ones(n - 1), -1, (n, n), format="csr")
+    # Rows of a block for each kind of variable, in their order; None is of no account.
     # Load - PV + vehicles + charge - discharge <= import, in every step; the rest is curtailed.
-    at_most = [sparse.hstack([-each_step, each_step, -each_step, zeros, in_step])]
+    at_most = [[-one, one, -one, zeros, in_step]]
     bounds = [-net_kw]
     charge_kw = np.full(n, battery.power_kw)
     if not battery.may_charge_from_grid:
@@ -141,43 +120,42 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
         surplus_kw = np.maximum(-net_kw, 0.0)
         charge_kw = np.minimum(charge_kw, surplus_kw)
         taken = sparse.diags(surplus_kw / np.maximum(np.maximum(surplus_kw, fleet_kw), 1e-9))
-        at_most.append(sparse.hstack([zeros, each_step, zeros, zeros, taken @ in_step]))
+        at_most.append([None, one, None, None, taken @ in_step])
         bounds.append(surplus_kw)
     if paid.any():
-        where = np.flatnonzero(paid)
-        one, none, vehicles = each_step[where], zeros[where], in_step[where]
+        own, vehicles = one[paid], in_step[paid]
         # Import <= load + vehicles + charge, as far as PV does not serve the load.
-        at_most.append(sparse.hstack([one, -one, none, none, -vehicles]))
-        bounds.append(np.maximum(net_kw[where], 0.0))
+        at_most.append([own, -own, None, None, -vehicles])
+        bounds.append(np.maximum(net_kw[paid], 0.0))
         # Import <= slope x (what the meter shows - the least it can show, at most 0).
         least_kw = np.minimum(net_kw - battery.power_kw, 0.0)
         most_kw = np.maximum(net_kw + fleet_kw + battery.power_kw, 0.0)
         slope = most_kw / np.maximum(most_kw - least_kw, 1e-9)
-        steep = sparse.diags(slope[where])
-        at_most.append(sparse.hstack([one, -steep @ one, steep @ one, none, -steep @ vehicles]))
-        bounds.append((slope * (net_kw - least_kw))[where])
-        nobody = sparse.csr_matrix((len(where), count))
-        at_most.append(sparse.hstack([none, one, one, none, nobody]))
-        bounds.append(np.full(len(where), battery.power_kw))
+        steep = sparse.diags(slope[paid])
+        at_most.append([own, -steep @ own, steep @ own, None, -steep @ vehicles])
+        bounds.append((slope * (net_kw - least_kw))[paid])
+        at_most.append([None, own, own, None, None])
+        bounds.append(np.full(int(paid.sum()), battery.power_kw))
     if fleet.freely.any():  # a session that the tail's end cuts gets at most what it asks for
-        nowhere = sparse.csr_matrix((int(fleet.freely.sum()), 4 * n))
         whole_h = sparse.csr_matrix(
             (np.full(count, step_h), (fleet.session, each)), (len(fleet.asked_kwh), count)
         )
-        at_most.append(sparse.hstack([nowhere, whole_h[fleet.freely]]))
+        at_most.append([None, None, None, None, whole_h[fleet.freely]])
         bounds.append(fleet.most_kwh[fleet.freely])
-        at_most.append(sparse.hstack([nowhere, -of_session[fleet.freely]]))
+        at_most.append([None, None, None, None, -of_session[fleet.freely]])
         bounds.append(-fleet.asked_kwh[fleet.freely])
         of_session = of_session[~fleet.freely]
     asked_kwh = fleet.asked_kwh[~fleet.freely]
     # Stored - what was stored before - charged + discharged = 0; all sessions get what they ask.
     charged, discharged = step_h * battery.charge_efficiency, step_h / battery.discharge_efficiency
-    storage = [zeros, -charged * each_step, discharged * each_step, each_step - before]
-    nowhere = sparse.csr_matrix((len(asked_kwh), 4 * n))
     equal = [
-        sparse.hstack([*storage, sparse.csr_matrix((n, count))]),
-        sparse.hstack([nowhere, of_session]),
+        [zeros, -charged * one, discharged * one, one - before, None],
+        [None, None, None, None, of_session],
     ]
+    if earns:  # import less export serves what is used
+        for rows, first in ((at_most, one), (equal, zeros)):
+            for row in rows:
+                row.append(first if row is rows[0] else None)
     stored_before_kwh = np.zeros(n)
     stored_before_kwh[0] = stored_kwh
 
@@ -193,20 +171,15 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
     upper = np.concatenate(
         [import_kw, charge_kw, np.full(n, battery.power_kw), np.full(n, most_kwh), fleet.most_kw]
     )
-    use, kept = (sparse.vstack(rows, format="csr") for rows in (at_most, equal))
     if earns:
-        below = sparse.csr_matrix((sum(map(len, bounds)) - n, n))
-        # A column of export for each step; import less export serves what is used.
-        use = sparse.hstack([use, sparse.vstack([each_step, below])], format="csr")
-        kept = sparse.hstack([kept, sparse.csr_matrix((n + len(asked_kwh), n))], format="csr")
         cost = np.concatenate([cost, -step_h * credit / unit])
         export_kw = np.where(credit > 0.0, np.maximum(-net_kw, 0.0) + battery.power_kw, 0.0)
         lower, upper = np.pad(lower, (0, n)), np.concatenate([upper, export_kw])
     best = least(
         cost,
-        A_ub=use,
+        A_ub=sparse.bmat(at_most, format="csr"),
         b_ub=np.concatenate(bounds),
-        A_eq=kept,
+        A_eq=sparse.bmat(equal, format="csr"),
         b_eq=np.concatenate([stored_before_kwh, asked_kwh]),
         bounds=np.stack([lower, upper], axis=1),
     )
@@ -217,7 +190,18 @@ def _solve(site: Site, begin: int, end: int, stored_kwh: float, owed_kwh: Floats
     imported_kw = np.where(paid, np.maximum(best[:n], grid_kw), np.maximum(grid_kw, 0.0))
     surplus_kw = np.where(paid, imported_kw - grid_kw, np.maximum(-grid_kw, 0.0))
     objective = step_h * price * imported_kw - step_h * credit * surplus_kw
-    return _Operation(ev_kw, battery_kw, best[3 * n : 4 * n], imported_kw, surplus_kw, objective)
+    costs, earned = site.money_per_kwh[:, steps]
+    return objective, Schedule(
+        ev_kw=ev_kw,
+        battery_kw=battery_kw,
+        grid_import_kw=imported_kw,
+        curtailed_kwh=surplus_kw * step_h,
+        unmet_kwh=np.zeros(n),
+        misled_kwh=np.zeros(n),
+        soc=best[3 * n : 4 * n] / (site.battery.capacity_kwh if site.battery else 1.0),
+        co2_kg=step_h * site.carbon_kg_per_kwh[steps] * imported_kw,
+        cost=step_h * (costs * imported_kw - earned * surplus_kw),
+    )
 
 
 def least(cost: Floats, **problem: Any) -> Floats:

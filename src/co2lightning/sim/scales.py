@@ -72,12 +72,9 @@ def _built(site: Site) -> Observer:
     return build_observer(site, model, outlook_of(site), record)
 
 
-def _moved(observer: Observer, device: torch.device | str) -> Observer:
-    moves = MoveTables(*(_to(part, device) for part in observer.moves))
-    return Observer(moves, *(_to(part, device) for part in observer[1:]))
-
-
-def _to(part: Any, device: torch.device | str) -> Any:
+def _moved(part: Any, device: torch.device) -> Any:
+    if isinstance(part, Observer | MoveTables):
+        return type(part)(*(_moved(inner, device) for inner in part))
     return part.to(device) if isinstance(part, Tensor) else part
 
 

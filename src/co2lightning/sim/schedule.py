@@ -5,7 +5,7 @@ Shapes: P steps of the site, n steps of a run, B runs at once, W stretches, C co
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,39 +13,31 @@ from torch import Tensor
 
 from co2lightning.control.rules import Rule, rbc_b
 from co2lightning.control.state import Carry, SiteModel, restore
-from co2lightning.sim.objective import credited_kw, metered, priced_model
+from co2lightning.sim.objective import metered, priced_model
 from co2lightning.sim.physics import step
 from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
-
-class Trace(NamedTuple):
-    """A run as it went; every field is [n, B]. Powers are means over a step."""
-
-    ev_kw: Tensor
-    battery_kw: Tensor  # at the AC side, charging positive
-    grid_kw: Tensor  # at the meter, import positive
-    unmet_kw: Tensor  # owed to vehicles that left at the end of the step
-    misled_kw: Tensor  # of it what is due to a wrong announcement
-    soc: Tensor  # 0-1, at the end of the step
-    credited_kw: Tensor  # what earns credit in rewards
-    owed_kw: Tensor  # to all vehicles present, at the beginning of the step
-    co2_kg: Tensor
-    cost: Tensor  # 0 without prices
+_Values = TypeVar("_Values")
 
 
-class Course(NamedTuple):
-    """One run as it went; every field is [n], as in `Trace`."""
+class _Run(NamedTuple, Generic[_Values]):
+    """Runs as they went. Powers are means over a step."""
 
-    ev_kw: Floats
-    battery_kw: Floats
-    grid_kw: Floats
-    unmet_kw: Floats
-    misled_kw: Floats
-    soc: Floats
-    credited_kw: Floats
-    owed_kw: Floats
-    co2_kg: Floats
-    cost: Floats
+    ev_kw: _Values
+    battery_kw: _Values  # at the AC side, charging positive
+    grid_kw: _Values  # at the meter, import positive
+    unmet_kw: _Values  # owed to vehicles that left at the end of the step
+    misled_kw: _Values  # of it what is due to a wrong announcement
+    soc: _Values  # 0-1, at the end of the step
+    owed_kw: _Values  # to all vehicles present, at the beginning of the step
+    co2_kg: _Values
+    cost: _Values  # 0 without prices
+
+
+Trace = _Run[Tensor]
+"""Several runs; every field is [n, B]."""
+Course = _Run[Floats]
+"""One run; every field is [n]."""
 
 
 @torch.inference_mode()
@@ -67,10 +59,11 @@ def run(model: SiteModel, rule: Rule, carry: Carry, steps: int) -> tuple[Trace, 
         following, flows = step(model, state, rule(model, state))
         misled_kw = torch.zeros_like(flows.soc) if flows.misled_kw is None else flows.misled_kw
         flowed = flows.ev_kw, flows.battery_kw, flows.grid_kw, flows.unmet_kw, misled_kw, flows.soc
-        columns.append((*flowed, credited_kw(flows), state.owed_kw.sum(1)))
+        columns.append((*flowed, state.owed_kw.sum(1)))
         state = following
     stacked = [torch.stack(column) for column in zip(*columns, strict=True)]
-    return Trace(*(*stacked, *metered(model, carry.place, stacked[2]))), state.carry
+    co2_kg, cost = metered(model, carry.place, stacked[2])
+    return Trace(*stacked, co2_kg=co2_kg, cost=cost), state.carry
 
 
 def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Carry:
@@ -89,7 +82,7 @@ def start(model: SiteModel, site: Site, places: Ints, soc: Tensor | float) -> Ca
     return Carry(
         torch.tensor(places, device=model.device),
         torch.as_tensor(soc, device=model.device).to(model.zero.dtype).expand(len(places)).clone(),
-        owed_kw(site.told_on_arrival_kwh if site.told else site.owed_on_arrival_kwh),
+        owed_kw(site.told_on_arrival_kwh),
         owed_kw(site.owed_on_arrival_kwh) if site.told else None,
     )
 
@@ -165,6 +158,14 @@ def start_soc(site: Site) -> float:
         return 0.0
     soc = np.concatenate([[site.battery.soc_min], through(site.truth, rbc_b).soc])
     return round(float(soc[site.day_bounds[site.training_days]].mean()), 2)
+
+
+def start_kwh(site: Site) -> float:
+    """Return what the battery holds then, 0 without one.
+
+    As the physics holds it: whoever leaves it idle settles at 0.
+    """
+    return float(np.float32(start_soc(site))) * (site.battery.capacity_kwh if site.battery else 0.0)
 
 
 # --- stretches -----------------------------------------------------------------------------------

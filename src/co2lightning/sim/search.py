@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co2lightning.control.forecast import forecast
 from co2lightning.control.moves import Corner, corners, move_tables, moves_of, powers_of
-from co2lightning.control.outlook import Outlook, outlook_of, price, slots_a_day
-from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c, words
+from co2lightning.control.outlook import Outlook, outlook_of
+from co2lightning.control.rules import RULES, VEHICLES, Choice, Rule, Window, rbc_c
 from co2lightning.control.state import Carry, Powers, SiteModel, State, restore
 from co2lightning.sim.kept import digest_of, recall
 from co2lightning.sim.objective import priced_model, reward
 from co2lightning.sim.physics import step
 from co2lightning.sim.schedule import start, start_soc
 from co2lightning.sim.weeks import left_price, training_weeks
-from co2lightning.site.model import Floats, Ints, Site
+from co2lightning.site.model import DAY_H, Floats, Ints, Site
 
 _TIE = 1e-3  # of what uncontrolled costs: the simpler rule is taken
 _BEST = 2  # ways of charging that go on to the windows
@@ -66,12 +67,6 @@ def rules_of(
     return rules
 
 
-def rbc_c_in_words(site: Site, keep: Path | None = None) -> str:
-    """Return what a site's RBC C does, so that a person can do it by hand."""
-    vehicles = len(site.sessions.arrival) > 0
-    return words(choice_of(site, keep), slots_a_day(site), site.battery is not None, vehicles)
-
-
 def choice_of(site: Site, keep: Path | None = None) -> Choice:
     """Return what `search` finds for a site, as it was found before or anew.
 
@@ -79,22 +74,17 @@ def choice_of(site: Site, keep: Path | None = None) -> Choice:
         site: The site.
         keep: Directory where it is kept. One that cannot be read or written costs time alone.
     """
-    site = site.fitted_on or site
-    return _choice(site) if keep is None else _choice_kept(site, keep)
+    return _choice(site.fitted_on or site, keep)
 
 
 @functools.lru_cache(maxsize=8)
-def _choice(site: Site) -> Choice:
-    return search(site)
-
-
-@functools.lru_cache(maxsize=8)
-def _choice_kept(site: Site, keep: Path) -> Choice:
+def _choice(site: Site, keep: Path | None) -> Choice:
+    if keep is None:
+        return search(site)
     clocks = site.local.astype("datetime64[s]").astype(np.int64)
-    more = clocks, site.day_bounds, site.held_out, *price(site)
-    key = digest_of(site, *more)
-    numbers = recall(keep, "rule", key, 9, lambda: _as_numbers(_choice(site)))
-    return _from_numbers(numbers)
+    price = site.import_price, forecast(site, "import_price")
+    key = digest_of(site, clocks, site.day_bounds, site.held_out, *price)
+    return _from_numbers(recall(keep, "rule", key, 9, lambda: _as_numbers(_choice(site, None))))
 
 
 def _as_numbers(choice: Choice) -> Floats:
@@ -139,7 +129,7 @@ def search(site: Site) -> Choice:
 
     # The best ways of charging, each with a window in which all charge.
     ways = [driven[i].choice for i in order[:_BEST] if driven[i].choice.vehicles != "arrival"]
-    windows = [Window(*w) for w in itertools.product(_begins(site), _lengths(site))]
+    windows = _windows(site)
     driven = [driven[i] for i in order[:_BEST]]
     driven += _drive(trial, [way._replace(charge=w) for way in ways for w in windows])
     cost = _costs(trial, driven, kinds)
@@ -147,18 +137,14 @@ def search(site: Site) -> Choice:
     driven = [driven[i] for i in order]
 
     # Both windows of the battery at once, then vehicles and battery finer and finer in turn.
-    both = _both_windows(batteries)
-    cost = _costs(trial, driven, both)
-    v, k = np.unravel_index(int(cost.argmin()), cost.shape)
-    best = _joined(driven[int(v)].choice, both[int(k)])
+    best = _cheapest(trial, driven, _both_windows(batteries))
     found.append(best)
     for hours in (1.0, 0.5, 0.25):
         unit = site.steps(hours)
-        driven = _drive(trial, _finer_charging(best, unit, slots_a_day(site)))
+        charging = _nearby(best.charge, unit, site.steps(DAY_H))
+        driven = _drive(trial, [best._replace(charge=window) for window in charging])
         some = _finer_batteries(best, unit, site) if has_battery else [best]
-        cost = _costs(trial, driven, some)
-        v, k = np.unravel_index(int(cost.argmin()), cost.shape)
-        best = _joined(driven[int(v)].choice, some[int(k)])
+        best = _cheapest(trial, driven, some)
     return _simplest(trial, [*_simpler(best), *found])
 
 
@@ -231,6 +217,12 @@ def _costs(trial: _Trial, driven: Sequence[_Driven], batteries: Sequence[Choice]
         cost[:, some] = each.T
     owed_kwh = np.array([one.owed_kwh.sum() for one in driven])
     return cost + trial.left_price * owed_kwh[:, None]
+
+
+def _cheapest(trial: _Trial, driven: Sequence[_Driven], batteries: Sequence[Choice]) -> Choice:
+    """Return what costs least of all pairs of vehicles and battery."""
+    v, k = divmod(int(_costs(trial, driven, batteries).argmin()), len(batteries))
+    return _joined(driven[v].choice, batteries[k])
 
 
 _ONCE = 40_000  # runs; bounds the memory
@@ -330,19 +322,17 @@ def _ways(site: Site) -> list[str]:
     return [way for way in VEHICLES if sunny or "solar" not in way]
 
 
-def _begins(site: Site) -> list[int]:
-    return list(range(0, slots_a_day(site), site.steps(2.0)))
-
-
-def _lengths(site: Site) -> list[int]:
-    return sorted({site.steps(hours) for hours in (1.5, 3.0, 6.0)})
+def _windows(site: Site) -> list[Window]:
+    begins = range(0, site.steps(DAY_H), site.steps(2.0))
+    lengths = sorted({site.steps(hours) for hours in (1.5, 3.0, 6.0)})
+    return [Window(*w) for w in itertools.product(begins, lengths)]
 
 
 def _battery_choices(site: Site) -> list[Choice]:
     """Return what a battery can do by itself, and with each one of its windows."""
     if not (battery := site.battery):
         return [Choice()]
-    windows = [Window(*w) for w in itertools.product(_begins(site), _lengths(site))]
+    windows = _windows(site)
     band = battery.soc_max - battery.least_soc
     levels = [battery.least_soc + share * band for share in (1 / 3, 2 / 3, 1.0)]
     greedy = Choice(greedy=True)
@@ -388,12 +378,8 @@ def _nearby(window: Window, unit: int, slots: int) -> list[Window]:
     return [Window(first, min(length, slots)) for first, length in moved if length > 0]
 
 
-def _finer_charging(best: Choice, unit: int, slots: int) -> list[Choice]:
-    return [best._replace(charge=window) for window in _nearby(best.charge, unit, slots)]
-
-
 def _finer_batteries(best: Choice, unit: int, site: Site) -> list[Choice]:
-    slots, level = slots_a_day(site), float(best.fill_soc)
+    slots, level = site.steps(DAY_H), float(best.fill_soc)
     levels = {_level(level + 0.1 * unit / site.steps(1.0) * k, site) for k in (-1, 0, 1)}
     levels = sorted(levels | {level}) if best.fill.steps else [level]
     fills, holds = (_nearby(window, unit, slots) for window in (best.fill, best.hold))

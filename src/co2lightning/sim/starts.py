@@ -4,7 +4,6 @@ Shapes: D days of the site, C columns of sockets.
 """
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +16,16 @@ from co2lightning.sim.schedule import through
 from co2lightning.site.model import Floats, Site
 
 
-class Starts(NamedTuple):
-    """The state at each day's beginning, arrivals of that moment included."""
-
-    soc: Floats  # [D] 0-1; 0 without a battery
-    # [D, C] each, at the meter, as `Carry` has it: as told, and where drivers announce in truth
-    owed_kw: tuple[NDArray[np.float32], ...]
-
-
-def starts_of(site: Site) -> Starts:
+def starts_of(site: Site) -> tuple[Floats, tuple[NDArray[np.float32], ...]]:
     """Return the states in which the days of a site begin under the cheap rule with greedy battery.
 
     It is run through the whole series in one go, from `soc_min`. Without vehicles the battery is
     all there is to it.
+
+    Returns:
+        State of charge [D], 0-1, 0 without a battery; and what vehicles are owed, arrivals of that
+        moment included, [D, C] each, as `Carry` has it: as told, and where drivers announce in
+        truth.
     """
     choice = Choice("cheap" if len(site.sessions.arrival) else "arrival", greedy=True)
     day_at = np.full(site.n_steps + 1, -1)
@@ -48,4 +44,4 @@ def starts_of(site: Site) -> Starts:
 
     rule = functools.partial(rbc_c, choice, outlook_of(site))
     through(site, watched(rule, watch))
-    return Starts(soc if site.battery else np.zeros_like(soc), owed_kw)
+    return soc if site.battery else np.zeros_like(soc), owed_kw

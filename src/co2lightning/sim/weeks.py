@@ -16,7 +16,7 @@ import torch
 from co2lightning.control.rules import Rule, uncontrolled
 from co2lightning.sim.objective import priced_model, unit_a_day, unserved_price
 from co2lightning.sim.optimum import tail_objective
-from co2lightning.sim.schedule import play, start_soc
+from co2lightning.sim.schedule import play, start_kwh
 from co2lightning.site.model import DAY_H, TAIL_H, Floats, Ints, Site
 
 _WEEKS = 6
@@ -98,9 +98,7 @@ def _uncontrolled_a_day(site: Site) -> float:
 @functools.lru_cache(maxsize=4)
 def _standard(site: Site) -> Floats:
     """Return what charging on arrival leaves to do [W], the battery as it was at the begin."""
-    # As the physics holds it: whoever leaves the battery idle then settles at 0.
-    soc = float(np.float32(start_soc(site)))
-    stored_kwh = soc * site.battery.capacity_kwh if site.battery else 0.0
+    stored_kwh = start_kwh(site)
     ends = training_weeks(site)[:, 1].tolist()
     return np.array([_left(site, end, stored_kwh, site.owed_on_arrival_kwh(end)) for end in ends])
 

@@ -61,30 +61,22 @@ def perturbed(site: Site) -> dict[str, Site]:
         # In this order, whatever else a site has: what is drawn is the same.
         worlds["departures"] = replace(site, told=_mistaken(site, comes, rng))
         some = rng.permutation(comes)[: round(_PART * len(comes))]
-        stays = np.delete(np.arange(len(site.sessions.arrival)), some)
-        worlds["fewer_arrivals"] = _with_sessions(site, stays)
-        again = np.concatenate([np.arange(len(site.sessions.arrival)), np.sort(some)])
-        worlds["more_arrivals"] = _with_sessions(site, again, len(site.sessions.arrival))
+        every = np.arange(len(site.sessions.arrival))
+        stays, again = np.delete(every, some), np.concatenate([every, np.sort(some)])
+        worlds["fewer_arrivals"] = _with_sessions(site, stays, len(stays))
+        worlds["more_arrivals"] = _with_sessions(site, again, len(every))
     if site.pv_kw[held_out].any():
         for name, factor in (("less_pv", 1.0 - _PART), ("more_pv", 1.0 + _PART)):
             worlds[name] = replace(site, pv_kw=np.where(held_out, factor, 1.0) * site.pv_kw)
-    forecast = [column for column in _settled(site) if column not in site.known_ahead]
-    if forecast and _varies(site):
+    # The price of import is made of the first two series, as far as they have a weight.
+    weights = zip(_SERIES[:2], site.objective, strict=True)
+    forecast = [name for name, weight in weights if weight and name not in site.known_ahead]
+    if forecast and np.ptp(site.import_price) > 0.0:
         known = {**site.known_ahead, **dict.fromkeys(forecast, "usual")}
         provided = {name: one for name, one in site.provided.items() if name not in forecast}
         worlds["usual_price"] = replace(site, known_ahead=known, provided=provided)
     own = site.fitted_on or site
     return {name: replace(world, fitted_on=own) for name, world in worlds.items()}
-
-
-def _settled(site: Site) -> list[str]:
-    """Return the series that the price of import is made of."""
-    weights = zip(_SERIES[:2], site.objective, strict=True)
-    return [column for column, weight in weights if weight]
-
-
-def _varies(site: Site) -> bool:
-    return float(np.ptp(site.import_price)) > 0.0
 
 
 def _mistaken(site: Site, comes: Ints, rng: np.random.Generator) -> Told:
@@ -100,54 +92,30 @@ def _mistaken(site: Site, comes: Ints, rng: np.random.Generator) -> Told:
     return Told(departure, energy_kwh)
 
 
-def _with_sessions(site: Site, rows: Ints, known: int | None = None) -> Site:
-    """Return a site with these of its sessions; those after the first `known` find a free socket.
+def _with_sessions(site: Site, rows: Ints, known: int) -> Site:
+    """Return a site with these of its sessions, those after the first `known` where there is room.
 
-    Who finds none is left out.
+    They get the lowest free socket of their type; who finds none is left out.
     """
-    socket = site.sessions.socket[rows]
-    if known is not None:
-        rows, socket = _seated(site, rows, known)
-    order = np.argsort(site.sessions.arrival[rows], kind="stable")
-    rows, socket = rows[order], socket[order]
-    of, told = site.sessions, site.told
+    of, told, ends = site.sessions, site.told, np.cumsum([kind.count for kind in site.sockets])
+    socket, arrival, departure = of.socket[rows], of.arrival[rows], of.departure[rows]
+    seated = np.arange(len(rows)) < known
+    for i in range(known, len(rows)):
+        kind = int(np.searchsorted(ends, socket[i], side="right"))
+        meanwhile = seated & (arrival < departure[i]) & (departure > arrival[i])
+        own = np.arange(-site.sockets[kind].count, 0) + ends[kind]
+        if (free := np.setdiff1d(own, socket[meanwhile])).size:
+            socket[i], seated[i] = free[0], True
+    order = np.flatnonzero(seated)
+    order = order[np.argsort(arrival[order], kind="stable")]
+    rows = rows[order]
     sessions = Sessions(
-        socket=socket,
-        arrival=of.arrival[rows],
-        departure=of.departure[rows],
+        socket=socket[order],
+        arrival=arrival[order],
+        departure=departure[order],
         energy_kwh=of.energy_kwh[rows],
         max_kw=of.max_kw[rows],
         min_kw=of.min_kw[rows],
     )
     told = told and Told(told.departure[rows], told.energy_kwh[rows])
     return replace(site, sessions=sessions, told=told)
-
-
-def _seated(site: Site, rows: Ints, known: int) -> tuple[Ints, Ints]:
-    """Give those after the first `known` the lowest free socket of their type, or none."""
-    ends = np.cumsum([kind.count for kind in site.sockets])
-    of = site.sessions
-    longest = int((of.departure - of.arrival).max())
-    given: list[tuple[int, int]] = []
-    taken: dict[int, list[int]] = {}  # socket -> rows seated there already
-    for row in rows[known:].tolist():
-        begin, end = int(of.arrival[row]), int(of.departure[row])
-        kind = int(np.searchsorted(ends, of.socket[row], side="right"))
-        near = slice(*np.searchsorted(of.arrival, [begin - longest, end]))
-        busy = set(of.socket[near][of.departure[near] > begin].tolist())
-        free = (
-            place
-            for place in range(int(ends[kind]) - site.sockets[kind].count, int(ends[kind]))
-            if place not in busy
-            and all(
-                of.departure[one] <= begin or of.arrival[one] >= end for one in taken.get(place, ())
-            )
-        )
-        if (place := next(free, None)) is not None:
-            taken.setdefault(place, []).append(row)
-            given.append((row, place))
-    more = np.array(given, dtype=np.int64).reshape(-1, 2)
-    return (
-        np.concatenate([rows[:known], more[:, 0]]),
-        np.concatenate([of.socket[rows[:known]], more[:, 1]]),
-    )

@@ -330,25 +330,20 @@ class Site:
 
     def owed_on_arrival_kwh(self, place: int) -> Floats:
         """Return what charging on arrival has left to do at `place`, arrivals whole, [C]."""
-        own, sessions = self.sessions.standing(place), self.sessions
-        owed_kwh = np.zeros(len(sessions.used_sockets))
-        owed_kwh[sessions.column[own]] = self._left_kwh(own, sessions.energy_kwh, place)
-        return owed_kwh
+        return self._left_kwh(self.sessions.energy_kwh, place)
 
     def told_on_arrival_kwh(self, place: int) -> Floats:
         """Return what it has left by what controllers are told; nothing of who is full, [C]."""
-        own, told = self.sessions.standing(place), self.sessions_told
-        left_kwh = self._left_kwh(own, told.energy_kwh, place)
-        full = self._left_kwh(own, self.sessions.energy_kwh, place) <= 0.0
-        owed_kwh = np.zeros(len(told.used_sockets))
-        owed_kwh[told.column[own]] = np.where(full, 0.0, left_kwh)
-        return owed_kwh
+        left_kwh = self._left_kwh(self.sessions_told.energy_kwh, place)
+        return np.where(self.owed_on_arrival_kwh(place) > 0.0, left_kwh, 0.0)
 
-    def _left_kwh(self, own: Ints, energy_kwh: Floats, place: int) -> Floats:
-        """Return what full power from arrival on has left of energies [N], of some sessions."""
-        sessions = self.sessions
+    def _left_kwh(self, energy_kwh: Floats, place: int) -> Floats:
+        """Return what full power from arrival on has left of energies [N] that stand there, [C]."""
+        sessions, own = self.sessions, self.sessions.standing(place)
         charged_kwh = sessions.max_kw[own] * self.step_h * (place - sessions.arrival[own])
-        return np.maximum(energy_kwh[own] - charged_kwh, 0.0)
+        left_kwh = np.zeros(len(sessions.used_sockets))
+        left_kwh[sessions.column[own]] = np.maximum(energy_kwh[own] - charged_kwh, 0.0)
+        return left_kwh
 
     def when(self, place: int) -> datetime:
         """Return the local time at which the step at `place` begins."""

@@ -119,9 +119,9 @@ def _read_announced(table: Table, clock: Clock, arrives: Floats) -> tuple[Floats
         return None
     departs, energy_kwh = np.full(len(arrives), np.nan), np.full(len(arrives), np.nan)
     departure, energy = _ANNOUNCED
+    empty = "leave the cell empty where nothing was said"
     if departure in table.columns:
         departs = table.read(departure, clock, may_be_empty=True)
-        empty = "leave the cell empty where nothing was said"
         table.check(departs <= arrives, departure, f"is not after the arrival; {empty}")
         table.check(
             departs - arrives > _MAX_STAY_DAYS * 86_400,
@@ -130,11 +130,7 @@ def _read_announced(table: Table, clock: Clock, arrives: Floats) -> tuple[Floats
         )
     if energy in table.columns:
         energy_kwh = table.read(energy, may_be_empty=True)
-        table.check(
-            energy_kwh <= 0,
-            energy,
-            "is not above 0 kWh; leave the cell empty where nothing was said",
-        )
+        table.check(energy_kwh <= 0, energy, f"is not above 0 kWh; {empty}")
     return departs, energy_kwh
 
 
@@ -331,14 +327,7 @@ def _check_ids_and_types(table: Table, sockets: tuple[SocketType, ...]) -> Ints:
 def _give_sockets(
     kind: Ints, arrival: Ints, departure: Ints, sockets: tuple[SocketType, ...]
 ) -> Ints:
-    """Give each vehicle, in order of arrival, the lowest free socket of its type, or -1.
-
-    Args:
-        kind: Index of the socket type, [N].
-        arrival: First step in which the vehicle holds a socket, [N]; a place on the line.
-        departure: First step in which it is gone, [N].
-        sockets: The socket types.
-    """
+    """Give each vehicle, in order of arrival, the lowest free socket of its type, or -1, [N]."""
     offsets = np.cumsum([0] + [s.count for s in sockets]).tolist()
     given = np.full(len(kind), -1, dtype=np.int64)
     free: list[list[int]] = [[] for _ in sockets]  # per type: returned sockets, a heap

@@ -62,7 +62,9 @@ class Table:
         self.name = name
         self.remarks: list[str] = []
         self._second_row = rows_before + 2  # of the file: the header is row 1
-        text = (data if isinstance(data, str) else _unpack(name, data)).rstrip("\r\n")
+        if isinstance(data, bytes):
+            data = _decode(name, b"".join(_blocks(name, data, MAX_BYTES)))
+        text = data.rstrip("\r\n")
         cells: list[str] = []  # row after row: a list for each row would be slow to collect
         header: dict[str, int] = {}
         width, n_rows = 0, -1
@@ -177,7 +179,7 @@ def tables(
 ) -> Iterator[Table]:
     """Yield the rows of a long file piece by piece, each as a table with the header on top."""
     header, left, rows = "", b"", 0
-    for block in _blocks(name, data):
+    for block in _blocks(name, data, _MAX_LONG_BYTES):
         whole, _, rest = (left + block).rpartition(b"\n") if block else (left, b"", b"")
         if block and not rows and b"\n" not in whole:  # not a row below the header yet
             left += block
@@ -192,7 +194,7 @@ def tables(
         yield table
 
 
-def _blocks(name: str, data: bytes) -> Iterator[bytes]:
+def _blocks(name: str, data: bytes, limit: int) -> Iterator[bytes]:
     """Yield what a file unpacks to, some MiB at a time; at its end nothing."""
     stream, size, block = io.BytesIO(data), 0, b"some"
     file = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
@@ -200,20 +202,10 @@ def _blocks(name: str, data: bytes) -> Iterator[bytes]:
         with _sound(name):
             block = file.read(_PIECE_BYTES)
         size += len(block)
-        if size > _MAX_LONG_BYTES:
-            most = f"{_MAX_LONG_BYTES // 1024**2} MiB, the most that is read"
+        if size > limit:
+            most = f"{limit // 1024**2} MiB, the most that is read"
             raise UserError(f"{name}: unpacks to more than {most}")
         yield block
-
-
-def _unpack(name: str, data: bytes) -> str:
-    if name.endswith(".gz"):
-        with _sound(name), gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            most = f"{MAX_BYTES // 1024**2} MiB, the most that is read"
-            raise UserError(f"{name}: unpacks to more than {most}")
-    return _decode(name, data)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ def with_this_session(run: Mapping[str, Any], site: Site) -> dict[str, list[str]
         return known | {site.name: None}
     intervals = known.get(site.name) or []
     new = (trained | ~site.held_out) & ~_within(intervals, site.days)
-    days = (site.days[day] for day in np.flatnonzero(new))
+    days = [site.days[day] for day in np.flatnonzero(new)]
     return known | {site.name: sorted([*intervals, *_as_intervals(days)])}
 
 
@@ -112,13 +111,8 @@ def _within(intervals: Iterable[str], days: Sequence[str]) -> NDArray[np.bool_]:
     return within
 
 
-def _as_intervals(days: Iterable[str]) -> list[str]:
+def _as_intervals(days: Sequence[str]) -> list[str]:
     """Return the intervals of ascending ISO dates that follow each other without a gap."""
-    ends: list[list[str]] = []
-    for day in days:
-        before = (date.fromisoformat(day) - timedelta(days=1)).isoformat()
-        if ends and ends[-1][1] == before:
-            ends[-1][1] = day
-        else:
-            ends.append([day, day])
-    return ["/".join(each) for each in ends]
+    dates = np.array(days, dtype="datetime64[D]")
+    gaps = np.flatnonzero(np.diff(dates) != np.timedelta64(1, "D"))
+    return [f"{part[0]}/{part[-1]}" for part in np.split(dates, gaps + 1) if len(part)]

@@ -1,9 +1,8 @@
 """`--evaluate_every`: how the policy does without noise, so that a run's best episode is known."""
 
 import math
+from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from co2lightning.agents.agent import Agent
 from co2lightning.agents.load import load_agent, policy_of
@@ -15,7 +14,6 @@ from co2lightning.sim.days import SiteDays
 from co2lightning.sim.weeks import of_uncontrolled, settled_a_day, training_weeks
 
 _IN_WORDS = "of uncontrolled in training weeks"
-_KEYS = "eval_vs_uncontrolled", "eval_a_day", "eval_start_vs_uncontrolled"
 
 
 class Evaluation:
@@ -36,37 +34,33 @@ class Evaluation:
         self.every = every
         self.env = env
         self.start = start
-        self._start_share: float | None = None  # NaN where there is none
 
     def of(self, agent: Agent) -> dict[str, float]:
         """Return the figures of an episode just finished under their tags; all ranks ask."""
-        if agent.episode % self.every or not len(training_weeks(self.env.site)):
-            return {}
-        figures = torch.zeros(len(_KEYS), dtype=torch.float64)
-        if agent.global_rank == 0:
-            figures = torch.tensor(self._measured(agent), dtype=torch.float64)
-        if agent.world_size > 1:
-            figures = ranks.from_first(figures.to(agent.device))
-        own, a_day, start = figures.tolist()
-        known = dict(zip(_KEYS, (own, a_day, start), strict=True))
-        if math.isnan(start):
-            del known[_KEYS[-1]]
-        return {TRAINING[key].tag: value for key, value in known.items()}
-
-    def _measured(self, agent: Agent) -> tuple[float, float, float]:
         site = self.env.site
-        a_day = settled_a_day(policy_of(agent, site), site, agent.device)
-        if self._start_share is None:
-            self._start_share = math.nan
-            try:
-                began = load_agent(TrainingCheckpoint.read(self.start), self.start)
-            except UserError:  # a run of an older version has none
-                pass
-            else:
-                began = began.to(agent.device)
-                of_start = settled_a_day(policy_of(began, site), site, agent.device)
-                self._start_share = of_uncontrolled(of_start, site)
-        return of_uncontrolled(a_day, site), a_day, self._start_share
+        if agent.episode % self.every or not len(training_weeks(site)):
+            return {}
+        found: dict[str, float] = {}
+        if agent.global_rank == 0:
+            a_day = self._a_day(agent)
+            own = {"eval_vs_uncontrolled": of_uncontrolled(a_day, site), "eval_a_day": a_day}
+            figures = {**own, **self._of_start}
+            found = {TRAINING[key].tag: float(value) for key, value in figures.items()}
+        return ranks.from_first(found) if agent.world_size > 1 else found
+
+    def _a_day(self, agent: Agent) -> float:
+        site = self.env.site
+        return settled_a_day(policy_of(agent, site), site, agent.device)
+
+    @cached_property
+    def _of_start(self) -> dict[str, float]:
+        try:
+            began = load_agent(TrainingCheckpoint.read(self.start), self.start)
+        except UserError:  # a run of an older version has none
+            return {}
+        a_day = self._a_day(began.to(self.env.model.device))
+        share = of_uncontrolled(a_day, self.env.site)
+        return {} if math.isnan(share) else {"eval_start_vs_uncontrolled": share}
 
 
 def best_in_words(run: TrainingCheckpoint) -> str | None:

@@ -21,8 +21,8 @@ import lightning.pytorch as pl
 import torch
 
 from co2lightning import __version__
-from co2lightning.agents.load import outdated_on_site
-from co2lightning.errors import TrainingError, UserError, show
+from co2lightning.agents.load import outdated_on_site, rewarded_otherwise
+from co2lightning.errors import TrainingError, UserError, counted, show
 from co2lightning.learn.ranks import Rank, is_loss
 from co2lightning.runs.branches import ROOM_IN_NAMES
 from co2lightning.runs.run import TrainingCheckpoint
@@ -46,19 +46,11 @@ from co2lightning.train.plan import (
 from co2lightning.train.progress import ProgressLine
 from co2lightning.train.save import EpisodeCheckpoint, EpisodeCheckpointIO
 from co2lightning.train.signals import Interrupted, Signals
-from co2lightning.train.trainer import (
-    make_trainer,
-    processes,
-    quiet,
-    users_callbacks,
-    who_stopped,
-)
+from co2lightning.train.trainer import make_trainer, processes, quiet, users_callbacks, who_stopped
 
 _VERSIONS = ("lightning", "torch", "gymnasium", "numpy")
-_OF_THE_SITE = (
-    *("name", "sha256", "pv_kwp", "grid_kw", "timezone"),
-    *("step_minutes", "day_start_h"),
-)
+_OF_THE_SITE = ("name", "sha256", "pv_kwp", "grid_kw", "timezone", "step_minutes", "day_start_h")
+_count = partial(counted, noun="episode")
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ def run_fit(
     rank = Rank(trainer.global_rank, trainer.world_size)
     _check_place("--checkpoints.dir", session["checkpoints.dir"], name)
     _check_place("--logs.dir", session["logs.dir"], name)
-    _check_text("--logs.dir", logs)
+    _check_text(logs)
     if run.half_archived() and not rank.number:  # a plan is made of what stands after that
         with _held(run, echo):
             pass
@@ -193,12 +185,12 @@ def _check_place(flag: str, directory: str, name: str) -> None:
         return
 
 
-def _check_text(flag: str, path: Path) -> None:
+def _check_text(logs: Path) -> None:
     """Refuse a name that TensorBoard cannot write, which takes UTF-8 only."""
-    if str(path).encode("utf-8", "replace").decode("utf-8") != str(path):
+    if str(logs).encode("utf-8", "replace").decode("utf-8") != str(logs):
         raise UserError(
-            f"{flag} {path}: is no UTF-8 text, as TensorBoard needs; give another name, or a UTF-8 "
-            "locale, such as LC_ALL=C.UTF-8"
+            f"--logs.dir {logs}: is no UTF-8 text, as TensorBoard needs; give another name, or a "
+            "UTF-8 locale, such as LC_ALL=C.UTF-8"
         )
 
 
@@ -226,7 +218,8 @@ def _prepare_run(run: TrainingCheckpoint, built: Built, echo: Callable[[str], No
         echo(f"No checkpoint in {run.directory}: starting at episode 1")
         return
     newest = run.get_next_episode() - 1
-    goes_on_from = newest and not outdated_on_site(run.load_metadata())
+    known = run.load_metadata()
+    goes_on_from = newest and not (outdated_on_site(known) or rewarded_otherwise(known))
     done = built.plan.done
     if goes_on := done and start and start.path.resolve() == run.path(done).resolve():
         moved, what = run.branch(done), "Later episodes of the old branch moved"
@@ -363,10 +356,6 @@ def _raised_by(error: Exception, callbacks: list[pl.Callback]) -> pl.Callback | 
 def _who(stopped_by: tuple[str, str]) -> str:
     callback, reason = stopped_by
     return f"{callback[:80]} ({reason[:200]})" if reason else callback[:80]
-
-
-def _count(episodes: int) -> str:
-    return f"{episodes} episode" if episodes == 1 else f"{episodes} episodes"
 
 
 def _info(agent: str, built: Built) -> dict[str, Any]:

@@ -14,7 +14,13 @@ from typing import Any
 
 from co2lightning.agents import agent_class, check_agent
 from co2lightning.agents.agent import Agent
-from co2lightning.agents.load import SIZES, agent_of, restore_agent, stored_settings
+from co2lightning.agents.load import (
+    SIZES,
+    agent_of,
+    restore_agent,
+    rewarded_otherwise,
+    stored_settings,
+)
 from co2lightning.agents.replay import fewest_rows, is_piece, pieces_of_ranks
 from co2lightning.control.moves import ACTIONS, in_words
 from co2lightning.errors import UserError
@@ -156,6 +162,11 @@ def _read_start(path: Path, agent: str) -> Start:
             f"{path}: a checkpoint of {trained}, not of {agent}; "
             f"use --config {trained.lower()}.yaml"
         )
+    if why := rewarded_otherwise(content["run"]):
+        raise UserError(
+            f"{path}: {why}; test, predict, export and report take its policy, training cannot go "
+            "on: leave --ckpt_path out to train anew"
+        )
     run, episode, epoch = content["run"], content["episode"], content.get("epoch")
     if type(epoch) is not int or epoch != episode - 1:
         raise UserError(f"{path}: not an episode of co2lightning; its epoch is another one")
@@ -196,16 +207,10 @@ def plan(asked: Asked, start: Start | None) -> Plan:
     agent, recipe, flags = asked.agent, asked.recipe, asked.flags
     kept = start.settings if start else {}
     settings = complete({**recipe, **kept, **flags}, agent)
-    if settings["env.id"] is not None and "env.hours" in flags:
-        raise UserError(
-            f"{as_flag('env.hours', flags['env.hours'])}: is for sites; {settings['env.id']} has a "
-            "time limit of its own"
-        )
-    if settings["env.id"] is not None and flags.get("evaluate_every"):
-        raise UserError(
-            f"{as_flag('evaluate_every', flags['evaluate_every'])}: is for sites; "
-            f"{settings['env.id']} has no weeks"
-        )
+    if (name := settings["env.id"]) is not None:
+        for key, has in (("env.hours", "a time limit of its own"), ("evaluate_every", "no weeks")):
+            if value := flags.get(key):
+                raise UserError(f"{as_flag(key, value)}: is for sites; {name} has {has}")
     notes = list(start.notes) if start else []
     for key, value in recipe.items():
         if key in kept and kept[key] != value and key not in flags and value != "auto":
@@ -277,17 +282,14 @@ def build(plan: Plan, rank: Rank) -> Built:
     if start and isinstance(environment, SiteDays):
         known = stored_settings(start.content, start.path).get("observation_names", ())
         environment.show(known, str(start.path))
-    sizes = {key: getattr(environment, key) for key in SIZES}
-    names = environment.observation_names
     options = {
-        **sizes,
-        "observation_names": names,
+        **{key: getattr(environment, key) for key in SIZES},
+        "observation_names": environment.observation_names,
         "seed": settings["seed_everything"],
         **_group(settings, "model."),
     }
     if start:
-        place = "the environment", sizes
-        learner = restore_agent(start.content, start.path, options, place)
+        learner = restore_agent(start.content, start.path, options)
     else:
         learner = agent_class(asked.agent)(**options)
     if settings["model.compile"] == "auto":  # by the recipe, not by what a session was asked for
@@ -364,7 +366,7 @@ def _load_replay(
     if capacity is None:
         return replay, rows
     source = TrainingCheckpoint(start.path.parent)
-    sizes = (learner.observation_dim + learner.hindsight_dim, learner.action_dim)
+    sizes = (learner.observation_dim, learner.action_dim)
     for episode, content in source.load_replay(range(start.episode, 0, -1), allow_partial):
         pieces = pieces_of_ranks(content)
         if len(pieces) != rank.world_size or not all(is_piece(piece, *sizes) for piece in pieces):

@@ -1,4 +1,4 @@
-"""The reward against the rule, and what critics see beyond the policy."""
+"""What a step earns, and windows that begin alike."""
 
 from __future__ import annotations
 
@@ -12,25 +12,21 @@ import torch
 from torch import Tensor
 
 from co2lightning.agents.a2c import A2C
-from co2lightning.agents.agent import Agent
 from co2lightning.agents.ppo import PPO
-from co2lightning.agents.sac import SAC
-from co2lightning.control.observation import FEATURES
-from co2lightning.control.rules import rbc_b, uncontrolled
+from co2lightning.control.rules import uncontrolled
 from co2lightning.control.state import Carry
+from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.days import SiteDays
-from co2lightning.sim.hindsight import HINDSIGHT
+from co2lightning.sim.foreign import GymEnvironment
 from co2lightning.sim.objective import mean_per_kwh
 from co2lightning.sim.schedule import run, start, through
 from co2lightning.site.model import Site
-from small_site import T, random_site, shipped, small_site
-
-O, K = len(FEATURES), len(HINDSIGHT)  # noqa: E741
+from small_site import T, random_site, shipped
 
 
 @functools.cache
 def days() -> SiteDays:
-    return SiteDays(shipped(), 4, hindsight=True)
+    return SiteDays(shipped(), 4)
 
 
 CHOSEN = torch.tensor([3, 100, 200, 363])
@@ -38,7 +34,7 @@ PLACES = T * CHOSEN.numpy()
 
 
 def play(soc: float, seed: int | None) -> tuple[Tensor, Tensor]:
-    """Return rewards [n, B] and observations [n, B, O + K]; without a seed the rule acts."""
+    """Return rewards [n, B] and observations [n, B, O]; without a seed no one controls."""
     env = days()
     obs = env.begin(CHOSEN, torch.full((4,), soc))
     return play_on(env, obs, seed)
@@ -49,7 +45,7 @@ def play_on(env: SiteDays, obs: Tensor, seed: int | None) -> tuple[Tensor, Tenso
     rewards, seen = [], []
     while env.steps_left:
         assert env.state is not None
-        rule = rbc_b(env.model, env.state)
+        rule = uncontrolled(env.model, env.state)
         drawn = torch.rand(env.num_envs, 2, generator=generator) * 2 - 1
         seen.append(obs)
         step = env.step(rule if seed is None else drawn)
@@ -58,11 +54,11 @@ def play_on(env: SiteDays, obs: Tensor, seed: int | None) -> tuple[Tensor, Tenso
     return torch.stack(rewards), torch.stack(seen)
 
 
-def at_the_rules(env: SiteDays, day: int) -> None:
-    """Set the windows to where RBC B's unbroken run is when a day begins."""
+def where_it_stands(env: SiteDays, day: int) -> None:
+    """Set the windows to where charging on arrival is, in one go, when a day begins."""
     site, place = env.site, int(env.site.day_bounds[day])
     begun = start(env.model, site, np.array([0]), site.battery.soc_min if site.battery else 0.0)
-    _, at = run(env.model, rbc_b, begun, place)
+    _, at = run(env.model, uncontrolled, begun, place)
     several = Carry(*(part.expand(env.num_envs, *part.shape[1:]).clone() for part in at.parts))
     env.begin(torch.full((env.num_envs,), day), several.soc)
     env.go_on(several, torch.zeros(0, 3, env.num_envs))
@@ -72,11 +68,11 @@ def at_the_rules(env: SiteDays, day: int) -> None:
 
 
 @pytest.mark.parametrize("hours", [24, 48])
-def test_the_rule_itself_earns_nothing_at_any_step(hours: float) -> None:
+def test_without_control_nothing_is_earned_at_any_step(hours: float) -> None:
     """From where its own unbroken run stands."""
     env = SiteDays(shipped(), 1, hours=hours)
-    at_the_rules(env, 3)
-    rewards, _ = play_on(env, torch.zeros(1, O), None)
+    where_it_stands(env, 3)
+    rewards, _ = play_on(env, torch.zeros(1, env.observation_dim), None)
     assert len(rewards) == env.horizon
     assert rewards.abs().max().item() < 2e-6
 
@@ -89,9 +85,19 @@ def unit_kg(site: Site) -> float:
     )
 
 
-def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None:
-    """What is stored or charged more than the rule has counts half, 0.8 of the mean intensity."""
-    site, rule = shipped(), through(shipped(), rbc_b)
+def credited_kwh(site: Site, ev_kw: np.ndarray, soc: np.ndarray) -> np.ndarray:
+    """Return what vehicles are given and what is stored [n, ...], at 0.8 and at half the mean.
+
+    `soc` is [n + 1, ...].
+    """
+    assert site.battery
+    stored_kwh = np.diff(soc, axis=0) * site.battery.capacity_kwh / site.battery.charge_efficiency
+    return 0.8 * ev_kw * site.step_h + 0.5 * stored_kwh
+
+
+def test_rewards_are_what_is_saved_in_uncontrolled_days() -> None:
+    """What is stored or charged more than without control counts half, 0.8 of the mean."""
+    site, idle = shipped(), through(shipped(), uncontrolled)
     env, rewards = days(), play(0.5, 7)[0]
     begun = start(env.model, site, PLACES, 0.5)
     generator = torch.Generator().manual_seed(7)
@@ -101,10 +107,14 @@ def test_rewards_are_the_rules_co2_minus_ones_own_in_uncontrolled_days() -> None
 
     own, _ = run(env.model, same, begun, T)
     within = np.stack([np.arange(place, place + T) for place in PLACES], axis=1)
-    saved_kg = rule.co2_kg[within] - own.co2_kg.numpy()
-    more_kwh = (own.credited_kw.numpy() - rule.credited_kw[within]) * site.step_h
-    expected = saved_kg + 0.8 * mean_per_kwh(site)[0] * more_kwh
-    np.testing.assert_allclose(rewards, expected / unit_kg(site), atol=1e-6)
+    assert site.battery
+    without = np.append(site.battery.soc_min, idle.soc)[np.append(within, within[-1:] + 1, axis=0)]
+    soc = np.concatenate([np.full((1, 4), 0.5), own.soc.numpy()])
+    more_kwh = credited_kwh(site, own.ev_kw.numpy(), soc)
+    more_kwh = more_kwh - credited_kwh(site, idle.ev_kw[within], without)
+    saved_kg = idle.co2_kg[within] - own.co2_kg.numpy()
+    expected = saved_kg + mean_per_kwh(site)[0] * more_kwh
+    np.testing.assert_allclose(rewards, expected / unit_kg(site), atol=2e-6)
     assert 0.01 < rewards.sum(0).abs().min() < rewards.sum(0).abs().max() < 3.0
 
 
@@ -163,7 +173,7 @@ def test_a_site_a_thousand_times_as_large_is_the_same_to_a_policy(min_kw: float)
     site = random_site(3, days=5, step_minutes=60, grid_kw=20.0, min_kw=min_kw)
     played = []
     for one in (site, scaled(site, 1024.0)):  # a power of two, so that rounding is the same
-        env = SiteDays(one, 2, hindsight=True, hours=48)
+        env = SiteDays(one, 2, hours=48)
         played.append(play_on(env, env.begin(torch.tensor([1, 2]), torch.tensor([0.3, 0.6])), 4))
     (rewards, seen), (other_rewards, other_seen) = played
     torch.testing.assert_close(rewards, other_rewards, atol=1e-5, rtol=1e-4)
@@ -192,10 +202,9 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("hindsight", [False, True])
 @pytest.mark.parametrize("name", ODD)
-def test_rewards_and_observations_are_finite_and_of_order_one(name: str, hindsight: bool) -> None:
-    env = SiteDays(random_site(2, days=6, step_minutes=60, **ODD[name]), 6, hindsight=hindsight)
+def test_rewards_and_observations_are_finite_and_of_order_one(name: str) -> None:
+    env = SiteDays(random_site(2, days=6, step_minutes=60, **ODD[name]), 6)
     rewards, seen = play_on(env, env.reset(0), 1)
     assert rewards.isfinite().all()
     assert seen.isfinite().all()
@@ -206,89 +215,55 @@ def test_rewards_and_observations_are_finite_and_of_order_one(name: str, hindsig
         assert not rewards.any()
 
 
-# --- what critics see ----------------------------------------------------------------------------
+# --- windows that begin alike ---------------------------------------------------------------------
 
 
-def test_hindsight_depends_on_the_place_alone() -> None:
-    _, seen = play(0.4, 1)
-    _, other = play(0.6, 2)
-    assert seen.shape == (T, 4, O + K)
-    assert (seen[..., O:] == other[..., O:]).all()
-    assert (seen[..., :O] != other[..., :O]).any()
+def pupil(kind: type[PPO] | type[A2C], env: SiteDays, **settings: Any) -> PPO | A2C:
+    agent = kind(env.observation_dim, env.action_dim, hidden=(8,), **settings)
+    agent.train_on(env)
+    return agent
 
 
-def test_hindsight_is_what_happens_to_the_rule() -> None:
-    """Across midnight, less the mean of the training steps and in units of their spread."""
-    site, rule = shipped(), through(shipped(), rbc_b)
-    _, seen = play(0.4, 1)
-    table = dict(zip(HINDSIGHT, seen[..., O:].double().unbind(-1), strict=True))
-    assert site.battery
-    soc = np.concatenate([[site.battery.soc_min], rule.soc])
-    imported, curtailed = np.maximum(rule.grid_kw, 0.0), np.maximum(-rule.grid_kw, 0.0)
-
-    def ahead(values: np.ndarray, steps: int) -> np.ndarray:
-        padded = np.concatenate([values, np.zeros(steps)])
-        return np.lib.stride_tricks.sliding_window_view(padded, steps)[: len(values)].sum(1)
-
-    expected = {
-        "the rule's state of charge, 0-1": soc[:-1],
-        "energy it owes to the vehicles present": rule.owed_kw,
-        "energy it will import within 24 hours": ahead(imported, 96),
-        "energy it will import within 2 hours": ahead(imported, 8),
-        "energy it will curtail within 6 hours": ahead(curtailed, 24),
-        "what it will cost, CO2 or money, within 24 hours": ahead(rule.co2_kg, 96),
-    }
-    training = site.training_steps
-    for name, values in expected.items():
-        own = values[np.stack([np.arange(place, place + T) for place in PLACES], axis=1)]
-        known = values[training]
-        # Rare large values may widen the spread beyond the standard deviation.
-        rare = np.quantile(np.abs(known - known.mean()), 0.999) / 10.0
-        wanted = (own - known.mean()) / max(known.std(), rare)
-        np.testing.assert_allclose(table[name], wanted, atol=2e-4, rtol=1e-4, err_msg=name)
-    # The highest of the next day is that of the next day.
-    highest = table["its highest state of charge within 24 hours, 0-1"]
-    best = np.array([[soc[p + t + 1 : p + t + 97].max() for p in PLACES] for t in range(T)])
-    assert np.corrcoef(highest.flatten(), best.flatten())[0, 1] == pytest.approx(1.0)
+def test_windows_of_a_group_begin_alike_and_groups_do_not() -> None:
+    env = SiteDays(shipped(), 6)
+    pupil(PPO, env, group_size=3)
+    obs = env.reset(1).unflatten(0, (2, 3))
+    assert (obs == obs[:, :1]).all()
+    assert (obs[0] != obs[1]).any()
+    assert len(set(env.carry.place.tolist())) == 2
+    assert len(set(env.carry.soc.tolist())) == 2
 
 
-def test_hindsight_ends_with_the_series() -> None:
-    """Beyond it nothing happens: what is to come dwindles, and the end itself is observed."""
-    site = small_site(days=3, load_kw=5.0, carbon=[[0.3], [0.4], [0.5]])
-    env = SiteDays(site, 1, hindsight=True)
-    _, seen = play_on(env, env.begin(torch.tensor([2]), torch.tensor([0.1])), 1)
-    co2 = seen[:, 0, O + HINDSIGHT.index("what it will cost, CO2 or money, within 24 hours")]
-    assert (co2.diff() < 0.0).all()
-    assert env.carry.place.item() == site.n_steps
+@pytest.mark.parametrize("kind", [PPO, A2C])
+def test_what_a_group_has_in_common_is_no_advantage(kind: type[PPO] | type[A2C]) -> None:
+    env = SiteDays(random_site(2, days=4, step_minutes=60), 4)
+    agent = pupil(kind, env, group_size=2, normalize_advantage=False)
+    generator = torch.Generator().manual_seed(1)
+    obs, following = torch.rand(2, 5, 4, env.observation_dim, generator=generator)
+    action, zeros = torch.rand(5, 4, 2, generator=generator), torch.zeros(5, 4)
+    reward = torch.rand(5, 4, generator=generator)
+    rollout = Rollout(obs, action, reward, following, zeros, zeros, zeros + 1.0)
+    values = torch.rand(6, 4, generator=generator)
+    own, target, _ = agent.judge(rollout, values)
+    alone = pupil(kind, SiteDays(env.site, 4), normalize_advantage=False)
+    advantage, same, _ = alone.judge(rollout, values)
+    assert torch.equal(target, same)
+    for first in (0, 2):
+        pair = advantage[:, first : first + 2]
+        expected = (pair - pair.flip(1)) / 2
+        torch.testing.assert_close(own[:, first : first + 2], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("parts", "word"), [({"capacity_kwh": None}, "charge"), ({"sockets": 0}, "owes")]
-)
-def test_hindsight_of_a_part_that_is_not_there_is_nothing(parts: dict, word: str) -> None:
-    env = SiteDays(random_site(2, days=4, step_minutes=60, **parts), 2, hindsight=True)
-    _, seen = play_on(env, env.reset(1), 1)
-    for name, column in zip(HINDSIGHT, seen[..., O:].unbind(-1), strict=True):
-        assert column.any() != (word in name), name
+def test_episodes_of_a_gymnasium_environment_begin_each_for_itself() -> None:
+    env = GymEnvironment("Pendulum-v1", 4)
+    agent = PPO(env.observation_dim, env.action_dim, hidden=(8,), group_size=4)
+    agent.train_on(env)
+    assert agent.group_size == 1
 
 
-@pytest.mark.parametrize("kind", [A2C, SAC, PPO])
-def test_a_policy_never_looks_ahead(kind: type[Agent]) -> None:
-    agent = kind(O, 2, hindsight_dim=K)
-    generator = torch.Generator().manual_seed(3)
-    obs, noise = torch.randn(5, O + K, generator=generator), torch.randn(5, 2, generator=generator)
-    other = torch.cat([obs[:, :O], torch.randn(5, K, generator=generator)], dim=1)
-    agent.env_steps = 10**9  # past SAC's random start
-    assert (agent.act(obs) == agent.act(other)).all()
-    assert (agent.act(obs) == agent.act(obs[:, :O])).all()
-    assert (agent.explore(obs, noise) == agent.explore(other, noise)).all()
-    predicted, _ = agent.predict(obs[:, :O].numpy())
-    assert np.array_equal(predicted, agent.act(obs).detach().numpy())
-
-
-def test_a_critic_does() -> None:
-    agent = PPO(O, 2, hindsight_dim=K)
-    obs = torch.zeros(1, O + K)
-    ahead = obs.clone()
-    ahead[0, O:] = 1.0
-    assert agent.critic(obs).item() != agent.critic(ahead).item()
+@pytest.mark.parametrize(("size", "num_envs", "found"), [(8, 12, 4), (8, 5, 1), (3, 6, 3)])
+def test_groups_are_as_large_as_come_out_even(size: int, num_envs: int, found: int) -> None:
+    env = SiteDays(random_site(2, days=30, step_minutes=60), num_envs)
+    assert pupil(PPO, env, group_size=size).group_size == found
+    env.reset(1)
+    assert len(set(env.carry.place.tolist())) == num_envs // found
