@@ -94,6 +94,13 @@ def test_a_group_is_drawn_whole() -> None:
         assert set(drawn[..., 0].flatten().tolist()) == {0.0, 3.0}
 
 
+def test_a_buffer_smaller_than_a_group_gives_what_it_has() -> None:
+    replay = empty(2)
+    replay.add(segment(0, 4), masked=False)
+    (batch,) = replay.sample(1, 6, torch.Generator().manual_seed(1), 3)
+    assert batch.reward.tolist() == [2.0, 3.0, 2.0] * 2
+
+
 def test_a_cut_is_no_end() -> None:
     """A window stopped by the clock: the next observation is real and its value counts."""
     replay = empty(4)

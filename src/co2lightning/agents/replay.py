@@ -83,9 +83,10 @@ class Replay:
         step of windows that begin alike, all are drawn or none.
         """
         device, groups = self.table.device, max(size // group_size, 1)
-        filled = min(self.total, self.capacity) // group_size
-        first = torch.randint(filled, (count * groups, 1), generator=generator, device=device)
-        index = (first * group_size + torch.arange(group_size, device=device)).flatten()
+        filled = min(self.total, self.capacity)
+        whole = max(filled // group_size, 1)
+        first = torch.randint(whole, (count * groups, 1), generator=generator, device=device)
+        index = (first * group_size + torch.arange(group_size, device=device)).flatten() % filled
         batches: list[ReplayBatch] = []
         for rows in self.table.index_select(0, index).split(groups * group_size):
             obs, action, reward, next_obs, terminated = rows.split(self.sizes, dim=1)
