@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from co2lightning.agents.ppo import PPO
+from co2lightning.agents import agent_class
 from co2lightning.settings.parser import check_settings, complete
 from co2lightning.settings.recipe import read_recipe
 from co2lightning.sim.days import make_environment
@@ -27,14 +27,14 @@ from co2lightning.train.fit import run_fit
 class BareLoop:
     """Plays and learns episode after episode without a Trainer."""
 
-    def __init__(self, settings: dict[str, Any], average: Any = None) -> None:
+    def __init__(self, settings: dict[str, Any], average: Any = None, agent: str = "PPO") -> None:
         groups: dict[str, dict[str, Any]] = {"env": {}, "model": {}}
         for key, value in settings.items():
             group, _, name = key.partition(".")
             if group in groups:
                 groups[group][name] = value
         self.env = make_environment(**groups["env"])
-        self.agent = PPO(
+        self.agent = agent_class(agent)(
             self.env.observation_dim,
             self.env.action_dim,
             **groups["model"],

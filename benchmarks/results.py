@@ -22,6 +22,7 @@ PLACE = Path(__file__).parent
 SCRIPTS = {
     "peers.py": "Training beside other libraries",
     "environment.py": "The environment alone",
+    "actions.py": "Moves beside powers",
     "overhead.py": "What the Trainer adds to an episode",
     "ranks.py": "What two ranks cost each other",
     "bookkeeping.py": "What keeping every episode costs",

@@ -345,7 +345,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import NullLocator, PercentFormatter, StrMethodFormatter
 
     mpl.rcParams.update({"font.size": 10})
     sites = results["sites"]
@@ -372,14 +372,16 @@ def _draw(results: dict[str, Any], path: Path) -> None:
             axes.fill_between(episodes, shares.min(0), shares.max(0), color=colour, alpha=0.18)
             axes.plot(episodes, median, color=colour, marker="o", markersize=3, label=agent)
             shown += median.tolist()
+        rules: dict[float, dict[str, float]] = {}  # those that all but coincide share a label
         for rule in ("rbc_b", "rbc_c", "mpc"):
             share = site["references"].get(rule, {}).get("gap_closed")
-            if share is None or not shown or share < min(shown) - 0.3:
-                continue
-            axes.axhline(share, color="#666666", linestyle="--", linewidth=0.9, zorder=1)
+            if share is not None and shown and share >= min(shown) - 0.3:
+                rules.setdefault(round(share, 2), {})[TITLES.get(rule, "MPC")] = share
+                axes.axhline(share, color="#666666", linestyle="--", linewidth=0.9, zorder=1)
+        for shares_of in rules.values():
             axes.annotate(
-                TITLES.get(rule, "MPC"),
-                xy=(1.0, share),
+                ", ".join(shares_of),
+                xy=(1.0, max(shares_of.values())),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -389,7 +391,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         axes.axhline(1.0, color="#666666", linewidth=0.9, zorder=1)
         axes.set_title(f"{name}, {len(site['days'])} held-out stretches", fontsize=10)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("episodes")

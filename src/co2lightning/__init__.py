@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from co2lightning.site.load import load_site as load_site
     from co2lightning.train.fit import fit as fit
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOME = {
     "A2C": "agents.a2c",

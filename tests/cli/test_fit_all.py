@@ -68,6 +68,7 @@ def test_a_failing_agent_is_named_and_stops_no_other(tmp_path: Path) -> None:
         (["--print_config"], "--print_config: fit-all trains each agent by its own recipe"),
         (["--name", "x"], "--name: fit-all trains each agent by its own recipe"),
         (["--ckpt_path", "x.pt"], "--ckpt_path x.pt: fit-all takes last only"),
+        (["--ckpt_path=x.pt"], "--ckpt_path x.pt: fit-all takes last only"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -228,6 +228,24 @@ def test_sac_losses_by_hand() -> None:
     assert number(parts["entropy"]) == pytest.approx(-LOG_NORMAL_0)
 
 
+def test_sac_weighs_what_a_group_has_in_common_less() -> None:
+    agent = SAC(3, 1, hidden=(4,), gamma=0.5)
+    for network in (agent.actor, agent.critic, agent.target):
+        silence(network)
+    agent.group_size = 2
+    zero = torch.zeros(4, 1)
+    ended = ReplayBatch(
+        zero.expand(4, 3),
+        zero,
+        torch.tensor([1.0, 3.0, -4.0, -4.0]),
+        zero.expand(4, 3),
+        zero[:, 0] + 1,
+    )
+    _, parts = agent.loss(Update(ended, zero, zero))
+    # Two critics of 0 are off by 2 and -4 in common, and by 1 each way in the first group.
+    assert number(parts["critic_loss"]) == pytest.approx(2 * (0.5 + 0.002 * 10), rel=1e-5)
+
+
 def test_each_sac_loss_moves_its_own_part_only() -> None:
     agent = SAC(3, 2, hidden=(8,))
     batch = ReplayBatch(

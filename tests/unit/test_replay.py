@@ -82,6 +82,25 @@ def test_resets_are_left_out_and_samples_are_reproducible() -> None:
     assert seen == {0.0, 2.0, 3.0}
 
 
+def test_a_group_is_drawn_whole() -> None:
+    """Rows 0 to 2 are a group, 3 to 5 the next, wherever the ring stands."""
+    replay = empty(7)
+    replay.add(segment(0, 6), masked=False)
+    for size, rows in ((8, 6), (3, 3), (1, 3)):
+        batches = replay.sample(20, size, torch.Generator().manual_seed(1), 3)
+        drawn = torch.stack([batch.reward for batch in batches]).unflatten(1, (-1, 3))
+        assert drawn.shape == (20, rows // 3, 3)
+        assert (drawn - drawn[..., :1] == torch.arange(3.0)).all()
+        assert set(drawn[..., 0].flatten().tolist()) == {0.0, 3.0}
+
+
+def test_a_buffer_smaller_than_a_group_gives_what_it_has() -> None:
+    replay = empty(2)
+    replay.add(segment(0, 4), masked=False)
+    (batch,) = replay.sample(1, 6, torch.Generator().manual_seed(1), 3)
+    assert batch.reward.tolist() == [2.0, 3.0, 2.0] * 2
+
+
 def test_a_cut_is_no_end() -> None:
     """A window stopped by the clock: the next observation is real and its value counts."""
     replay = empty(4)

@@ -16,7 +16,7 @@ class ReplayBatch(NamedTuple):
     action: Tensor  # [M, A]
     reward: Tensor  # [M]
     next_obs: Tensor  # [M, O]
-    terminated: Tensor  # [M]
+    terminated: Tensor  # [M] 1.0 at a real end, see `returns.n_step` for others
 
 
 class Replay:
@@ -74,14 +74,21 @@ class Replay:
         self.table[start : start + first] = rows[:first]
         self.table[: len(rows) - first] = rows[first:]
 
-    def sample(self, count: int, size: int, generator: torch.Generator) -> list[ReplayBatch]:
-        """Return `count` minibatches of `size` transitions, drawn with replacement."""
+    def sample(
+        self, count: int, size: int, generator: torch.Generator, group_size: int = 1
+    ) -> list[ReplayBatch]:
+        """Return `count` minibatches, drawn with replacement.
+
+        Each has `size` transitions, in whole groups: of `group_size` rows side by side, which are a
+        step of windows that begin alike, all are drawn or none.
+        """
+        device, groups = self.table.device, max(size // group_size, 1)
         filled = min(self.total, self.capacity)
-        index = torch.randint(
-            filled, (count * size,), generator=generator, device=self.table.device
-        )
+        whole = max(filled // group_size, 1)
+        first = torch.randint(whole, (count * groups, 1), generator=generator, device=device)
+        index = (first * group_size + torch.arange(group_size, device=device)).flatten() % filled
         batches: list[ReplayBatch] = []
-        for rows in self.table.index_select(0, index).split(size):
+        for rows in self.table.index_select(0, index).split(groups * group_size):
             obs, action, reward, next_obs, terminated = rows.split(self.sizes, dim=1)
             batches.append(
                 ReplayBatch(obs, action, reward.squeeze(1), next_obs, terminated.squeeze(1))

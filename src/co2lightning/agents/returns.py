@@ -7,6 +7,8 @@ truncated bootstraps from the value of the state it stopped in.
 import torch
 from torch import Tensor
 
+from co2lightning.learn.dataset import Rollout
+
 
 def gae(
     reward: Tensor,
@@ -43,3 +45,30 @@ def gae(
         last = delta[t] + carry[t] * last
         advantages.append(last)
     return torch.stack(advantages[::-1])
+
+
+def n_step(rollout: Rollout, *, gamma: float, n_steps: int) -> Rollout:
+    """Let each step stand for the `n_steps` that follow, fewer where its episode or segment ends.
+
+    A reward becomes R = r_t + gamma r_t+1 + ..., next_obs what the last of k steps led to, and
+    `terminated` is such that R + gamma (1 - terminated) V(next_obs) has the value at its discount:
+    1 - gamma^(k-1) where the episode goes on. Sutton and Barto 2018, eq. 7.1.
+
+    Args:
+        rollout: A segment.
+        gamma: Discount of a step.
+        n_steps: 1 leaves all as it is.
+    """
+    weight = 1.0 - rollout.terminated
+    total, ahead, left = rollout.reward, rollout.next_obs, weight
+    goes_on = (weight * (1.0 - rollout.truncated) > 0.5)[:-1]
+    for _ in range(min(n_steps, len(total)) - 1):
+        total = _longer(goes_on, rollout.reward[:-1] + gamma * total[1:], rollout.reward)
+        ahead = _longer(goes_on.unsqueeze(-1), ahead[1:], rollout.next_obs)
+        left = _longer(goes_on, gamma * left[1:], weight)
+    return rollout._replace(reward=total, next_obs=ahead, terminated=1.0 - left)
+
+
+def _longer(goes_on: Tensor, longer: Tensor, alone: Tensor) -> Tensor:
+    """Return `longer` where the episode goes on, else, and for the last step, `alone`."""
+    return torch.cat([torch.where(goes_on, longer, alone[:-1]), alone[-1:]])

@@ -15,9 +15,12 @@ from co2lightning.agents.agent import Agent
 from co2lightning.agents.networks import ACTIVATIONS, MLP, TwinCritic, squashed_gaussian
 from co2lightning.agents.ranges import COUNT, POSITIVE, WIDTH, Range, setting
 from co2lightning.agents.replay import Replay, ReplayBatch
+from co2lightning.agents.returns import n_step
 from co2lightning.learn import ranks
 from co2lightning.learn.dataset import Rollout
 from co2lightning.sim.interface import Environment
+
+_COMMON = 0.002  # weight of what the critics' errors of a group have in common
 
 
 class Update(NamedTuple):
@@ -38,6 +41,10 @@ class SAC(Agent):
         Args:
             train_freq: Steps of 15 minutes between two rounds of updates.
             gradient_steps: Updates in a round.
+            n_steps: Steps of 15 minutes whose rewards a target sums up before it asks the critics;
+                fewer at the end of a round's steps.
+            group_size: Windows that begin alike, on one day with one state of charge: critics
+                learn above all how they differ. Fewer where num_envs is no multiple of it.
             learning_starts: Transitions before the first update, acted by the fresh policy.
             buffer_size: Transitions the replay buffer holds.
             batch_size: Transitions of a minibatch.
@@ -51,6 +58,8 @@ class SAC(Agent):
 
         train_freq: int = setting(4, COUNT)
         gradient_steps: int = setting(16, COUNT)
+        n_steps: int = setting(1, COUNT)
+        group_size: int = setting(1, COUNT)
         learning_starts: int = setting(1536, Range(0))
         buffer_size: int = setting(300_000, Range(1, 100_000_000))
         batch_size: int = setting(256, COUNT)
@@ -93,7 +102,8 @@ class SAC(Agent):
         """Return the sum of the three losses and their parts: eqs. 5, 7 and 18 of the paper.
 
         The sum descends each on its own: the critics' weights are constants to the actor's loss,
-        the policy is one to the temperature's.
+        the policy is one to the temperature's. Where windows begin alike, the critics' squared
+        errors are those of generalised least squares: weather makes the errors of a group alike.
         """
         batch, gamma = update.batch, self.per_step(self.settings.gamma)
         ent_coef = self.log_ent_coef.detach().exp()
@@ -104,8 +114,11 @@ class SAC(Agent):
             next_value = self.target(batch.next_obs, next_action).amin(0) - ent_coef * next_log_prob
             reward = batch.reward * self.settings.reward_scale
             target = reward + gamma * (1.0 - batch.terminated) * next_value
-        value = self.critic(batch.obs, batch.action)
-        critic_loss = (value - target).square().mean(1).sum()
+        error = self.critic(batch.obs, batch.action) - target
+        critic_loss = error.square().mean(1).sum()
+        if (size := self.group_size) > 1:
+            common = error.unflatten(1, (-1, size)).mean(2)
+            critic_loss = critic_loss - (1.0 - _COMMON) * common.square().mean(1).sum()
 
         action, log_prob = squashed_gaussian(self.actor(batch.obs), update.noise)
         soft_value = self.critic(batch.obs, action, frozen=True).amin(0)
@@ -128,12 +141,13 @@ class SAC(Agent):
         if self.replay is None:
             self.replay = self._empty_replay()
         assert self.env is not None
-        self.replay.add(rollout, masked=self.env.may_reset)
+        gamma, steps = self.per_step(self.settings.gamma), self.in_steps(self.settings.n_steps)
+        self.replay.add(n_step(rollout, gamma=gamma, n_steps=steps), masked=self.env.may_reset)
         if self.env_steps < self.settings.learning_starts:
             return
         count, size = self.settings.gradient_steps, self.settings.batch_size
-        batches = self.replay.sample(count, size, self.update_generator)
-        shape = (count, 2, size, self.action_dim)
+        batches = self.replay.sample(count, size, self.update_generator, self.group_size)
+        shape = (count, 2, len(batches[0].reward), self.action_dim)
         noise = torch.randn(shape, generator=self.update_generator, device=self.device)
         for batch, (own, following) in zip(batches, noise.unbind(0), strict=True):
             yield Update(batch, own, following)

@@ -75,7 +75,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                 f"{argument.partition('=')[0]}: fit-all trains each agent by its own recipe under "
                 "its own name; use fit for this"
             )
-    ckpt_path = [b for a, b in itertools.pairwise(passed_on) if a == "--ckpt_path"]
+    words = [word for argument in passed_on for word in argument.split("=", 1)]
+    ckpt_path = [b for a, b in itertools.pairwise(words) if a == "--ckpt_path"]
     if any(path != "last" for path in ckpt_path):
         raise UserError(f"--ckpt_path {ckpt_path[0]}: fit-all takes last only; use fit for a file")
     return options, [*passed_on, "--checkpoints.dir", options.directory]
