@@ -57,6 +57,7 @@ class BareLoop:
         """Play one episode and learn from it."""
         self.agent.on_train_epoch_start()
         for rollout in self.dataset.play():
+            self.agent.env_steps += rollout.reward.numel()
             for minibatch in self.agent.minibatches(rollout):
                 self.agent.descent(minibatch)
         self.trainer.current_epoch += 1

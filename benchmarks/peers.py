@@ -201,8 +201,7 @@ def compare(
         if library == "SBX":
             peers[library] = sbx(agent, settings, vectorized, n_steps)
         else:
-            made = stable_baselines(agent, settings, vectorized, n_steps, 0, env.horizon)
-            peers[library] = made[0]
+            peers[library] = stable_baselines(agent, settings, vectorized, n_steps, 0, env.horizon)
     settings["model.compile"] = compiled
     options = {k.removeprefix("model."): v for k, v in settings.items() if k.startswith("model.")}
     make_agent: Any = agent_class(agent)

@@ -372,16 +372,17 @@ def _draw(results: dict[str, Any], path: Path) -> None:
             axes.fill_between(episodes, shares.min(0), shares.max(0), color=colour, alpha=0.18)
             axes.plot(episodes, median, color=colour, marker="o", markersize=3, label=agent)
             shown += median.tolist()
-        rules: dict[float, dict[str, float]] = {}  # those that all but coincide share a label
+        rules: dict[float, list[str]] = {}  # those that all but coincide share a label
         for rule in ("rbc_b", "rbc_c", "mpc"):
             share = site["references"].get(rule, {}).get("gap_closed")
             if share is not None and shown and share >= min(shown) - 0.3:
-                rules.setdefault(round(share, 2), {})[TITLES.get(rule, "MPC")] = share
+                near = [other for other in rules if abs(other - share) < 0.01]
+                rules.setdefault([*near, share][0], []).append(TITLES.get(rule, "MPC"))
                 axes.axhline(share, color="#666666", linestyle="--", linewidth=0.9, zorder=1)
-        for shares_of in rules.values():
+        for share, titles in rules.items():
             axes.annotate(
-                ", ".join(shares_of),
-                xy=(1.0, max(shares_of.values())),
+                ", ".join(titles),
+                xy=(1.0, share),
                 xycoords=("axes fraction", "data"),
                 xytext=(4, 0),
                 textcoords="offset points",

@@ -246,6 +246,21 @@ def test_sac_weighs_what_a_group_has_in_common_less() -> None:
     assert number(parts["critic_loss"]) == pytest.approx(2 * (0.5 + 0.002 * 10), rel=1e-5)
 
 
+def test_no_group_crosses_the_end_of_the_ring() -> None:
+    agent = SAC(3, 1, hidden=(4,), learning_starts=0, buffer_size=5, batch_size=2)
+    agent.train_on(cast(Any, Cut()))
+    agent.group_size = 2
+    agent.update_generator = torch.Generator().manual_seed(1)
+    columns = (column.expand(-1, 2, *column.shape[2:]) for column in cut_rollout())
+    rollout = Rollout(*columns)
+    for first in range(7):
+        list(agent.minibatches(rollout._replace(obs=rollout.obs + first)))
+    assert agent.replay is not None
+    assert agent.replay.capacity == 4
+    for batch in agent.replay.sample(20, 2, agent.update_generator, 2):
+        assert (batch.obs[0] == batch.obs[1]).all()
+
+
 def test_each_sac_loss_moves_its_own_part_only() -> None:
     agent = SAC(3, 2, hidden=(8,))
     batch = ReplayBatch(

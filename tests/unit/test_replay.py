@@ -83,7 +83,7 @@ def test_resets_are_left_out_and_samples_are_reproducible() -> None:
 
 
 def test_a_group_is_drawn_whole() -> None:
-    """Rows 0 to 2 are a group, 3 to 5 the next, wherever the ring stands."""
+    """Rows 0 to 2 are a group, 3 to 5 the next."""
     replay = empty(7)
     replay.add(segment(0, 6), masked=False)
     for size, rows in ((8, 6), (3, 3), (1, 3)):

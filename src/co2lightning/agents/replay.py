@@ -79,8 +79,8 @@ class Replay:
     ) -> list[ReplayBatch]:
         """Return `count` minibatches, drawn with replacement.
 
-        Each has `size` transitions, in whole groups: of `group_size` rows side by side, which are a
-        step of windows that begin alike, all are drawn or none.
+        Each has `size` transitions or what whole groups make of it, at least one: of `group_size`
+        rows side by side, a step of windows that begin alike, all are drawn or none.
         """
         device, groups = self.table.device, max(size // group_size, 1)
         filled = min(self.total, self.capacity)

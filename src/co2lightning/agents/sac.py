@@ -47,7 +47,7 @@ class SAC(Agent):
                 learn above all how they differ. Fewer where num_envs is no multiple of it.
             learning_starts: Transitions before the first update, acted by the fresh policy.
             buffer_size: Transitions the replay buffer holds.
-            batch_size: Transitions of a minibatch.
+            batch_size: Transitions of a minibatch, in whole groups.
             learning_rate: Of Adam for actor, critics and temperature, at episode 1.
             tau: Share by which the target critics follow the critics at each update.
             ent_coef_init: First temperature.
@@ -177,5 +177,6 @@ class SAC(Agent):
         self.replay.take_up(pieces)
 
     def _empty_replay(self) -> Replay:
-        seen, acted = self.observation_dim, self.action_dim
-        return Replay(self.settings.buffer_size, seen, acted, self.device)
+        seen, acted, size = self.observation_dim, self.action_dim, self.settings.buffer_size
+        whole = size - size % self.group_size or size  # so that no group crosses the ring's end
+        return Replay(whole, seen, acted, self.device)
